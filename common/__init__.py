@@ -1,0 +1,25 @@
+"""Shared parts of the registration bundles.
+
+Conventions, everywhere in this package:
+- Axes are array order = NIfTI i, j, k; shapes are (B, C, I, J, K).
+- `disp` (B, 3, I, J, K): component c moves along axis c, in voxels of its own grid; pull-back on the fixed grid,
+  warped(x) = moving(x + disp(x)), the same as MONAI's DDF.
+- Voxel centres are integers (corner-aligned). Coordinates are at least float32, whatever the autocast type.
+- compose(first, then)(x) = then(x) + first(x + then(x)): warping by the composite equals warping by `first` and the
+  result by `then`.
+- Other frames carry a suffix (`_mm`, `_ras`, `_lps`) and live in io.py and geometry.py only.
+"""
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+
+def require(minimum: str, below: str) -> None:
+    """Stop with an ImportError unless minimum <= this version < below, naming both and where `common` came from."""
+    def key(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in version.split("."))
+
+    if not key(minimum) <= key(__version__) < key(below):
+        raise ImportError(
+            f"this bundle needs `common` >= {minimum}, < {below}, but version {__version__} is loaded from {Path(__file__).parent}"
+        )

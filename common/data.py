@@ -1,0 +1,233 @@
+"""Which pairs: two paths, a CSV, a data list, or the phantom; and the ordered pairs of a folder for training."""
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from monai.data import CacheDataset
+from torch.utils.data import Dataset
+
+from common.io import InputError
+from common.phantom import write_phantom
+
+PAIR_COLUMNS = (
+    "id", "fixed", "moving", "fixed_label", "moving_label", "fixed_points", "moving_points", "fixed_mask", "moving_mask",
+)
+SCAN_ENDINGS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
+
+
+def list_pairs(
+    *, moving: str | None = None, fixed: str | None = None, moving_label: str | None = None,
+    fixed_label: str | None = None, pairs: str | None = None, dataset_dir: str | None = None, output_dir: str = ".",
+) -> list[dict[str, str]]:
+    """The pairs to register: of a CSV, of two paths, of a dataset's `registration_pairs`, or the phantom, in that order.
+
+    Args:
+        moving, fixed, moving_label, fixed_label: paths of one pair; the labels are optional.
+        pairs: CSV with columns fixed, moving and optionally id, fixed_label, ... ; paths relative to the CSV.
+        dataset_dir: folder with a dataset.json.
+        output_dir: where the phantom's files go if nothing else is given.
+
+    Returns:
+        One dictionary a pair: id, moving, fixed and the optional columns that it has; absolute paths, ids unique.
+
+    Raises:
+        InputError: contradictory or incomplete options, a missing file, an empty or faulty CSV.
+    """
+    if pairs and (moving or fixed):
+        raise InputError(f"{pairs}: give either a pairs CSV or --moving and --fixed, not both")
+    if bool(moving) != bool(fixed):
+        raise InputError(f"{moving or fixed}: a pair needs both --moving and --fixed")
+    if pairs:
+        rows = read_pairs(pairs)
+    elif moving:
+        row = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
+        rows = [{name: str(Path(value).absolute()) for name, value in row.items() if value}]
+    elif dataset_dir:
+        rows = dataset_pairs(dataset_dir)
+    else:
+        return [write_phantom(Path(output_dir) / "phantom_input")]
+    taken: set[str] = set()
+    for row in rows:
+        for name, value in row.items():
+            if name != "id" and not Path(value).exists():
+                raise InputError(f"{value}: no such file")
+        row["id"] = unique(row.get("id") or f"{stem(row['moving'])}_to_{stem(row['fixed'])}", taken)
+    return rows
+
+
+def stem(path: str) -> str:
+    """File name without folder and imaging suffixes."""
+    name = Path(path).name
+    for ending in sorted(SCAN_ENDINGS, key=len, reverse=True):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return Path(path).stem
+
+
+def unique(name: str, taken: set[str]) -> str:
+    """`name`, made safe as a folder name, with a number behind it if it is taken."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".") or "pair"
+    number, result = 2, safe
+    while result in taken:
+        number, result = number + 1, f"{safe}_{number}"
+    taken.add(result)
+    return result
+
+
+def read_pairs(path: str) -> list[dict[str, str]]:
+    """Rows of a pairs CSV, paths made absolute.
+
+    Raises:
+        InputError: missing file, missing or unknown columns, no rows, a row without fixed or moving.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        columns = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = columns
+        if missing := [name for name in ("fixed", "moving") if name not in columns]:
+            raise InputError(f"{path}: a pairs CSV needs the columns fixed and moving, {' and '.join(missing)} not found")
+        if unknown := [name for name in columns if name not in PAIR_COLUMNS]:
+            raise InputError(f"{path}: unknown column {unknown[0]!r}, the columns are {', '.join(PAIR_COLUMNS)}")
+        rows = []
+        for line in reader:
+            row = {name: (line[name] or "").strip() for name in columns if (line[name] or "").strip()}
+            if not row:
+                continue
+            if "fixed" not in row or "moving" not in row:
+                raise InputError(f"{path}: line {reader.line_num} lacks fixed or moving")
+            folder = Path(path).absolute().parent
+            rows.append({name: value if name == "id" else str(folder / value) for name, value in row.items()})
+    if not rows:
+        raise InputError(f"{path}: holds no pairs")
+    return rows
+
+
+def read_dataset(dataset_dir: str) -> dict:
+    """dataset.json of a folder, in the form of the Medical Segmentation Decathlon plus `registration_pairs`.
+
+    Raises:
+        InputError: the folder or the file is missing, or it is not JSON.
+    """
+    path = Path(dataset_dir) / "dataset.json"
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> list[dict[str, str]]:
+    """`registration_pairs` of a dataset as rows of a pairs table; `kind` keeps one kind, None keeps all."""
+    found = read_dataset(dataset_dir)
+    root = Path(dataset_dir).absolute()
+    cases = {case["id"]: case for part in ("training", "validation", "test") for case in found.get(part, [])}
+    rows = []
+    for pair in found.get("registration_pairs", []):
+        if kind is not None and pair.get("kind", kind) != kind:
+            continue
+        row = {}
+        for role in ("moving", "fixed"):
+            case = cases.get(pair[role])
+            if case is None:
+                raise InputError(f"{root / 'dataset.json'}: the pair's {role} scan {pair[role]!r} is not among the cases")
+            row[role] = str(root / case["image"])
+            if "label" in case:
+                row[f"{role}_label"] = str(root / case["label"])
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{root / 'dataset.json'}: holds no registration_pairs")
+    return rows
+
+
+def validation_pairs(dataset_dir: str | None, *, limit: int | None = None) -> list[tuple[str, str]] | None:
+    """(moving id, fixed id) of the inter-subject `registration_pairs` within the validation part, or None without any."""
+    if not dataset_dir or not (Path(dataset_dir) / "dataset.json").exists():
+        return None
+    found = read_dataset(dataset_dir)
+    known = {case["id"] for case in found.get("validation", [])}
+    pairs = [
+        (pair["moving"], pair["fixed"]) for pair in found.get("registration_pairs", [])
+        if pair.get("kind", "inter-subject") == "inter-subject" and {pair["moving"], pair["fixed"]} <= known
+    ]
+    return pairs[:limit] or None
+
+
+def label_groups(dataset_dir: str | None, name: str = "coarse27") -> dict | None:
+    """Coarse label groups {number: {"members": [...]}} of a dataset's labels.json, or None if it has none."""
+    path = Path(dataset_dir or ".") / "labels.json"
+    return json.loads(path.read_text()).get(name) if dataset_dir and path.exists() else None
+
+
+def list_scans(dataset_dir: str | None, part: str = "training", *, output_dir: str = ".") -> list[dict[str, str]]:
+    """Scans to train on: those of dataset.json, else every scan in the folder, else (no folder given) two phantoms.
+
+    Without a dataset.json nothing says which scans to keep apart, so all of them are the training part and "validation"
+    repeats the last two.
+
+    Args:
+        part: "training" or "validation".
+
+    Returns:
+        [{"id", "image", "label" if there is one}].
+
+    Raises:
+        InputError: fewer than two scans.
+    """
+    if not dataset_dir:
+        row = write_phantom(Path(output_dir) / "phantom_input")
+        return [{"id": role, "image": row[role], "label": row[f"{role}_label"]} for role in ("moving", "fixed")]
+    root = Path(dataset_dir).absolute()
+    if (root / "dataset.json").exists():
+        scans = [
+            {"id": case["id"]} | {name: str(root / case[name]) for name in ("image", "label") if name in case}
+            for case in read_dataset(dataset_dir).get(part, [])
+        ]
+    else:
+        if not root.is_dir():
+            raise InputError(f"{root}: no such folder")
+        files = sorted(path for path in root.iterdir() if path.name.lower().endswith(SCAN_ENDINGS))
+        scans = [{"id": stem(path.name), "image": str(path)} for path in files]
+        scans = scans if part == "training" else scans[-2:]
+    if len(scans) < 2:
+        raise InputError(f"{root}: holds {len(scans)} scans for {part}, at least 2 are needed")
+    return scans
+
+
+class OrderedPairs(Dataset):
+    """All ordered pairs of a set of scans: one item is scan a as moving and scan b as fixed, a != b.
+
+    Every scan is loaded and transformed once and kept in memory (MONAI's CacheDataset, with its progress bar).
+
+    Args:
+        data: scans as `list_scans` gives them.
+        transform: for one scan ({"id", "image", "label"}).
+        pair_transform: for one pair ({"id", "moving", "fixed", "moving_label", "fixed_label"}).
+        pairs: (moving id, fixed id) to use instead of all ordered pairs.
+    """
+
+    def __init__(
+        self, data: list[dict], transform: Callable | None = None, pair_transform: Callable | None = None,
+        pairs: list[tuple[str, str]] | None = None,
+    ) -> None:
+        self.data, self.pair_transform = data, pair_transform
+        self.scans = CacheDataset(data, transform or (lambda scan: scan), progress=len(data) > 4)
+        number = {scan["id"]: n for n, scan in enumerate(data)}
+        if pairs:
+            self.pairs = [(number[moving], number[fixed]) for moving, fixed in pairs]
+        else:
+            self.pairs = [(a, b) for a in range(len(data)) for b in range(len(data)) if a != b]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict:
+        moving, fixed = (self.scans[n] for n in self.pairs[index])
+        pair = {"id": f"{moving['id']}_to_{fixed['id']}", "moving": moving["image"], "fixed": fixed["image"]}
+        if "label" in moving and "label" in fixed:
+            pair |= {"moving_label": moving["label"], "fixed_label": fixed["label"]}
+        return self.pair_transform(pair) if self.pair_transform else pair

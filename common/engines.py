@@ -1,0 +1,255 @@
+"""Glue between the pair transforms and MONAI's engines: weights, inferer, metric, tables, one-sentence errors."""
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
+from monai.data import DistributedSampler
+from monai.engines import Evaluator
+from monai.handlers import CheckpointLoader, CheckpointSaver, IgniteMetricHandler, from_engine
+from monai.inferers import Inferer
+from monai.metrics import CumulativeIterationMetric
+from torch import Tensor, nn
+
+from common import progress
+from common.io import InputError, write_table
+from common.metrics import label_overlap, mean_over_labels
+from common.refine import refine
+
+
+def one_sentence_errors() -> None:
+    """From now on an InputError that nobody catches ends the program with its sentence instead of a traceback.
+
+    For command lines: it replaces sys.excepthook, which looks through the causes that MONAI wraps around an error.
+    """
+    usual = sys.excepthook
+
+    def hook(kind, error, traceback) -> None:
+        cause, seen = error, set()
+        while cause is not None and id(cause) not in seen:
+            if isinstance(cause, InputError):
+                print(f"error: {cause}", file=sys.stderr)
+                return
+            seen.add(id(cause))
+            cause = cause.__cause__ or cause.__context__
+        usual(kind, error, traceback)
+
+    if getattr(usual, "__name__", "") != "hook":
+        sys.excepthook = hook
+
+
+def load_weights(network: nn.Module, path: str | os.PathLike | None, device: torch.device | str = "cpu") -> nn.Module:
+    """Load a plain state dict into `network`, strictly, and move it to `device`; `path` None or "" leaves it untrained.
+
+    Raises:
+        InputError: missing file, not a state dict, or weights of another network.
+    """
+    if path:
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: no such file")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises several kinds for a file that is no checkpoint
+            raise InputError(f"{path}: not a file of weights (a state dict saved by torch.save)") from error
+        state = state.get("model", state) if isinstance(state, dict) else state
+        own = network.state_dict()
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise InputError(f"{path}: not a file of weights (a state dict saved by torch.save)")
+        wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+        if wrong:
+            raise InputError(f"{path}: these weights do not fit the network {type(network).__name__}, first at {wrong[0]!r}")
+        network.load_state_dict(state)
+    return network.to(device)
+
+
+class RegistrationInferer(Inferer):
+    """Run a network on the packed image and, if asked, improve its displacement for this pair.
+
+    Args:
+        refine_steps: steps of `common.refine.refine`; 0 leaves the network's displacement.
+        options: further keyword arguments of `refine`.
+    """
+
+    def __init__(self, refine_steps: int = 0, **options: Any) -> None:
+        if int(refine_steps) < 0:
+            raise InputError(f"--refine_steps must be >= 0, got {refine_steps}")
+        self.refine_steps, self.options = int(refine_steps), options
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        progress.stage("network")
+        image = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
+        disp = network(image, *args, **kwargs).float()
+        if self.refine_steps:
+            progress.stage("refining")
+            disp = refine(disp, image, self.refine_steps, **self.options)
+        return disp
+
+
+class LabelDice(CumulativeIterationMetric):
+    """Mean Dice over the labels of each pair, from integer label maps (1, I, J, K).
+
+    Args:
+        minimum: labels of at most this many voxels in the fixed map are left out.
+    """
+
+    def __init__(self, minimum: int = 0) -> None:
+        super().__init__()
+        self.minimum = minimum
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor) -> Tensor:
+        fixed, warped = (torch.as_tensor(x).cpu().round().long() for x in (y, y_pred))
+        pairs = zip(fixed[:, 0], warped[:, 0])
+        return torch.tensor([[mean_over_labels(label_overlap(f, w, minimum=self.minimum), "dice")] for f, w in pairs])
+
+    def aggregate(self) -> Tensor:
+        """Mean over the pairs so far, nan where no pair has labels."""
+        return torch.as_tensor(self.get_buffer()).float().nanmean()
+
+
+class PairTable:
+    """Collect the "row" of each pair: results.csv after every pair, and a summary at the end.
+
+    Args:
+        output_dir: where results.csv goes.
+        name: word in front of the progress bar.
+    """
+
+    def __init__(self, output_dir: str, name: str = "register") -> None:
+        self.path, self.name, self.rows = Path(output_dir) / "results.csv", name, []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+
+    def _start(self, engine: Engine) -> None:
+        self.rows = []
+        progress.start(len(engine.state.dataloader), self.name)
+
+    def _collect(self, engine: Engine) -> None:
+        self.rows += [item["row"] for item in engine.state.output if "row" in item]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_table(self.path, self.rows)
+        progress.advance()
+
+    def _finish(self, engine: Engine) -> None:
+        progress.close()
+        engine.state.rows = self.rows
+        print(self.summary(), flush=True)
+
+    def _fail(self, engine: Engine, error: BaseException) -> None:
+        progress.close()
+        raise error
+
+    def summary(self) -> str:
+        """What the results say, a line a measure, and where they are."""
+        lines = [f"{len(self.rows)} pair{'s' * (len(self.rows) != 1)} registered, results in {self.path.parent.absolute()}"]
+        lines += [f"  {self.path.name}  a row a pair; the folder {row['id']}/ holds the files" for row in self.rows[:1]]
+        words = {
+            "ncc": "correlation inside the fixed foreground", "dice": "mean Dice of the labels",
+            "dice_coarse": "mean Dice of the label groups", "hd95": "mean HD95 in mm", "assd": "mean ASSD in mm",
+        }
+        for name, text in words.items():
+            before, after = (self._mean(f"{name}_{when}") for when in ("before", "after"))
+            if after == after:
+                lines.append(f"  {text}: {before:.3f} after pre-alignment, {after:.3f} after registration")
+        lines.append(f"  folding: {self._mean('folding_pct'):.3f} % of the voxels, SDlogJ {self._mean('sdlogj'):.3f}")
+        lines.append(f"  displacement: mean {self._mean('disp_mean_mm'):.1f} mm; {self._mean('seconds'):.1f} s a pair")
+        return "\n".join(lines)
+
+    def _mean(self, name: str) -> float:
+        values = torch.tensor([row[name] for row in self.rows if row.get(name) is not None], dtype=torch.float64)
+        return float(values.nanmean()) if len(values) else float("nan")
+
+
+def run(engine: Evaluator) -> None:
+    """Run an evaluator with its own log lines kept quiet: the progress bar and the summary speak."""
+    engine.logger.disabled = True
+    engine.run()
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def prepare_pair(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Input and target of a pair are the same packed image: the loss warps the one half onto the other."""
+    image = batch["image"].as_tensor() if hasattr(batch["image"], "as_tensor") else batch["image"]
+    image = image.to(device, non_blocking=non_blocking, **kwargs)
+    return image, image
+
+
+def label_dice_handler(minimum: int = 0) -> IgniteMetricHandler:
+    """Key metric of the validation: mean label Dice of "warped_label" against "target_label"."""
+    return IgniteMetricHandler(
+        metric_fn=LabelDice(minimum), output_transform=from_engine(["warped_label", "target_label"])
+    )
+
+
+def fixed_and_moving(batch: list[dict]) -> tuple[list[Tensor], list[Tensor]]:
+    """For TensorBoard: the two scans of the packed image, fixed as image, moving as label."""
+    halves = [torch.as_tensor(item["image"]).chunk(2) for item in batch]
+    return [fixed for _, fixed in halves], [moving for moving, _ in halves]
+
+
+def warped_image(output: list[dict]) -> list[Tensor]:
+    """For TensorBoard: the warped moving scans."""
+    return [torch.as_tensor(item["warped"]) for item in output]
+
+
+class LastCheckpoint:
+    """Save the whole state of a training after every epoch, and go on from it when the run is started again.
+
+    Args:
+        folder: where checkpoint_epoch=N.pt is kept (the newest only).
+        objects: what to save besides the trainer: model, optimizer, lr_scheduler.
+        device: where to load tensors to.
+        write: False on the processes that only read (rank > 0).
+    """
+
+    def __init__(self, folder: str, objects: dict[str, Any], device: torch.device | str, write: bool = True) -> None:
+        self.folder, self.objects, self.device, self.write = Path(folder), objects, device, write
+
+    def attach(self, engine: Engine) -> None:
+        everything = self.objects | {"trainer": engine}
+        found = sorted(self.folder.glob("checkpoint_epoch=*.pt"), key=lambda path: path.stat().st_mtime)
+        if found:
+            print(f"going on from {found[-1]}", flush=True)
+            CheckpointLoader(str(found[-1]), everything, map_location=torch.device(self.device)).attach(engine)
+        if self.write:
+            CheckpointSaver(str(self.folder), everything, save_interval=1, n_saved=1).attach(engine)
+
+
+class TrainingBar:
+    """Progress bar over the iterations of an epoch, with the loss."""
+
+    def attach(self, engine: Engine) -> None:
+        bar = ProgressBar(desc="train", persist=False)
+        bar.attach(engine, output_transform=lambda output: {"loss": round(float(output[0]["loss"]), 4)})
+
+
+class EpochSampler:
+    """Tell a DistributedSampler the epoch, so that every epoch shuffles anew."""
+
+    def __init__(self, sampler: DistributedSampler) -> None:
+        self.sampler = sampler
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda e: self.sampler.set_epoch(e.state.epoch))
+
+
+def init_processes() -> None:
+    """Join the process group that torchrun describes: NCCL on GPUs, gloo on CPUs."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank_device())
+
+
+def rank_device() -> torch.device:
+    """The GPU of this process on its machine, or the CPU."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")

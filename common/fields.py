@@ -1,0 +1,103 @@
+"""Displacement fields: identity, composition, integration, inversion, resampling, Jacobian. All in voxels."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.ops import warp
+
+
+def identity(size: tuple[int, int, int], like: Tensor) -> Tensor:
+    """Voxel coordinates (1, 3, I, J, K) of a grid, on the device of `like`, in at least float32."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    axes = [torch.arange(n, device=like.device, dtype=dtype) for n in size]
+    return torch.stack(torch.meshgrid(axes, indexing="ij")).unsqueeze(0)
+
+
+def compose(first: Tensor, then: Tensor, *, padding: str = "border") -> Tensor:
+    """Displacement whose warp equals warping by `first` and the result by `then`.
+
+    compose(first, then)(x) = then(x) + first(x + then(x))
+
+    Args:
+        first, then: (B, 3, I, J, K) displacements in voxels of one grid.
+        padding: value of `first` outside its grid: that of the nearest voxel ("border") or 0 ("zeros").
+
+    Returns:
+        (B, 3, I, J, K) displacement.
+    """
+    return then + warp(first, then, padding=padding)
+
+
+def integrate(velocity: Tensor, *, steps: int = 7) -> Tensor:
+    """Displacement of the flow of a stationary velocity after unit time, by scaling and squaring.
+
+    disp_0 = velocity / 2^steps, then disp <- compose(disp, disp), `steps` times
+
+    Args:
+        velocity: (B, 3, I, J, K) in voxels per unit time.
+        steps: number of squarings; 2^-steps times the largest velocity should be well below one voxel.
+
+    Source: Arsigny et al., A log-Euclidean framework for statistics on diffeomorphisms, MICCAI 2006.
+    """
+    disp = velocity / 2**steps
+    for _ in range(steps):
+        disp = compose(disp, disp)
+    return disp
+
+
+def invert(disp: Tensor, *, iterations: int = 30) -> Tensor:
+    """Displacement v with compose(disp, v) = 0, by the fixed point v(x) <- -disp(x + v(x)).
+
+    Args:
+        disp: (B, 3, I, J, K) in voxels; the iteration converges where its Lipschitz constant is below 1.
+        iterations: number of updates; use `inverse_error` to see how well it ended.
+
+    Source: Chen et al., A simple fixed-point approach to invert a deformation field, Medical Physics 2008.
+    """
+    inverse = -disp
+    for _ in range(iterations):
+        inverse = -warp(disp, inverse)
+    return inverse
+
+
+def inverse_error(disp: Tensor, inverse: Tensor) -> Tensor:
+    """|compose(disp, inverse)| in voxels: (B, 1, I, J, K)."""
+    return compose(disp, inverse).norm(dim=1, keepdim=True)
+
+
+def resize_disp(disp: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Resample a displacement to another corner-aligned grid of the same field of view, and rescale its values.
+
+    Args:
+        disp: (B, 3, I, J, K) in voxels of its grid.
+        size: new (I', J', K').
+
+    Returns:
+        (B, 3, I', J', K') in voxels of the new grid: component c times (size'_c - 1) / (size_c - 1).
+    """
+    scale = [(new - 1) / max(old - 1, 1) for new, old in zip(size, disp.shape[2:])]
+    resampled = F.interpolate(disp, size=tuple(size), mode="trilinear", align_corners=True)
+    return resampled * disp.new_tensor(scale).view(1, 3, 1, 1, 1)
+
+
+def jacobian_determinant(disp: Tensor) -> Tensor:
+    """Determinant of the Jacobian of x + disp(x) by central differences, one-sided at the border.
+
+    Args:
+        disp: (B, 3, I, J, K) in voxels, every axis of at least 2 voxels.
+
+    Returns:
+        (B, 1, I, J, K); 1 where the volume is kept, <= 0 where the field folds.
+
+    Raises:
+        ValueError: an axis of one voxel.
+    """
+    if min(disp.shape[2:]) < 2:
+        raise ValueError(f"jacobian_determinant() 'disp' must have at least 2 voxels along each axis, got {tuple(disp.shape)}")
+    rows = torch.stack(torch.gradient(disp, dim=(2, 3, 4)), dim=2)  # (B, c, axis, I, J, K): d disp_c / d axis
+    a, b, c = rows[:, 0], rows[:, 1], rows[:, 2]
+    ai, aj, ak = a[:, 0] + 1, a[:, 1], a[:, 2]
+    bi, bj, bk = b[:, 0], b[:, 1] + 1, b[:, 2]
+    ci, cj, ck = c[:, 0], c[:, 1], c[:, 2] + 1
+    det = ai * (bj * ck - bk * cj) - aj * (bi * ck - bk * ci) + ak * (bi * cj - bj * ci)
+    return det.unsqueeze(1)

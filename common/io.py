@@ -1,0 +1,253 @@
+"""Files of scans, transforms and points. With geometry.py the only place that knows millimetres, RAS and LPS.
+
+A scan inside the package is a numpy array (I, J, K) or (C, I, J, K) with a 4x4 `affine_ras` (voxel -> mm, RAS, as in
+NIfTI). ITK works in LPS: the first two world axes change sign. Reading goes through ITK, so that headers mean here what
+they mean to ANTs and Slicer.
+"""
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import itk
+import numpy as np
+from monai.data import ITKReader
+
+LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+class InputError(ValueError):
+    """Something is wrong with what the user gave; the message is one sentence that names the file and the fault."""
+
+
+def read_scan(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """Read a 3-D scan (NIfTI, MetaImage, NRRD, ... or a DICOM series folder).
+
+    Returns:
+        Array (C, I, J, K) float32 and its `affine_ras` (4, 4).
+
+    Raises:
+        InputError: the file is missing, not an image, not 3-D, or holds NaN or infinite values.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    reader = ITKReader(affine_lps_to_ras=True)
+    try:
+        image, meta = reader.get_data(reader.read(str(path)))
+    except Exception as error:  # every reader of ITK has its own exception; the sentence keeps the last line of it
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: not an image that can be read ({reason})") from error
+    channel_dim = meta.get("original_channel_dim", float("nan"))
+    spatial = image.ndim - (0 if isinstance(channel_dim, float) else 1)
+    if spatial != 3 or min(image.shape) < 1:
+        raise InputError(f"{path}: must be a 3-D scan, got {spatial}-D data of shape {tuple(image.shape)}")
+    image = image[None] if image.ndim == 3 else np.moveaxis(image, int(channel_dim), 0)
+    if min(image.shape[1:]) < 2:
+        raise InputError(f"{path}: must be a 3-D scan, got a single slice of shape {tuple(image.shape[1:])}")
+    image = np.ascontiguousarray(image, dtype=np.float32)
+    if not np.isfinite(image).all():
+        raise InputError(f"{path}: holds NaN or infinite values")
+    return image, np.asarray(meta["affine"], dtype=np.float64)
+
+
+def to_itk(array: np.ndarray, affine_ras: np.ndarray) -> "itk.Image":
+    """(I, J, K) array and its affine -> ITK image in LPS.
+
+    Raises:
+        ValueError: the axes of `affine_ras` are not orthogonal, which ITK cannot hold.
+    """
+    image = itk.image_from_array(np.ascontiguousarray(np.transpose(array)))  # ITK's buffer has k slowest
+    set_geometry(image, affine_ras)
+    return image
+
+
+def set_geometry(image: "itk.Image", affine_ras: np.ndarray) -> None:
+    """Give `image` the spacing, origin and direction of `affine_ras`."""
+    lps = LPS_FROM_RAS @ affine_ras
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    direction = lps[:3, :3] / spacing
+    if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-4):
+        raise ValueError(f"set_geometry() 'affine_ras' must have orthogonal axes, got {affine_ras.tolist()}")
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(direction)))
+
+
+def affine_of(image: "itk.Image") -> np.ndarray:
+    """The 4x4 `affine_ras` of an ITK image."""
+    lps = np.eye(4)
+    lps[:3, :3] = itk.array_from_matrix(image.GetDirection()) * np.asarray(image.GetSpacing())
+    lps[:3, 3] = np.asarray(image.GetOrigin())
+    return LPS_FROM_RAS @ lps
+
+
+def to_array(image: "itk.Image") -> np.ndarray:
+    """ITK image -> (I, J, K) array."""
+    return np.transpose(itk.array_from_image(image))
+
+
+# ---- transforms -----------------------------------------------------------------------------------------------------
+
+
+def affine_transform(matrix_ras: np.ndarray) -> "itk.AffineTransform":
+    """4x4 point map in RAS mm -> ITK affine transform (LPS mm)."""
+    lps = LPS_FROM_RAS @ matrix_ras @ LPS_FROM_RAS
+    transform = itk.AffineTransform[itk.D, 3].New()
+    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:3, :3])))
+    transform.SetTranslation(lps[:3, 3].tolist())
+    return transform
+
+
+def displacement_transform(disp: np.ndarray, affine_ras: np.ndarray) -> "itk.DisplacementFieldTransform":
+    """(3, I, J, K) displacement in voxels of the grid `affine_ras` -> ITK displacement field transform (LPS mm)."""
+    linear = (LPS_FROM_RAS @ affine_ras)[:3, :3]
+    vectors = np.einsum("ab,bijk->kjia", linear, disp.astype(np.float64))  # ITK's order: k slowest, components last
+    field = itk.Image[itk.Vector[itk.D, 3], 3].New()
+    field.SetRegions([int(n) for n in disp.shape[1:]])
+    field.Allocate()
+    itk.array_view_from_image(field)[...] = vectors
+    set_geometry(field, affine_ras)
+    transform = itk.DisplacementFieldTransform[itk.D, 3].New()
+    transform.SetDisplacementField(field)
+    return transform
+
+
+def composite(applied_first: "itk.Transform", applied_second: "itk.Transform") -> "itk.CompositeTransform":
+    """The point map x -> applied_second(applied_first(x)); ITK applies the transform added last first."""
+    transform = itk.CompositeTransform[itk.D, 3].New()
+    transform.AddTransform(applied_second)
+    transform.AddTransform(applied_first)
+    return transform
+
+
+def write_transform(transform: "itk.Transform", path: Path) -> None:
+    """Write an ITK transform (.h5, or .tfm / .txt for an affine)."""
+    itk.transformwrite([transform], str(path), compression=True)
+
+
+def read_transform(path: str | os.PathLike) -> "itk.Transform":
+    """Read an ITK transform file; several in one file come back as one composite.
+
+    Raises:
+        InputError: the file is missing or not a transform.
+    """
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such file")
+    try:
+        found = itk.transformread(str(path))
+    except RuntimeError as error:
+        raise InputError(f"{path}: not a transform that ITK can read") from error
+    if len(found) == 1:
+        return found[0]
+    whole = itk.CompositeTransform[itk.D, 3].New()
+    for transform in found:
+        whole.AddTransform(transform)
+    return whole
+
+
+def resample(
+    array: np.ndarray, affine_ras: np.ndarray, size: tuple[int, int, int], onto_ras: np.ndarray,
+    transform: "itk.Transform | None" = None, *, nearest: bool = False,
+) -> np.ndarray:
+    """Values of a scan at transform(x) for every voxel x of another grid; 0 outside. One interpolation, by ITK.
+
+    Args:
+        array: (I, J, K) scan on the grid `affine_ras`.
+        size, onto_ras: the grid to fill.
+        transform: ITK point map from the new grid's space to the scan's; None is the identity.
+        nearest: nearest neighbour, for labels; else linear.
+
+    Returns:
+        (I', J', K') float32.
+    """
+    image = to_itk(array.astype(np.float32, copy=False), affine_ras)
+    kind = type(image)
+    chooser = itk.NearestNeighborInterpolateImageFunction if nearest else itk.LinearInterpolateImageFunction
+    reference = to_itk(np.zeros((1, 1, 1), np.float32), onto_ras)
+    filtered = itk.ResampleImageFilter[kind, kind].New(Input=image, Interpolator=chooser[kind, itk.D].New())
+    filtered.SetSize([int(n) for n in size])
+    filtered.SetOutputSpacing(reference.GetSpacing())
+    filtered.SetOutputOrigin(reference.GetOrigin())
+    filtered.SetOutputDirection(reference.GetDirection())
+    if transform is not None:
+        filtered.SetTransform(transform)
+    filtered.Update()
+    return to_array(filtered.GetOutput())
+
+
+def displacement_image(transform: "itk.Transform", size: tuple[int, int, int], affine_ras: np.ndarray) -> "itk.Image":
+    """The whole point map as a vector image transform(x) - x (LPS mm) on a grid: what ANTs calls a warp."""
+    kind = itk.Image[itk.Vector[itk.F, 3], 3]
+    reference = to_itk(np.zeros((1, 1, 1), np.float32), affine_ras)
+    source = itk.TransformToDisplacementFieldFilter[kind, itk.D].New(Transform=transform)
+    source.SetSize([int(n) for n in size])
+    source.SetOutputSpacing(reference.GetSpacing())
+    source.SetOutputOrigin(reference.GetOrigin())
+    source.SetOutputDirection(reference.GetDirection())
+    source.Update()
+    return source.GetOutput()
+
+
+def write_scan(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
+    """Write (I, J, K) or (C, I, J, K); the channels become files' vector components in C > 1 scans."""
+    if array.ndim == 4 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim == 3:
+        itk.imwrite(to_itk(array, affine_ras), str(path), compression=True)
+        return
+    image = itk.image_from_array(np.ascontiguousarray(np.transpose(array, (3, 2, 1, 0))), is_vector=True)
+    set_geometry(image, affine_ras)
+    itk.imwrite(image, str(path), compression=True)
+
+
+def write_image(image: "itk.Image", path: Path) -> None:
+    """Write an ITK image compressed; a vector image becomes (X, Y, Z, 1, 3) NIfTI with intent vector."""
+    itk.imwrite(image, str(path), compression=True)
+
+
+def write_label(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
+    """Write an (I, J, K) label map in the smallest integer type that holds it."""
+    low, high = float(array.min()), float(array.max())
+    kinds = (np.uint8, np.int16, np.uint16, np.int32)
+    kind = next((k for k in kinds if np.iinfo(k).min <= low and high <= np.iinfo(k).max), np.float32)
+    write_image(to_itk(array.astype(kind), affine_ras), path)
+
+
+# ---- folders and tables ---------------------------------------------------------------------------------------------
+
+
+def write_folder(path: Path, writers: dict) -> None:
+    """Create the folder `path` with one file per entry {name: function(path)}: whole, or not at all.
+
+    The files are written beside it first; an older folder of that name is replaced only when all of them exist.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        for name, write in writers.items():
+            write(partial / name)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        partial.rename(path)
+        shutil.rmtree(old)
+    else:
+        partial.rename(path)
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Write rows as CSV, the columns in order of appearance; replaced in one step."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)

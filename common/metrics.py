@@ -1,0 +1,92 @@
+"""How good a registration is: overlap and surface distances by MONAI, regularity and landmarks by our own formulas."""
+import torch
+from monai.metrics import (
+    SSIMMetric, compute_average_surface_distance, compute_dice, compute_hausdorff_distance,
+)
+from torch import Tensor
+
+from common.fields import jacobian_determinant
+
+
+def label_overlap(
+    fixed: Tensor, warped: Tensor, moving: Tensor | None = None, *, spacing: tuple[float, float, float] | None = None,
+    minimum: int = 0,
+) -> dict[int, dict[str, float]]:
+    """Dice of every label, and surface distances where `spacing` is given.
+
+    Args:
+        fixed, warped: (I, J, K) integer labels on one grid; 0 is background.
+        moving: the label map before warping, any grid; a label that it lacks is left out.
+        spacing: mm along i, j, k; adds hd, hd95 and assd in mm (slow).
+        minimum: labels of at most this many voxels in `fixed` are left out.
+
+    Returns:
+        {label: {"dice": ..., "hd": ..., "hd95": ..., "assd": ...}}; a distance is nan where `warped` lacks the label.
+    """
+    known = None if moving is None else set(torch.unique(moving).tolist())
+    scores = {}
+    labels, counts = torch.unique(fixed, return_counts=True)
+    for label, count in zip(labels.tolist(), counts.tolist()):
+        if label == 0 or count <= minimum or (known is not None and label not in known):
+            continue
+        box = _bounding_box((fixed == label) | (warped == label))
+        a, b = ((x[box] == label)[None, None].float() for x in (warped, fixed))
+        scores[int(label)] = row = {"dice": float(compute_dice(a, b))}
+        if spacing is not None:
+            step = [float(s) for s in spacing]
+            row["hd"] = float(compute_hausdorff_distance(a, b, include_background=True, spacing=step))
+            row["hd95"] = float(compute_hausdorff_distance(a, b, include_background=True, percentile=95, spacing=step))
+            row["assd"] = float(
+                compute_average_surface_distance(a, b, include_background=True, symmetric=True, spacing=step)
+            )
+    return scores
+
+
+def mean_over_labels(scores: dict[int, dict[str, float]], name: str) -> float:
+    """Mean of one measure over the labels, nan entries left out; nan for no label."""
+    values = torch.tensor([row[name] for row in scores.values()], dtype=torch.float64)
+    return float(values.nanmean()) if len(values) else float("nan")
+
+
+def _bounding_box(mask: Tensor) -> tuple[slice, slice, slice]:
+    """Smallest box around `mask`, one voxel wider, so that surfaces do not touch its faces."""
+    box = []
+    for axis in range(3):
+        present = mask.movedim(axis, 0).flatten(1).any(1).nonzero()
+        box.append(slice(max(int(present[0]) - 1, 0), int(present[-1]) + 2))
+    return tuple(box)
+
+
+def ssim(warped: Tensor, fixed: Tensor) -> float:
+    """Structural similarity of (B, C, I, J, K) scans in [0, 1], Gaussian window 11, by MONAI."""
+    return float(SSIMMetric(spatial_dims=3, data_range=1.0)(warped, fixed).mean())
+
+
+def ncc(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
+    """Pearson correlation of two scans of one shape, within `mask` where given."""
+    if mask is not None:
+        a, b = a[mask], b[mask]
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    norm = (a.square().sum() * b.square().sum()).sqrt()
+    return float((a * b).sum() / norm) if norm > 0 else float("nan")
+
+
+def regularity(disp: Tensor, mask: Tensor | None = None) -> dict[str, float]:
+    """Folding share and spread of volume change of a displacement.
+
+    folding_pct = 100 * share of voxels with det J <= 0,  sdlogj = std of log(clip(det J, 1e-9, 1e9))
+
+    Args:
+        disp: (1, 3, I, J, K) in voxels.
+        mask: (I, J, K) voxels that count; None takes all. Two voxels along the border are always left out, where the
+            differences are one-sided.
+
+    Source: SACB-Net section 4 counts det <= 0; SDlogJ as in the Learn2Reg challenges.
+    """
+    inner = (slice(2, -2),) * 3
+    det = jacobian_determinant(disp.double())[0, 0][inner]
+    if mask is not None:
+        det = det[mask[inner]]
+    if det.numel() == 0:
+        return {"folding_pct": float("nan"), "sdlogj": float("nan")}
+    return {"folding_pct": 100 * float((det <= 0).double().mean()), "sdlogj": float(det.clamp(1e-9, 1e9).log().std(unbiased=False))}

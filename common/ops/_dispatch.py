@@ -1,0 +1,48 @@
+"""Which layer of an operator runs: one visible rule for all of them.
+
+reference   plain torch, the formula; used while tracing, scripting or exporting, and when asked for.
+lean        torch with slabs and recompute; the default on CPU, and on any device without a kernel.
+triton      the operator's kernel.py; the default for CUDA tensors where that file and Triton exist.
+"""
+import importlib.util
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "lean", "triton")
+
+
+def why_not_triton(op: str, tensor: Tensor) -> str:
+    """The reason why `op` cannot run its Triton kernel on `tensor`, or "" if it can."""
+    if importlib.util.find_spec(f"common.ops.{op}.kernel") is None:
+        return f"{op} has no Triton kernel in this version"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not tensor.is_cuda:
+        return f"the tensor is on {tensor.device}, not on a CUDA device"
+    return ""
+
+
+def choose(op: str, tensor: Tensor, backend: str | None, *, portable: str = "reference") -> str:
+    """Return the layer to run: "reference", "lean" or "triton".
+
+    A backend asked for by name is obeyed or refused with the reason, never replaced.
+
+    Args:
+        op: folder name of the operator.
+        tensor: an input, whose device decides.
+        backend: a name of BACKENDS, or None for the rule above.
+        portable: the layer that leaves no custom operator in an exported graph.
+
+    Raises:
+        ValueError: unknown name. RuntimeError: the named backend cannot run, and why.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{op}() 'backend' must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if backend == "triton" and (reason := why_not_triton(op, tensor)):
+        raise RuntimeError(f"{op}() cannot run backend 'triton': {reason}")
+    if backend is not None:
+        return backend
+    if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return portable
+    return "triton" if tensor.is_cuda and not why_not_triton(op, tensor) else "lean"

@@ -1,0 +1,23 @@
+"""The formula of match, with the neighbourhood unfolded."""
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def offsets(radius: int, like: Tensor) -> Tensor:
+    """((2r+1)^3, 3) integer offsets as floats, i slowest and k fastest."""
+    steps = list(itertools.product(range(-radius, radius + 1), repeat=3))
+    return torch.tensor(steps, device=like.device, dtype=like.dtype)
+
+
+def match_reference(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Tensor:
+    """See `common.ops.match`; keeps the (B, C, (2r+1)^3, I, J, K) neighbourhood in memory."""
+    width = 2 * radius + 1
+    padded = F.pad(feat_moving, (radius,) * 6)
+    windows = padded.unfold(2, width, 1).unfold(3, width, 1).unfold(4, width, 1)  # (B, C, I, J, K, w, w, w)
+    patches = windows.flatten(5).permute(0, 5, 1, 2, 3, 4).contiguous()  # (B, w^3, C, I, J, K)
+    score = (feat_fixed.unsqueeze(1) * patches).sum(2)
+    weight = score.softmax(1)
+    return torch.einsum("bnijk,nc->bcijk", weight, offsets(radius, feat_fixed))

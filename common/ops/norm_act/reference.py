@@ -1,0 +1,10 @@
+"""The formula of norm_act in torch's own terms."""
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def norm_act_reference(x: Tensor, slope: float, eps: float) -> Tensor:
+    """See `common.ops.norm_act`."""
+    mean = x.mean((2, 3, 4), keepdim=True)
+    var = (x - mean).square().mean((2, 3, 4), keepdim=True)
+    return F.leaky_relu((x - mean) / (var + eps).sqrt(), slope)

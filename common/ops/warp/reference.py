@@ -1,0 +1,42 @@
+"""The formula of warp: a weighted sum over the eight corners of the cell that is hit."""
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def voxel_coords(disp: Tensor) -> Tensor:
+    """x + disp(x) in voxels: (B, 3, I, J, K), at least float32."""
+    dtype = torch.promote_types(disp.dtype, torch.float32)
+    axes = [torch.arange(n, device=disp.device, dtype=dtype) for n in disp.shape[2:]]
+    return torch.stack(torch.meshgrid(axes, indexing="ij")) + disp.to(dtype)
+
+
+def warp_reference(image: Tensor, disp: Tensor, mode: str, padding: str) -> Tensor:
+    """See `common.ops.warp`. Shapes: image (B, C, I', J', K'), disp (B, 3, I, J, K)."""
+    coords = voxel_coords(disp)
+    size = torch.tensor(image.shape[2:], device=image.device).view(1, 3, 1, 1, 1)
+    if padding == "border":
+        coords = torch.minimum(coords.clamp(min=0), (size - 1).to(coords.dtype))
+    if mode == "nearest":
+        return _gather(image, coords.round().long(), size)
+    cell = coords.floor()
+    fraction = coords - cell
+    out = torch.zeros_like(coords[:, :1])
+    for corner in itertools.product((0, 1), repeat=3):
+        weight = torch.ones_like(coords[:, :1])
+        for axis, side in enumerate(corner):
+            f = fraction[:, axis : axis + 1]
+            weight = weight * (f if side else 1 - f)
+        offset = torch.tensor(corner, device=image.device).view(1, 3, 1, 1, 1)
+        out = out + weight * _gather(image, cell.long() + offset, size).to(coords.dtype)
+    return out.to(image.dtype)
+
+
+def _gather(image: Tensor, index: Tensor, size: Tensor) -> Tensor:
+    """image at integer voxels `index` (B, 3, I, J, K); 0 outside."""
+    inside = ((index >= 0) & (index < size)).all(1, keepdim=True)
+    i, j, k = torch.minimum(index.clamp(min=0), size - 1).unbind(1)
+    flat = (i * image.shape[3] + j) * image.shape[4] + k
+    values = image.flatten(2).gather(2, flat.flatten(1).unsqueeze(1).expand(-1, image.shape[1], -1))
+    return values.view(*image.shape[:2], *flat.shape[1:]) * inside

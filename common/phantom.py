@@ -1,0 +1,132 @@
+"""A synthetic, brain-like pair with known displacement, labels and landmarks: the input when none is given.
+
+The anatomy is a function of a point in mm, so that both scans are sampled from it exactly, each on its own grid: the
+fixed scan is anatomy(x), the moving one anatomy(back(y)) on an oblique, anisotropic grid. `back` is an affine map
+followed by a smooth displacement, and the truth T(x) that a registration should find is its inverse.
+"""
+from pathlib import Path
+
+import numpy as np
+
+from common.io import InputError, write_scan
+
+RADII = np.array([62.0, 78.0, 58.0])  # of the brain, mm
+LABELS = {1: "cortex", 2: "white matter", 3: "ventricles", 4: "thalamus", 5: "putamen", 6: "cerebellum"}
+INTENSITY = {1: 0.55, 2: 0.85, 3: 0.2, 4: 0.65, 5: 0.62, 6: 0.5}
+
+
+def anatomy(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Intensity (0..1) and label of points (..., 3) in mm; both 0 outside the brain."""
+    x, y, z = np.moveaxis(points, -1, 0)
+    a, b, c = x / RADII[0], y / RADII[1], z / RADII[2]
+    radius = np.sqrt(a**2 + b**2 + c**2) + 1e-9
+    folds = np.sin(9 * a / radius + 2 * b) * np.sin(8 * b / radius - c) * np.cos(8 * c / radius + 1.5 * a)
+    depth = radius + 0.05 * folds  # gyri and sulci: the surface swings by some 3 mm
+    inside = depth < 1
+    label = np.where(inside, np.where(depth > 0.86 + 0.05 * folds, 1, 2), 0)
+
+    def blob(centre: tuple[float, float, float], radii: tuple[float, float, float], tilt: float = 0.0) -> np.ndarray:
+        u, v, w = np.abs(x) - centre[0], y - centre[1], z - centre[2]
+        return ((u - tilt * v) / radii[0]) ** 2 + (v / radii[1]) ** 2 + (w / radii[2]) ** 2 < 1
+
+    label[inside & blob((0, -48, -36), (34, 22, 18))] = 6
+    label[inside & blob((11, -8, 4), (9, 13, 9))] = 4
+    label[inside & blob((26, 6, 2), (6, 16, 11), 0.15)] = 5
+    label[inside & blob((9, 8, 19), (6, 30, 9), 0.1)] = 3
+    intensity = np.select([label == n for n in INTENSITY], list(INTENSITY.values()), 0.0)
+    texture = np.sin(x / 3.1 + 1) * np.sin(y / 3.7) * np.sin(z / 3.3 + 2)
+    return np.where(label > 0, intensity + 0.03 * texture, 0.0), label
+
+
+class Deformation:
+    """y -> back(y): affine map of moving space into fixed space, then a smooth displacement of up to `amplitude` mm."""
+
+    def __init__(self, seed: int = 0, *, amplitude: float = 6.0) -> None:
+        rng = np.random.default_rng(seed)
+        angles = rng.uniform(-0.12, 0.12, 3)
+        rotation = np.linalg.multi_dot([_rotation(axis, angle) for axis, angle in enumerate(angles)])
+        self.matrix = rotation * rng.uniform(0.92, 1.08, 3)
+        self.shift = rng.uniform(-12, 12, 3)
+        self.waves = rng.uniform(-1, 1, (6, 3)) * 0.07  # wavelengths of 50 mm and more
+        self.phases = rng.uniform(0, 2 * np.pi, 6)
+        self.vectors = rng.normal(size=(6, 3))
+        self.vectors *= amplitude / np.linalg.norm(self.vectors, axis=1).sum()
+
+    def wave(self, points: np.ndarray) -> np.ndarray:
+        return np.sin(points @ self.waves.T + self.phases) @ self.vectors
+
+    def back(self, moving_points: np.ndarray) -> np.ndarray:
+        """Points of the moving space (..., 3), RAS mm -> fixed space."""
+        affine = moving_points @ self.matrix.T + self.shift
+        return affine + self.wave(affine)
+
+    def truth(self, fixed_points: np.ndarray) -> np.ndarray:
+        """T: points of the fixed space (..., 3), RAS mm -> moving space; the inverse of `back` by fixed point."""
+        affine = fixed_points.copy()
+        for _ in range(60):
+            affine = fixed_points - self.wave(affine)
+        return (affine - self.shift) @ np.linalg.inv(self.matrix).T
+
+
+def _rotation(axis: int, angle: float) -> np.ndarray:
+    matrix = np.eye(3)
+    i, j = [n for n in range(3) if n != axis]
+    matrix[i, i] = matrix[j, j] = np.cos(angle)
+    matrix[i, j], matrix[j, i] = -np.sin(angle), np.sin(angle)
+    return matrix
+
+
+def sample(
+    size: tuple[int, int, int], affine_ras: np.ndarray, deformation: Deformation | None = None, *, noise: float = 0.02,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scan and label map of the phantom on a grid, deformed if asked: (I, J, K) float32 and uint8.
+
+    Intensities average 2x2x2 points a voxel (partial volume) and carry Gaussian noise inside the brain.
+    """
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in size], indexing="ij"), -1).astype(np.float64)
+    total = np.zeros(size)
+    for corner in np.ndindex(2, 2, 2):
+        total += _at(grid + (np.array(corner) - 0.5) / 2, affine_ras, deformation)[0]
+    image = total / 8
+    image = np.where(image > 0, np.clip(image + noise * np.random.default_rng(seed).normal(size=size), 1e-3, 1), 0)
+    label = _at(grid, affine_ras, deformation)[1]
+    return (1000 * image).astype(np.float32), label.astype(np.uint8)
+
+
+def _at(voxels: np.ndarray, affine_ras: np.ndarray, deformation: Deformation | None) -> tuple[np.ndarray, np.ndarray]:
+    points = voxels @ affine_ras[:3, :3].T + affine_ras[:3, 3]
+    return anatomy(points if deformation is None else deformation.back(points))
+
+
+def grids() -> dict[str, tuple[tuple[int, int, int], np.ndarray]]:
+    """Grids of the pair: fixed 2 mm in RAS; moving 2.2 x 2 x 2.5 mm, oblique, stored right to left and front to back."""
+    fixed = np.eye(4)
+    fixed[:3, :3] *= 2.0
+    fixed[:3, 3] = -np.array([71.0, 87.0, 67.0])
+    moving = np.eye(4)
+    moving[:3, :3] = _rotation(2, 0.25) @ _rotation(0, -0.1) @ np.diag([-2.2, -2.0, 2.5])
+    size = (72, 98, 62)
+    moving[:3, 3] = np.array([4.0, -6.0, 5.0]) - moving[:3, :3] @ ((np.array(size) - 1) / 2)
+    return {"fixed": ((72, 88, 68), fixed), "moving": (size, moving)}
+
+
+def write_phantom(folder: Path, *, seed: int = 0) -> dict[str, str]:
+    """Write fixed, moving and their labels as NIfTI into `folder` and return the row of a pairs table.
+
+    Files that exist are kept: they are the same for the same seed and version.
+    """
+    folder = Path(folder)
+    deformation = Deformation(seed)
+    row = {"id": "phantom"}
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file, but the phantom needs a folder of that name")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (size, affine) in grids().items():
+        paths = folder / f"{name}.nii.gz", folder / f"{name}_label.nii.gz"
+        if not all(path.exists() for path in paths):
+            image, label = sample(size, affine, deformation if name == "moving" else None, seed=seed + (name == "moving"))
+            write_scan(image, affine, paths[0])
+            write_scan(label, affine, paths[1])
+        row[name], row[f"{name}_label"] = (str(path) for path in paths)
+    return row

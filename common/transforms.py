@@ -1,0 +1,296 @@
+"""Dictionary transforms of a pair, in the order of the working path (DESIGN: load, align, grid, scale, pack, deliver)."""
+import time
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Transform
+from torch import Tensor
+
+from common import geometry, io, progress
+from common.fields import compose, invert
+from common.io import InputError
+from common.metrics import label_overlap, mean_over_labels, ncc, regularity
+from common.ops import warp
+
+PREALIGN = ("affine", "rigid", "none")
+
+
+def _meta(array: np.ndarray, affine_ras: np.ndarray, name: str) -> MetaTensor:
+    return MetaTensor(torch.from_numpy(array), affine=torch.from_numpy(affine_ras), meta={"filename_or_obj": name})
+
+
+def _numpy(scan: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
+    return scan.numpy(), np.asarray(scan.affine, dtype=np.float64)
+
+
+class LoadScansd(Transform):
+    """Replace the paths under `keys` and KEY_label by (C, I, J, K) MetaTensors in their own space; absent keys stay so.
+
+    Raises:
+        InputError: what `io.read_scan` refuses, a constant scan, or a label map of another shape than its scan.
+    """
+
+    def __init__(self, keys: tuple[str, ...] = ("moving", "fixed"), label_keys: tuple[str, ...] | None = None) -> None:
+        self.keys = tuple(keys)
+        self.label_keys = tuple(label_keys) if label_keys else tuple(f"{key}_label" for key in keys)
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        progress.stage("loading")
+        for key, label_key in zip(self.keys, self.label_keys):
+            path = str(data[key])
+            array, affine = io.read_scan(path)
+            if array.min() == array.max():
+                raise InputError(f"{path}: is constant, every voxel is {array.min():g}")
+            data[key] = _meta(array, affine, path)
+            if label_key in data:
+                label_path = str(data[label_key])
+                label, label_affine = io.read_scan(label_path)
+                if label.shape[1:] != array.shape[1:]:
+                    raise InputError(
+                        f"{label_path}: the label map has shape {label.shape[1:]}, its scan {path} has {array.shape[1:]}"
+                    )
+                if not np.allclose(label_affine, affine, atol=1e-2):
+                    raise InputError(f"{label_path}: the label map lies elsewhere in space than its scan {path}")
+                data[label_key] = _meta(np.rint(label[:1]), affine, label_path)
+        return data
+
+
+class AlignAndGridd(Transform):
+    """Pre-align the pair and resample both scans onto the working grid of the fixed one.
+
+    Adds "matrix" (4x4, RAS mm, fixed space -> moving space), "moving_work" and "fixed_work".
+
+    Args:
+        spacing: voxel size of the working grid in mm; None keeps the fixed scan's.
+        prealign: "affine", "rigid" or "none" (the scans already overlap in world space).
+
+    Raises:
+        InputError: unknown `prealign`, different channel counts, scans that do not overlap after the alignment.
+    """
+
+    def __init__(self, spacing: float | None, prealign: str = "affine") -> None:
+        if prealign not in PREALIGN:
+            raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
+        self.spacing, self.prealign = spacing, prealign
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        data["started"] = time.time()
+        (moving, moving_affine), (fixed, fixed_affine) = _numpy(data["moving"]), _numpy(data["fixed"])
+        names = [data[key].meta["filename_or_obj"] for key in ("moving", "fixed")]
+        if len(moving) != len(fixed):
+            raise InputError(f"{names[0]}: has {len(moving)} channels, the fixed scan {names[1]} has {len(fixed)}")
+        progress.stage(f"{self.prealign} alignment")
+        matrix = geometry.prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign)
+        progress.stage("resampling")
+        size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing)
+        moving_work = geometry.to_working_grid(moving, moving_affine, size, onto, matrix)
+        fixed_work = geometry.to_working_grid(fixed, fixed_affine, size, onto)
+        if not ((moving_work[0] > 0) & (fixed_work[0] > 0)).any():
+            hint = "" if self.prealign != "none" else "; try --prealign affine"
+            raise InputError(f"{names[0]}: does not overlap the fixed scan {names[1]} at all{hint}")
+        data["matrix"] = torch.from_numpy(matrix)
+        data["moving_work"], data["fixed_work"] = (_meta(x, onto, n) for x, n in zip((moving_work, fixed_work), names))
+        return data
+
+
+class ScaleForegroundd(Transform):
+    """Scale each channel to [0, 1]: x / (99.5th percentile of the voxels > 0), clipped.
+
+    The rule that the shipped weights were trained with; for skull-stripped scans, whose background is 0.
+    """
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self.keys = tuple(keys)
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        for key in self.keys:
+            scan = data[key].float()
+            for channel in scan:
+                inside = channel[channel > 0]
+                top = np.percentile(inside.numpy(), 99.5) if len(inside) else 1.0
+                channel.copy_((channel / max(float(top), 1e-12)).clamp(0, 1))
+            data[key] = scan
+        return data
+
+
+class PackPaird(Transform):
+    """Concatenate moving then fixed into "image" (2C, I, J, K), with the fixed scan's space; drop the two keys."""
+
+    def __init__(self, moving: str = "moving_work", fixed: str = "fixed_work") -> None:
+        self.moving, self.fixed = moving, fixed
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        moving, fixed = data.pop(self.moving), data.pop(self.fixed)
+        if moving.shape != fixed.shape:
+            raise InputError(
+                f"{moving.meta['filename_or_obj']}: has grid {tuple(moving.shape[1:])}, "
+                f"{fixed.meta['filename_or_obj']} has {tuple(fixed.shape[1:])}; align them to one grid (--prealign affine)"
+            )
+        image = MetaTensor(torch.cat([moving.as_tensor(), fixed.as_tensor()]), affine=fixed.affine, meta=dict(fixed.meta))
+        return data | {"image": image}
+
+
+class WarpPaird(Transform):
+    """Apply "pred" to the pair on its grid, for validation: adds "warped" and, with labels, "warped_label".
+
+    "target_label" repeats "fixed_label": MONAI's metrics see only what post-processing adds.
+    """
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        disp = torch.as_tensor(data["pred"])[None].float()
+        moving = torch.as_tensor(data["image"]).chunk(2)[0][None].to(disp.device)
+        data["warped"] = warp(moving, disp)[0]
+        if "moving_label" in data and "fixed_label" in data:
+            label = torch.as_tensor(data["moving_label"])[None].to(disp.device)
+            data["warped_label"] = warp(label, disp, mode="nearest", padding="zeros")[0]
+            data["target_label"] = torch.as_tensor(data["fixed_label"])
+        return data
+
+
+class ToTrainingGridd(Transform):
+    """Bring every training scan onto one grid: closest RAS axes, the wanted spacing, the space of a reference scan.
+
+    Args:
+        spacing: voxel size in mm; None keeps that of the scan (or of the reference).
+        prealign: "affine" or "rigid" to the reference, or "none" for scans that share a grid already.
+        reference: path of the scan to align to; needed unless `prealign` is "none".
+        keys: scan and label map.
+    """
+
+    def __init__(
+        self, spacing: float | None, prealign: str = "none", reference: str | None = None,
+        keys: tuple[str, str] = ("image", "label"),
+    ) -> None:
+        if prealign not in PREALIGN:
+            raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
+        self.spacing, self.prealign, self.reference, self.keys = spacing, prealign, reference, keys
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        scan, label = self.keys
+        array, affine = _numpy(data[scan])
+        name = data[scan].meta["filename_or_obj"]
+        target, target_affine, matrix = array, affine, None
+        if self.prealign != "none":
+            target, target_affine = io.read_scan(self.reference)
+            matrix = geometry.prealign(target[0], target_affine, array[0], affine, self.prealign)
+        size, onto = geometry.working_grid(target.shape[1:], target_affine, self.spacing)
+        data[scan] = _meta(geometry.to_working_grid(array, affine, size, onto, matrix), onto, name)
+        if label in data:
+            values = geometry.to_working_grid(_numpy(data[label])[0], affine, size, onto, matrix, nearest=True)
+            data[label] = _meta(values, onto, name)
+        return data
+
+
+class DeliverPaird(Transform):
+    """From the displacement on the working grid to results in the fixed scan's own space, written and measured.
+
+    Writes OUT/ID/ with warped.nii.gz, transform.h5 (ITK composite: the displacement field on the working grid, then the
+    affine), displacement.nii.gz (the whole map on the fixed grid, mm, LPS vectors), and, where they apply,
+    warped_label.nii.gz and inverse_transform.h5. The original moving scan is interpolated once. Adds "row", the pair's
+    line of results.csv.
+
+    Args:
+        output_dir: OUT.
+        save_inverse: also write the inverse transform and report its error.
+        surface: also measure HD95 and ASSD of the labels (slow for many labels).
+        minimum: labels of at most this many voxels in the fixed map are left out of the means.
+        groups: coarse label groups as {name: {"members": [...]}}; adds the mean Dice over them.
+    """
+
+    def __init__(
+        self, output_dir: str, *, save_inverse: bool = False, surface: bool = False, minimum: int = 0,
+        groups: dict | None = None, save: bool = True,
+    ) -> None:
+        self.output_dir, self.save_inverse, self.surface = Path(output_dir), save_inverse, surface
+        self.minimum, self.groups, self.save = minimum, groups, save
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        progress.stage("writing")
+        disp = torch.as_tensor(data["pred"]).cpu().float()
+        onto = np.asarray(data["image"].affine, dtype=np.float64)
+        matrix = np.asarray(data["matrix"], dtype=np.float64)
+        affine = io.affine_transform(matrix)
+        whole = io.composite(io.displacement_transform(disp.numpy(), onto), affine)
+        (moving, moving_affine), (fixed, fixed_affine) = _numpy(data["moving"].cpu()), _numpy(data["fixed"].cpu())
+        size = fixed.shape[1:]
+        warped = np.stack([io.resample(c, moving_affine, size, fixed_affine, whole) for c in moving])
+        row = {"id": data["id"], "fixed": data["fixed"].meta["filename_or_obj"], "moving": data["moving"].meta["filename_or_obj"]}
+        row |= self._similarity(fixed, warped, moving, moving_affine, fixed_affine, affine)
+        writers = {
+            "warped.nii.gz": lambda path: io.write_scan(warped, fixed_affine, path),
+            "transform.h5": lambda path: io.write_transform(whole, path),
+            "displacement.nii.gz": lambda path: io.write_image(io.displacement_image(whole, size, fixed_affine), path),
+        }
+        if "moving_label" in data:
+            label = data["moving_label"].cpu().numpy()[0]
+            warped_label = np.rint(io.resample(label, moving_affine, size, fixed_affine, whole, nearest=True))
+            writers["warped_label.nii.gz"] = lambda path: io.write_label(warped_label, fixed_affine, path)
+            if "fixed_label" in data:
+                before = np.rint(io.resample(label, moving_affine, size, fixed_affine, affine, nearest=True))
+                row |= self._overlap(data["fixed_label"].cpu().numpy()[0], before, warped_label, label, fixed_affine)
+        row |= _field_measures(disp, data["image"], onto)
+        if self.save_inverse:
+            inverse = invert(disp[None])
+            row["inverse_error_mm"] = _inverse_error_mm(disp, inverse[0], onto)
+            back = io.composite(
+                io.affine_transform(np.linalg.inv(matrix)), io.displacement_transform(inverse[0].numpy(), onto)
+            )
+            writers["inverse_transform.h5"] = lambda path: io.write_transform(back, path)
+        row["seconds"] = time.time() - float(data["started"])
+        if self.save:
+            io.write_folder(self.output_dir / data["id"], writers)
+        # The row is what is left of the pair: the volumes would stay in memory until the run ends.
+        return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
+
+    def _similarity(self, fixed, warped, moving, moving_affine, fixed_affine, affine) -> dict[str, float]:
+        start = io.resample(moving[0], moving_affine, fixed.shape[1:], fixed_affine, affine)
+        f, s, w = (torch.from_numpy(np.ascontiguousarray(x)) for x in (fixed[0], start, warped[0]))
+        inside = f > 0
+        overlap = 2 * float(((s > 0) & inside).sum()) / max(float((s > 0).sum() + inside.sum()), 1.0)
+        return {"overlap": overlap, "ncc_before": ncc(s, f, inside), "ncc_after": ncc(w, f, inside)}
+
+    def _overlap(self, fixed, before, after, moving, fixed_affine) -> dict[str, float]:
+        f, b, a, m = (torch.from_numpy(np.ascontiguousarray(x)).long() for x in (fixed, before, after, moving))
+        spacing = tuple(np.linalg.norm(fixed_affine[:3, :3], axis=0)) if self.surface else None
+        row = {}
+        for name, warped in (("before", b), ("after", a)):
+            scores = label_overlap(f, warped, m, spacing=spacing, minimum=self.minimum)
+            row |= {f"{kind}_{name}": mean_over_labels(scores, kind) for kind in next(iter(scores.values()), {})}
+            if self.groups:
+                table = group_table(self.groups, int(max(f.max(), b.max(), a.max(), m.max())))
+                row[f"dice_coarse_{name}"] = mean_over_labels(label_overlap(table[f], table[warped], table[m]), "dice")
+        return row
+
+
+def group_table(groups: dict, largest: int) -> Tensor:
+    """Look-up table label -> number of its group (from 1), 0 for labels of no group."""
+    members = [int(n) for group in groups.values() for n in group["members"]]
+    table = torch.zeros(max(largest, *members) + 1, dtype=torch.long)
+    for number, group in enumerate(groups.values(), 1):
+        table[torch.tensor([int(n) for n in group["members"]])] = number
+    return table
+
+
+def _field_measures(disp: Tensor, image: MetaTensor, onto: np.ndarray) -> dict[str, float]:
+    """Length of the displacement in mm and its regularity, inside the fixed scan's foreground."""
+    inside = torch.as_tensor(image).cpu()[len(image) // 2] > 0
+    inside = inside if inside.any() else torch.ones_like(inside)
+    linear = torch.from_numpy(onto[:3, :3]).float()
+    length = torch.einsum("ab,bijk->aijk", linear, disp).norm(dim=0)[inside]
+    measures = {"disp_mean_mm": float(length.mean()), "disp_max_mm": float(length.max())}
+    return measures | regularity(disp[None], inside)
+
+
+def _inverse_error_mm(disp: Tensor, inverse: Tensor, onto: np.ndarray) -> float:
+    rest = compose(disp[None], inverse[None])[0]
+    return float(torch.einsum("ab,bijk->aijk", torch.from_numpy(onto[:3, :3]).float(), rest).norm(dim=0).mean())

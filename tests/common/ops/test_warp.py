@@ -1,0 +1,141 @@
+"""warp against hand-made values, MONAI's Warp, and its own reference."""
+from collections.abc import Callable
+
+import pytest
+import torch
+from monai.networks.blocks import Warp
+from torch import Tensor
+
+from common.ops import warp
+
+BACKENDS = ("reference", "lean")
+
+
+def constant(shift: tuple[float, float, float], size: tuple[int, int, int], batch: int = 1) -> Tensor:
+    return torch.tensor(shift).view(1, 3, 1, 1, 1).expand(batch, 3, *size).contiguous()
+
+
+def off_grid(size: tuple[int, int, int], *, batch: int = 1, seed: int = 0, reach: int = 2) -> Tensor:
+    """Displacements up to `reach` voxels and at least 0.15 away from every integer, where the formula has a kink."""
+    rng = torch.Generator().manual_seed(seed)
+    cell = torch.randint(-reach, reach, (batch, 3, *size), generator=rng)
+    return cell + 0.15 + 0.7 * torch.rand(batch, 3, *size, generator=rng)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("axis", (0, 1, 2))
+def test_known_values(axis: int, backend: str) -> None:
+    size = (4, 5, 6)
+    image = torch.arange(120.0).view(1, 1, *size)
+    step = (30.0, 6.0, 1.0)[axis]
+    one = tuple(1.0 if a == axis else 0.0 for a in range(3))
+
+    # pull-back: a displacement of +1 along an axis fetches the next voxel of that axis
+    shifted = warp(image, constant(one, size), backend=backend)
+    inner = size[axis] - 1
+    following = image.narrow(2 + axis, 1, inner)
+    torch.testing.assert_close(shifted.narrow(2 + axis, 0, inner), following, rtol=0, atol=1e-4)
+    quarter = warp(image, constant(tuple(0.25 * o for o in one), size), backend=backend)
+    torch.testing.assert_close((quarter - image).narrow(2 + axis, 0, inner).mean(), torch.tensor(0.25 * step))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_known_values_outside(backend: str) -> None:
+    image = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 1, 4).expand(1, 1, 2, 2, 4).contiguous()
+    disp = constant((0.0, 0.0, 1.75), (2, 2, 4))
+    border = warp(image, disp, backend=backend)[0, 0, 0, 0]
+    zeros = warp(image, disp, padding="zeros", backend=backend)[0, 0, 0, 0]
+    nearest = warp(image, disp, "nearest", "zeros", backend=backend)[0, 0, 0, 0]
+    torch.testing.assert_close(border, torch.tensor([2.75, 3.75, 4.0, 4.0]))
+    torch.testing.assert_close(zeros, torch.tensor([2.75, 3.75, 1.0, 0.0]))  # fades within one voxel
+    torch.testing.assert_close(nearest, torch.tensor([3.0, 4.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_known_values_one_voxel_axis(backend: str) -> None:
+    """Along an axis of one voxel, half a voxel outside keeps half the value, as along any other axis."""
+    image = torch.arange(1.0, 10.0).view(1, 1, 1, 3, 3)
+    disp = constant((0.5, 0.0, 0.0), (1, 3, 3))
+    torch.testing.assert_close(warp(image, disp, backend=backend), image)
+    torch.testing.assert_close(warp(image, disp, padding="zeros", backend=backend), 0.5 * image)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_known_values_other_grid(backend: str) -> None:
+    """The result lives on the grid of the displacement, also where the image is larger."""
+    image = torch.arange(5 * 7 * 9.0).view(1, 1, 5, 7, 9)
+    out = warp(image, constant((1.0, 2.0, 3.0), (2, 3, 4)), backend=backend)
+    torch.testing.assert_close(out, image[:, :, 1:3, 2:5, 3:7], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("padding", ("border", "zeros"))
+def test_same_as_monai(padding: str, backend: str) -> None:
+    image, disp = torch.randn(2, 3, 7, 6, 5), off_grid((7, 6, 5), batch=2)
+    expected = Warp(mode="bilinear", padding_mode=padding)(image, disp)
+    torch.testing.assert_close(warp(image, disp, padding=padding, backend=backend), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_coordinates_are_float32(backend: str) -> None:
+    """bfloat16 holds no half voxel above 128; x + disp(x) must not be computed in it."""
+    image = torch.arange(300.0).expand(1, 1, 2, 2, 300)
+    out = warp(image, constant((0.0, 0.0, 0.5), (2, 2, 300)).bfloat16(), backend=backend)
+    torch.testing.assert_close(out[..., :-1], image[..., :-1] + 0.5, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_keeps_dtype(dtype: torch.dtype, backend: str) -> None:
+    image, disp = torch.randn(1, 2, 4, 5, 6), off_grid((4, 5, 6))
+    out = warp(image.to(dtype), disp, backend=backend)
+    assert out.dtype == dtype
+    expected = warp(image.to(dtype).float(), disp, backend=backend)
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("padding", ("border", "zeros"))
+def test_lean_matches_reference(padding: str, arrange: Callable, assert_backends_agree: Callable) -> None:
+    inputs = {"image": torch.randn(2, 3, 5, 7, 9), "disp": off_grid((6, 5, 7), batch=2)}
+    assert_backends_agree(lambda **kw: warp(**kw, padding=padding), inputs, arrange)
+
+
+@pytest.mark.parametrize("padding", ("border", "zeros"))
+def test_lean_matches_reference_nearest(padding: str, arrange: Callable, assert_backends_agree: Callable) -> None:
+    inputs = {"image": torch.randn(2, 3, 5, 7, 9)}
+    disp = arrange(off_grid((6, 5, 7), batch=2))
+    assert_backends_agree(lambda **kw: warp(**kw, disp=disp, mode="nearest", padding=padding), inputs, arrange)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("padding", ("border", "zeros"))
+def test_gradcheck(padding: str, backend: str) -> None:
+    image = torch.randn(2, 2, 3, 4, 2, dtype=torch.float64, requires_grad=True)
+    disp = off_grid((2, 3, 2), batch=2).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: warp(a, b, padding=padding, backend=backend), (image, disp))
+
+
+IMAGE, DISP = torch.zeros(2, 1, 3, 4, 5), torch.zeros(2, 3, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    (
+        ({"image": [0.0]}, r"warp\(\) 'image' must be a torch.Tensor, got list"),
+        ({"image": IMAGE[0]}, r"warp\(\) 'image' must have shape \(B, C, I, J, K\), got \(1, 3, 4, 5\)"),
+        ({"image": IMAGE.int()}, r"warp\(\) 'image' must be floating point, got torch.int32"),
+        ({"image": IMAGE[:, :, :0]}, r"warp\(\) 'image' must have no empty axis, got \(2, 1, 0, 4, 5\)"),
+        ({"disp": DISP[:, :2]}, r"warp\(\) 'disp' must have 3 channels, got 2"),
+        ({"disp": DISP[:1]}, r"warp\(\) 'disp' must have batch 2, got 1"),
+        ({"disp": DISP.to("meta")}, r"warp\(\) 'disp' must be on cpu, got meta"),
+        ({"mode": "cubic"}, r"warp\(\) 'mode' must be one of \('linear', 'nearest'\), got 'cubic'"),
+        ({"padding": "reflection"}, r"warp\(\) 'padding' must be one of \('border', 'zeros'\), got 'reflection'"),
+    ),
+)
+def test_rejects(change: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        warp(**({"image": IMAGE, "disp": DISP} | change))
+
+
+def test_rejects_backend(refused: Callable) -> None:
+    refused(lambda name: warp(IMAGE, DISP, backend=name))

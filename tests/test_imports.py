@@ -1,0 +1,116 @@
+"""The arrows of the design: who may import whom, read from the source without running it."""
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMON = sorted((ROOT / "common").rglob("*.py"))
+BUNDLE_FILES = sorted((ROOT / "bundles").rglob("*.py"))
+BUNDLE_NAMES = sorted(p.name for p in (ROOT / "bundles").iterdir() if p.is_dir())
+REFERENCES = sorted((ROOT / "common" / "ops").glob("*/reference.py"))
+BY_NAME = ("import_module", "optional_import", "__import__", "importorskip")  # calls that import what they are told
+
+# a third-party package -> the only places that may import it, at any level of a file
+GATES = {
+    "triton": ("common/ops/*/kernel.py",),
+    "itk": ("common/io.py", "common/geometry.py"),
+    "monailabel": ("common/label/*",),
+    "monai.deploy": ("common/deploy/*",),
+    "highdicom": ("common/deploy/*",),
+}
+
+
+def imported(source: str, package: str = "") -> Iterator[str]:
+    """Full names of all modules that `source` imports: statements anywhere, and import calls with a literal name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *filter(None, [node.module])])
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in BY_NAME and isinstance(node.args[0].value, str):
+                yield node.args[0].value
+
+
+def imports_of(path: Path) -> set[str]:
+    return set(imported(path.read_text(), ".".join(path.relative_to(ROOT).parent.parts)))
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_scanner_sees_every_form() -> None:
+    source = (
+        "import a.b as x, c\nfrom d import e\nfrom . import f\nfrom ..g import h\n"
+        "def late():\n    if True:\n        import i\n    optional_import('j', name='k')\n    importlib.import_module('l')\n"
+        "find_spec('m')\n"
+    )
+    assert set(imported(source, "p.q")) == {"a.b", "c", "d.e", "p.q.f", "p.g.h", "i", "j", "l"}
+    assert within("monai.deploy.core", "monai.deploy") and not within("monai.deployment", "monai.deploy")
+
+
+def test_files_are_found() -> None:
+    names = [name(p) for p in COMMON + BUNDLE_FILES]
+    assert {"common/fields.py", "common/io.py", "bundles/sacb_net/sacb_net/network.py"} <= set(names)
+    assert len(REFERENCES) >= 5
+
+
+@pytest.mark.parametrize("package", GATES)
+def test_gated_packages(package: str) -> None:
+    for path in COMMON + BUNDLE_FILES:
+        if not any(path.relative_to(ROOT).match(pattern) for pattern in GATES[package]):
+            found = [m for m in imports_of(path) if within(m, package)]
+            assert not found, f"{name(path)} imports {found}; only {GATES[package]} may"
+
+
+@pytest.mark.parametrize("path", REFERENCES, ids=name)
+def test_references_are_plain_torch(path: Path) -> None:
+    for module in imports_of(path):
+        plain = within(module, "torch") or module.partition(".")[0] in sys.stdlib_module_names
+        assert plain or within(module, "common.ops._checks"), f"{name(path)} imports {module}"
+
+
+def test_references_are_not_compiled() -> None:
+    """They are the truth: no custom operator and no autograd function of our own."""
+    for path in REFERENCES:
+        assert not {"custom_op", "Function"} & {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+
+
+@pytest.mark.parametrize("path", COMMON, ids=name)
+def test_common_imports_no_bundle(path: Path) -> None:
+    for module in imports_of(path):
+        assert module.partition(".")[0] not in {"bundles", *BUNDLE_NAMES}, f"{name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", [p for p in COMMON if "ops" in p.parts], ids=name)
+def test_operators_are_the_lowest_layer(path: Path) -> None:
+    for module in imports_of(path):
+        assert not within(module, "common") or within(module, "common.ops"), f"{name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", BUNDLE_FILES, ids=name)
+def test_bundles_import_no_other_bundle(path: Path) -> None:
+    own = path.relative_to(ROOT).parts[1]
+    others = {"bundles", "scripts", *BUNDLE_NAMES} - {own}
+    for module in imports_of(path):
+        assert module.partition(".")[0] not in others, f"{name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", COMMON + BUNDLE_FILES, ids=name)
+def test_align_corners_is_no_argument(path: Path) -> None:
+    """One convention for the whole collection: nobody may choose."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            assert "align_corners" not in [a.arg for a in arguments], f"{name(path)}:{node.lineno}"
