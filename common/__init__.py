@@ -9,6 +9,7 @@ Conventions, everywhere in this package:
   result by `then`.
 - Other frames carry a suffix (`_mm`, `_ras`, `_lps`) and live in io.py and geometry.py only.
 """
+
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -16,10 +17,10 @@ __version__ = "0.1.0"
 
 def require(minimum: str, below: str) -> None:
     """Stop with an ImportError unless minimum <= this version < below, naming both and where `common` came from."""
+
     def key(version: str) -> tuple[int, ...]:
         return tuple(int(part) for part in version.split("."))
 
     if not key(minimum) <= key(__version__) < key(below):
-        raise ImportError(
-            f"this bundle needs `common` >= {minimum}, < {below}, but version {__version__} is loaded from {Path(__file__).parent}"
-        )
+        found = f"version {__version__} is loaded from {Path(__file__).parent}"
+        raise ImportError(f"this bundle needs `common` >= {minimum}, < {below}, but {found}")

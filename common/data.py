@@ -1,4 +1,5 @@
 """Which pairs: two paths, a CSV, a data list, or the phantom; and the ordered pairs of a folder for training."""
+
 import csv
 import json
 import os
@@ -12,14 +13,28 @@ from common.io import InputError
 from common.phantom import write_phantom
 
 PAIR_COLUMNS = (
-    "id", "fixed", "moving", "fixed_label", "moving_label", "fixed_points", "moving_points", "fixed_mask", "moving_mask",
+    "id",
+    "fixed",
+    "moving",
+    "fixed_label",
+    "moving_label",
+    "fixed_points",
+    "moving_points",
+    "fixed_mask",
+    "moving_mask",
 )
 SCAN_ENDINGS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 
 
 def list_pairs(
-    *, moving: str | None = None, fixed: str | None = None, moving_label: str | None = None,
-    fixed_label: str | None = None, pairs: str | None = None, dataset_dir: str | None = None, output_dir: str = ".",
+    *,
+    moving: str | None = None,
+    fixed: str | None = None,
+    moving_label: str | None = None,
+    fixed_label: str | None = None,
+    pairs: str | None = None,
+    dataset_dir: str | None = None,
+    output_dir: str = ".",
 ) -> list[dict[str, str]]:
     """The pairs to register: of a CSV, of two paths, of a dataset's `registration_pairs`, or the phantom, in that order.
 
@@ -89,7 +104,9 @@ def read_pairs(path: str) -> list[dict[str, str]]:
         columns = [name.strip() for name in reader.fieldnames or []]
         reader.fieldnames = columns
         if missing := [name for name in ("fixed", "moving") if name not in columns]:
-            raise InputError(f"{path}: a pairs CSV needs the columns fixed and moving, {' and '.join(missing)} not found")
+            raise InputError(
+                f"{path}: a pairs CSV needs the columns fixed and moving, {' and '.join(missing)} not found"
+            )
         if unknown := [name for name in columns if name not in PAIR_COLUMNS]:
             raise InputError(f"{path}: unknown column {unknown[0]!r}, the columns are {', '.join(PAIR_COLUMNS)}")
         rows = []
@@ -134,7 +151,9 @@ def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> li
         for role in ("moving", "fixed"):
             case = cases.get(pair[role])
             if case is None:
-                raise InputError(f"{root / 'dataset.json'}: the pair's {role} scan {pair[role]!r} is not among the cases")
+                raise InputError(
+                    f"{root / 'dataset.json'}: the pair's {role} scan {pair[role]!r} is not among the cases"
+                )
             row[role] = str(root / case["image"])
             if "label" in case:
                 row[f"{role}_label"] = str(root / case["label"])
@@ -151,7 +170,8 @@ def validation_pairs(dataset_dir: str | None, *, limit: int | None = None) -> li
     found = read_dataset(dataset_dir)
     known = {case["id"] for case in found.get("validation", [])}
     pairs = [
-        (pair["moving"], pair["fixed"]) for pair in found.get("registration_pairs", [])
+        (pair["moving"], pair["fixed"])
+        for pair in found.get("registration_pairs", [])
         if pair.get("kind", "inter-subject") == "inter-subject" and {pair["moving"], pair["fixed"]} <= known
     ]
     return pairs[:limit] or None
@@ -211,7 +231,10 @@ class OrderedPairs(Dataset):
     """
 
     def __init__(
-        self, data: list[dict], transform: Callable | None = None, pair_transform: Callable | None = None,
+        self,
+        data: list[dict],
+        transform: Callable | None = None,
+        pair_transform: Callable | None = None,
         pairs: list[tuple[str, str]] | None = None,
     ) -> None:
         self.data, self.pair_transform = data, pair_transform

@@ -1,4 +1,5 @@
 """Glue between the pair transforms and MONAI's engines: weights, inferer, metric, tables, one-sentence errors."""
+
 import os
 import sys
 from collections.abc import Callable
@@ -61,7 +62,9 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None, device: tor
             raise InputError(f"{path}: not a file of weights (a state dict saved by torch.save)")
         wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
         if wrong:
-            raise InputError(f"{path}: these weights do not fit the network {type(network).__name__}, first at {wrong[0]!r}")
+            raise InputError(
+                f"{path}: these weights do not fit the network {type(network).__name__}, first at {wrong[0]!r}"
+            )
         network.load_state_dict(state)
     return network.to(device)
 
@@ -148,11 +151,16 @@ class PairTable:
 
     def summary(self) -> str:
         """What the results say, a line a measure, and where they are."""
-        lines = [f"{len(self.rows)} pair{'s' * (len(self.rows) != 1)} registered, results in {self.path.parent.absolute()}"]
+        lines = [
+            f"{len(self.rows)} pair{'s' * (len(self.rows) != 1)} registered, results in {self.path.parent.absolute()}"
+        ]
         lines += [f"  {self.path.name}  a row a pair; the folder {row['id']}/ holds the files" for row in self.rows[:1]]
         words = {
-            "ncc": "correlation inside the fixed foreground", "dice": "mean Dice of the labels",
-            "dice_coarse": "mean Dice of the label groups", "hd95": "mean HD95 in mm", "assd": "mean ASSD in mm",
+            "ncc": "correlation inside the fixed foreground",
+            "dice": "mean Dice of the labels",
+            "dice_coarse": "mean Dice of the label groups",
+            "hd95": "mean HD95 in mm",
+            "assd": "mean ASSD in mm",
         }
         for name, text in words.items():
             before, after = (self._mean(f"{name}_{when}") for when in ("before", "after"))

@@ -1,4 +1,5 @@
 """Displacement fields: identity, composition, integration, inversion, resampling, Jacobian. All in voxels."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +14,7 @@ def identity(size: tuple[int, int, int], like: Tensor) -> Tensor:
     return torch.stack(torch.meshgrid(axes, indexing="ij")).unsqueeze(0)
 
 
-def compose(first: Tensor, then: Tensor, *, padding: str = "border") -> Tensor:
+def compose(first: Tensor, then: Tensor, *, padding: str = "border", backend: str | None = None) -> Tensor:
     """Displacement whose warp equals warping by `first` and the result by `then`.
 
     compose(first, then)(x) = then(x) + first(x + then(x))
@@ -21,11 +22,12 @@ def compose(first: Tensor, then: Tensor, *, padding: str = "border") -> Tensor:
     Args:
         first, then: (B, 3, I, J, K) displacements in voxels of one grid.
         padding: value of `first` outside its grid: that of the nearest voxel ("border") or 0 ("zeros").
+        backend: of `common.ops.warp`.
 
     Returns:
         (B, 3, I, J, K) displacement.
     """
-    return then + warp(first, then, padding=padding)
+    return then + warp(first, then, padding=padding, backend=backend)
 
 
 def integrate(velocity: Tensor, *, steps: int = 7) -> Tensor:
@@ -93,7 +95,9 @@ def jacobian_determinant(disp: Tensor) -> Tensor:
         ValueError: an axis of one voxel.
     """
     if min(disp.shape[2:]) < 2:
-        raise ValueError(f"jacobian_determinant() 'disp' must have at least 2 voxels along each axis, got {tuple(disp.shape)}")
+        raise ValueError(
+            f"jacobian_determinant() 'disp' must have at least 2 voxels along each axis, got {tuple(disp.shape)}"
+        )
     rows = torch.stack(torch.gradient(disp, dim=(2, 3, 4)), dim=2)  # (B, c, axis, I, J, K): d disp_c / d axis
     a, b, c = rows[:, 0], rows[:, 1], rows[:, 2]
     ai, aj, ak = a[:, 0] + 1, a[:, 1], a[:, 2]

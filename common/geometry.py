@@ -1,10 +1,10 @@
-"""Grids and affine pre-alignment, in millimetres."""
+"""Working grids, in millimetres; the affine pre-alignment onto them is in prealign.py."""
+
+import itk
 import nibabel as nib
 import numpy as np
 
 from common.io import affine_transform, resample, to_array, to_itk
-import itk
-from prealign import prealign
 
 
 def working_grid(
@@ -35,8 +35,13 @@ def working_grid(
 
 
 def to_working_grid(
-    array: np.ndarray, affine_ras: np.ndarray, size: tuple[int, int, int], onto_ras: np.ndarray,
-    matrix_ras: np.ndarray | None = None, *, nearest: bool = False,
+    array: np.ndarray,
+    affine_ras: np.ndarray,
+    size: tuple[int, int, int],
+    onto_ras: np.ndarray,
+    matrix_ras: np.ndarray | None = None,
+    *,
+    nearest: bool = False,
 ) -> np.ndarray:
     """Resample (C, I, J, K) onto a working grid, smoothed where that grid is coarser.
 
@@ -55,6 +60,8 @@ def to_working_grid(
     for channel in array:
         if not nearest and variance.max() > 1e-6:
             image = to_itk(channel, affine_ras)
-            channel = to_array(itk.discrete_gaussian_image_filter(image, variance=variance.tolist(), maximum_kernel_width=64))
+            channel = to_array(
+                itk.discrete_gaussian_image_filter(image, variance=variance.tolist(), maximum_kernel_width=64)
+            )
         channels.append(resample(channel, affine_ras, size, onto_ras, transform, nearest=nearest))
     return np.stack(channels)

@@ -4,6 +4,7 @@ A scan inside the package is a numpy array (I, J, K) or (C, I, J, K) with a 4x4 
 NIfTI). ITK works in LPS: the first two world axes change sign. Reading goes through ITK, so that headers mean here what
 they mean to ANTs and Slicer.
 """
+
 import csv
 import os
 import shutil
@@ -147,8 +148,13 @@ def read_transform(path: str | os.PathLike) -> "itk.Transform":
 
 
 def resample(
-    array: np.ndarray, affine_ras: np.ndarray, size: tuple[int, int, int], onto_ras: np.ndarray,
-    transform: "itk.Transform | None" = None, *, nearest: bool = False,
+    array: np.ndarray,
+    affine_ras: np.ndarray,
+    size: tuple[int, int, int],
+    onto_ras: np.ndarray,
+    transform: "itk.Transform | None" = None,
+    *,
+    nearest: bool = False,
 ) -> np.ndarray:
     """Values of a scan at transform(x) for every voxel x of another grid; 0 outside. One interpolation, by ITK.
 

@@ -1,4 +1,5 @@
 """Similarity and smoothness losses: functions, with thin modules for configs."""
+
 import torch
 from torch import Tensor, nn
 
@@ -50,13 +51,17 @@ def box_sum(x: Tensor, window: int) -> Tensor:
     return _BoxSum.apply(x, window)
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def lncc(warped: Tensor, fixed: Tensor, *, window: int = 9, eps: float = 1e-5, mask: Tensor | None = None) -> Tensor:
     """Negative mean of the squared local correlation coefficient.
 
     cc(x) = cov(x)^2 / (var_warped(x) var_fixed(x) + eps), sums over the window^3 cube around x, zeros outside
 
     Args:
-        warped, fixed: (B, C, I, J, K) scans, intensities near [0, 1]; computed in float32.
+        warped, fixed: (B, C, I, J, K) scans, intensities near [0, 1]; computed in at least float32.
         window: odd width in voxels.
         eps: added to the denominator, so that flat regions score 0.
         mask: (B, 1, I, J, K) weights of the voxels in the mean; None takes all alike.
@@ -66,7 +71,7 @@ def lncc(warped: Tensor, fixed: Tensor, *, window: int = 9, eps: float = 1e-5, m
 
     Source: SACB-Net eq. 12 in the squared form of the released code (window 9, eps 1e-5).
     """
-    a, b = warped.float(), fixed.float()
+    a, b = _at_least_float32(warped), _at_least_float32(fixed)
     n = window**3
     sums = box_sum(torch.cat([a, b, a * a, b * b, a * b]), window)
     sum_a, sum_b, sum_aa, sum_bb, sum_ab = sums.chunk(5)
@@ -85,9 +90,9 @@ def mse(warped: Tensor, fixed: Tensor) -> Tensor:
 
 
 def diffusion(disp: Tensor) -> Tensor:
-    """Mean squared forward difference of the displacement, averaged over the three axes.
+    """Mean squared forward difference of the displacement, averaged over axes and components.
 
-    (1/3) sum over axes a of mean |disp(x + e_a) - disp(x)|^2
+    (1/9) sum over axes a and components c of mean_x (disp_c(x + e_a) - disp_c(x))^2
 
     Args:
         disp: (B, 3, I, J, K) in voxels.
@@ -95,7 +100,7 @@ def diffusion(disp: Tensor) -> Tensor:
     Source: SACB-Net eq. 1, |grad phi|^2; forward differences as in the released code (MONAI's DiffusionLoss takes wide
     central differences, which do not see a field that alternates from voxel to voxel).
     """
-    d = disp.float()
+    d = _at_least_float32(disp)
     return sum(d.diff(dim=axis).square().mean() for axis in (2, 3, 4)) / 3
 
 

@@ -1,15 +1,18 @@
 """How good a registration is: overlap and surface distances by MONAI, regularity and landmarks by our own formulas."""
+
 import torch
-from monai.metrics import (
-    SSIMMetric, compute_average_surface_distance, compute_dice, compute_hausdorff_distance,
-)
+from monai.metrics import SSIMMetric, compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from torch import Tensor
 
 from common.fields import jacobian_determinant
 
 
 def label_overlap(
-    fixed: Tensor, warped: Tensor, moving: Tensor | None = None, *, spacing: tuple[float, float, float] | None = None,
+    fixed: Tensor,
+    warped: Tensor,
+    moving: Tensor | None = None,
+    *,
+    spacing: tuple[float, float, float] | None = None,
     minimum: int = 0,
 ) -> dict[int, dict[str, float]]:
     """Dice of every label, and surface distances where `spacing` is given.
@@ -89,4 +92,7 @@ def regularity(disp: Tensor, mask: Tensor | None = None) -> dict[str, float]:
         det = det[mask[inner]]
     if det.numel() == 0:
         return {"folding_pct": float("nan"), "sdlogj": float("nan")}
-    return {"folding_pct": 100 * float((det <= 0).double().mean()), "sdlogj": float(det.clamp(1e-9, 1e9).log().std(unbiased=False))}
+    return {
+        "folding_pct": 100 * float((det <= 0).double().mean()),
+        "sdlogj": float(det.clamp(1e-9, 1e9).log().std(unbiased=False)),
+    }

@@ -4,6 +4,7 @@ The anatomy is a function of a point in mm, so that both scans are sampled from 
 fixed scan is anatomy(x), the moving one anatomy(back(y)) on an oblique, anisotropic grid. `back` is an affine map
 followed by a smooth displacement, and the truth T(x) that a registration should find is its inverse.
 """
+
 from pathlib import Path
 
 import numpy as np
@@ -11,31 +12,48 @@ import numpy as np
 from common.io import InputError, write_scan
 
 RADII = np.array([62.0, 78.0, 58.0])  # of the brain, mm
-LABELS = {1: "cortex", 2: "white matter", 3: "ventricles", 4: "thalamus", 5: "putamen", 6: "cerebellum"}
-INTENSITY = {1: 0.55, 2: 0.85, 3: 0.2, 4: 0.65, 5: 0.62, 6: 0.5}
+LABELS = {
+    1: "left cortex",
+    2: "right cortex",
+    3: "left white matter",
+    4: "right white matter",
+    5: "ventricles",
+    6: "thalamus",
+    7: "putamen",
+    8: "cerebellum",
+    9: "cerebrospinal fluid",
+}
+INTENSITY = {1: 0.58, 2: 0.58, 3: 0.88, 4: 0.88, 5: 0.22, 6: 0.68, 7: 0.62, 8: 0.52, 9: 0.25}
+_WAVES = np.random.default_rng(7).normal(size=(5, 3))
+_WAVES *= (2 * np.pi / np.array([22.0, 26.0, 19.0, 30.0, 24.0]) / np.linalg.norm(_WAVES, axis=1))[:, None]
 
 
 def anatomy(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Intensity (0..1) and label of points (..., 3) in mm; both 0 outside the brain."""
+    """Intensity (0..1) and label of points (..., 3) in mm; both 0 outside the brain.
+
+    An ellipsoid whose outer 20 mm are folded: waves of about 28 mm make sulci (fluid), a grey ribbon around them and
+    white gyri; a midline fissure, ventricles, thalamus, putamen and cerebellum lie inside.
+    """
     x, y, z = np.moveaxis(points, -1, 0)
-    a, b, c = x / RADII[0], y / RADII[1], z / RADII[2]
-    radius = np.sqrt(a**2 + b**2 + c**2) + 1e-9
-    folds = np.sin(9 * a / radius + 2 * b) * np.sin(8 * b / radius - c) * np.cos(8 * c / radius + 1.5 * a)
-    depth = radius + 0.05 * folds  # gyri and sulci: the surface swings by some 3 mm
-    inside = depth < 1
-    label = np.where(inside, np.where(depth > 0.86 + 0.05 * folds, 1, 2), 0)
+    radius = np.sqrt((x / RADII[0]) ** 2 + (y / RADII[1]) ** 2 + (z / RADII[2]) ** 2)
+    depth = (1 - radius) * 65  # mm below the surface, nearly
+    folds = np.sin(points @ _WAVES.T + np.arange(5)).sum(-1) / 1.5 - depth / 25
+    side = (x > 0).astype(int)
+    label = np.where((folds > -0.2) | (depth < 3), 1 + side, 3 + side)
+    label[((folds > 0.55) & (depth < 22)) | ((np.abs(x) < 1.6) & (z > 8))] = 9
 
     def blob(centre: tuple[float, float, float], radii: tuple[float, float, float], tilt: float = 0.0) -> np.ndarray:
         u, v, w = np.abs(x) - centre[0], y - centre[1], z - centre[2]
         return ((u - tilt * v) / radii[0]) ** 2 + (v / radii[1]) ** 2 + (w / radii[2]) ** 2 < 1
 
-    label[inside & blob((0, -48, -36), (34, 22, 18))] = 6
-    label[inside & blob((11, -8, 4), (9, 13, 9))] = 4
-    label[inside & blob((26, 6, 2), (6, 16, 11), 0.15)] = 5
-    label[inside & blob((9, 8, 19), (6, 30, 9), 0.1)] = 3
-    intensity = np.select([label == n for n in INTENSITY], list(INTENSITY.values()), 0.0)
-    texture = np.sin(x / 3.1 + 1) * np.sin(y / 3.7) * np.sin(z / 3.3 + 2)
-    return np.where(label > 0, intensity + 0.03 * texture, 0.0), label
+    label[blob((0, -46, -34), (36, 24, 20))] = 8
+    label[blob((11, -8, 4), (9, 13, 9))] = 6
+    label[blob((26, 6, 2), (6, 16, 11), 0.15)] = 7
+    label[blob((9, 8, 19), (6, 30, 9), 0.1)] = 5
+    label[depth < 0] = 0
+    intensity = np.array([0.0, *INTENSITY.values()])[label]
+    shading = 1 + 0.04 * np.sin(x / 21 + 1) * np.sin(y / 27) * np.sin(z / 23 + 2)
+    return intensity * shading, label
 
 
 class Deformation:
@@ -77,7 +95,11 @@ def _rotation(axis: int, angle: float) -> np.ndarray:
 
 
 def sample(
-    size: tuple[int, int, int], affine_ras: np.ndarray, deformation: Deformation | None = None, *, noise: float = 0.02,
+    size: tuple[int, int, int],
+    affine_ras: np.ndarray,
+    deformation: Deformation | None = None,
+    *,
+    noise: float = 0.02,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scan and label map of the phantom on a grid, deformed if asked: (I, J, K) float32 and uint8.
@@ -125,7 +147,9 @@ def write_phantom(folder: Path, *, seed: int = 0) -> dict[str, str]:
     for name, (size, affine) in grids().items():
         paths = folder / f"{name}.nii.gz", folder / f"{name}_label.nii.gz"
         if not all(path.exists() for path in paths):
-            image, label = sample(size, affine, deformation if name == "moving" else None, seed=seed + (name == "moving"))
+            image, label = sample(
+                size, affine, deformation if name == "moving" else None, seed=seed + (name == "moving")
+            )
             write_scan(image, affine, paths[0])
             write_scan(label, affine, paths[1])
         row[name], row[f"{name}_label"] = (str(path) for path in paths)

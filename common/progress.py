@@ -1,4 +1,5 @@
 """One progress bar for a run over pairs, on which any step can say what it is doing."""
+
 import sys
 
 from tqdm import tqdm

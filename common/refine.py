@@ -1,4 +1,5 @@
 """Instance optimisation: improve any method's displacement for one pair, by the images alone."""
+
 import sys
 
 import torch
@@ -20,8 +21,16 @@ def smooth(disp: Tensor, *, times: int = 2) -> Tensor:
 
 @torch.enable_grad()
 def refine(
-    disp: Tensor, image: Tensor, steps: int, *, window: int = 5, smoothness: float = 0.3, learning_rate: float = 0.3,
-    shrink: int = 2, coarse_share: float = 0.3, progress: bool = True,
+    disp: Tensor,
+    image: Tensor,
+    steps: int,
+    *,
+    window: int = 5,
+    smoothness: float = 0.3,
+    learning_rate: float = 0.3,
+    shrink: int = 2,
+    coarse_share: float = 0.3,
+    progress: bool = True,
 ) -> Tensor:
     """Minimise -LNCC(moving(x + disp(x)), fixed) + smoothness * diffusion(disp) over the displacement, by Adam.
 

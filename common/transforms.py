@@ -1,4 +1,5 @@
 """Dictionary transforms of a pair, in the order of the working path (DESIGN: load, align, grid, scale, pack, deliver)."""
+
 import time
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from common.fields import compose, invert
 from common.io import InputError
 from common.metrics import label_overlap, mean_over_labels, ncc, regularity
 from common.ops import warp
+from common.prealign import prealign
 
 PREALIGN = ("affine", "rigid", "none")
 
@@ -85,7 +87,7 @@ class AlignAndGridd(Transform):
         if len(moving) != len(fixed):
             raise InputError(f"{names[0]}: has {len(moving)} channels, the fixed scan {names[1]} has {len(fixed)}")
         progress.stage(f"{self.prealign} alignment")
-        matrix = geometry.prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign)
+        matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign)
         progress.stage("resampling")
         size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing)
         moving_work = geometry.to_working_grid(moving, moving_affine, size, onto, matrix)
@@ -133,7 +135,9 @@ class PackPaird(Transform):
                 f"{moving.meta['filename_or_obj']}: has grid {tuple(moving.shape[1:])}, "
                 f"{fixed.meta['filename_or_obj']} has {tuple(fixed.shape[1:])}; align them to one grid (--prealign affine)"
             )
-        image = MetaTensor(torch.cat([moving.as_tensor(), fixed.as_tensor()]), affine=fixed.affine, meta=dict(fixed.meta))
+        image = MetaTensor(
+            torch.cat([moving.as_tensor(), fixed.as_tensor()]), affine=fixed.affine, meta=dict(fixed.meta)
+        )
         return data | {"image": image}
 
 
@@ -166,7 +170,10 @@ class ToTrainingGridd(Transform):
     """
 
     def __init__(
-        self, spacing: float | None, prealign: str = "none", reference: str | None = None,
+        self,
+        spacing: float | None,
+        prealign: str = "none",
+        reference: str | None = None,
         keys: tuple[str, str] = ("image", "label"),
     ) -> None:
         if prealign not in PREALIGN:
@@ -181,7 +188,7 @@ class ToTrainingGridd(Transform):
         target, target_affine, matrix = array, affine, None
         if self.prealign != "none":
             target, target_affine = io.read_scan(self.reference)
-            matrix = geometry.prealign(target[0], target_affine, array[0], affine, self.prealign)
+            matrix = prealign(target[0], target_affine, array[0], affine, self.prealign)
         size, onto = geometry.working_grid(target.shape[1:], target_affine, self.spacing)
         data[scan] = _meta(geometry.to_working_grid(array, affine, size, onto, matrix), onto, name)
         if label in data:
@@ -207,8 +214,14 @@ class DeliverPaird(Transform):
     """
 
     def __init__(
-        self, output_dir: str, *, save_inverse: bool = False, surface: bool = False, minimum: int = 0,
-        groups: dict | None = None, save: bool = True,
+        self,
+        output_dir: str,
+        *,
+        save_inverse: bool = False,
+        surface: bool = False,
+        minimum: int = 0,
+        groups: dict | None = None,
+        save: bool = True,
     ) -> None:
         self.output_dir, self.save_inverse, self.surface = Path(output_dir), save_inverse, surface
         self.minimum, self.groups, self.save = minimum, groups, save
@@ -224,7 +237,11 @@ class DeliverPaird(Transform):
         (moving, moving_affine), (fixed, fixed_affine) = _numpy(data["moving"].cpu()), _numpy(data["fixed"].cpu())
         size = fixed.shape[1:]
         warped = np.stack([io.resample(c, moving_affine, size, fixed_affine, whole) for c in moving])
-        row = {"id": data["id"], "fixed": data["fixed"].meta["filename_or_obj"], "moving": data["moving"].meta["filename_or_obj"]}
+        row = {
+            "id": data["id"],
+            "fixed": data["fixed"].meta["filename_or_obj"],
+            "moving": data["moving"].meta["filename_or_obj"],
+        }
         row |= self._similarity(fixed, warped, moving, moving_affine, fixed_affine, affine)
         writers = {
             "warped.nii.gz": lambda path: io.write_scan(warped, fixed_affine, path),

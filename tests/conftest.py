@@ -1,4 +1,5 @@
 """Import paths, one thread, NaN in uninitialised memory, the shared data, and the comparison all operators use."""
+
 import os
 import sys
 from collections.abc import Callable
@@ -82,8 +83,12 @@ def assert_backends_agree() -> Callable[..., None]:
     """Compare lean in float32 with the reference in float64: the output, and the gradient to every input by name."""
 
     def check(
-        op: Callable[..., Tensor], inputs: dict[str, Tensor], arrange: Callable[[Tensor], Tensor], *,
-        rtol: float = 1e-5, atol: float = 1e-5,
+        op: Callable[..., Tensor],
+        inputs: dict[str, Tensor],
+        arrange: Callable[[Tensor], Tensor],
+        *,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
     ) -> None:
         results: dict[str, dict[str, Tensor]] = {}
         for backend, dtype in (("reference", torch.float64), ("lean", torch.float32)):
@@ -113,7 +118,7 @@ def refused() -> Callable[[Callable[[str], object]], None]:
     """Check that a backend which cannot run on the CPU, or does not exist, is refused with the reason."""
 
     def check(run: Callable[[str], object]) -> None:
-        reason = r"(no Triton kernel in this version|Triton is not installed|the tensor is on cpu, not on a CUDA device)"
+        reason = "(no Triton kernel in this version|Triton is not installed|the tensor is on cpu, not on a CUDA device)"
         with pytest.raises(RuntimeError, match=rf"\w+\(\) cannot run backend 'triton': .*{reason}"):
             run("triton")
         with pytest.raises(ValueError, match="'backend' must be one of reference, lean, triton or None, got 'cuda'"):

@@ -1,4 +1,5 @@
 """The arrows of the design: who may import whom, read from the source without running it."""
+
 import ast
 import sys
 from collections.abc import Iterator
@@ -53,8 +54,8 @@ def name(path: Path) -> str:
 def test_scanner_sees_every_form() -> None:
     source = (
         "import a.b as x, c\nfrom d import e\nfrom . import f\nfrom ..g import h\n"
-        "def late():\n    if True:\n        import i\n    optional_import('j', name='k')\n    importlib.import_module('l')\n"
-        "find_spec('m')\n"
+        "def late():\n    if True:\n        import i\n    optional_import('j', name='k')\n"
+        "    importlib.import_module('l')\nfind_spec('m')\n"
     )
     assert set(imported(source, "p.q")) == {"a.b", "c", "d.e", "p.q.f", "p.g.h", "i", "j", "l"}
     assert within("monai.deploy.core", "monai.deploy") and not within("monai.deployment", "monai.deploy")
@@ -84,7 +85,8 @@ def test_references_are_plain_torch(path: Path) -> None:
 def test_references_are_not_compiled() -> None:
     """They are the truth: no custom operator and no autograd function of our own."""
     for path in REFERENCES:
-        assert not {"custom_op", "Function"} & {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+        attributes = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+        assert not {"custom_op", "Function"} & attributes, name(path)
 
 
 @pytest.mark.parametrize("path", COMMON, ids=name)

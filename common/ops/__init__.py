@@ -1,4 +1,5 @@
 """The operators that the collection is named for; one folder each, the formula in its reference.py."""
+
 from common.ops.kmeans import kmeans
 from common.ops.match import match
 from common.ops.norm_act import norm_act

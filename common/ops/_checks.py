@@ -1,4 +1,5 @@
 """Argument checks of the operators, in one wording: `op() 'argument' must ..., got ...`."""
+
 import torch
 from torch import Tensor
 
@@ -22,7 +23,9 @@ def volume(op: str, argument: str, x: Tensor, channels: int | None = None) -> No
 def same_grid(op: str, name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """`a` and `b` share batch and spatial sizes, and the device."""
     sizes = a.shape[:1] + a.shape[-3:], b.shape[:1] + b.shape[-3:]
-    require(sizes[0] == sizes[1], op, name_b, f"share batch and grid {tuple(sizes[0])} with '{name_a}'", tuple(sizes[1]))
+    require(
+        sizes[0] == sizes[1], op, name_b, f"share batch and grid {tuple(sizes[0])} with '{name_a}'", tuple(sizes[1])
+    )
     require(a.device == b.device, op, name_b, f"be on the device of '{name_a}' ({a.device})", b.device)
 
 

@@ -4,6 +4,7 @@ reference   plain torch, the formula; used while tracing, scripting or exporting
 lean        torch with slabs and recompute; the default on CPU, and on any device without a kernel.
 triton      the operator's kernel.py; the default for CUDA tensors where that file and Triton exist.
 """
+
 import importlib.util
 
 import torch
@@ -23,7 +24,9 @@ def why_not_triton(op: str, tensor: Tensor) -> str:
     return ""
 
 
-def choose(op: str, tensor: Tensor, backend: str | None, *, portable: str = "reference") -> str:
+def choose(
+    op: str, tensor: Tensor, backend: str | None, *, portable: str = "reference", name: str | None = None
+) -> str:
     """Return the layer to run: "reference", "lean" or "triton".
 
     A backend asked for by name is obeyed or refused with the reason, never replaced.
@@ -33,14 +36,15 @@ def choose(op: str, tensor: Tensor, backend: str | None, *, portable: str = "ref
         tensor: an input, whose device decides.
         backend: a name of BACKENDS, or None for the rule above.
         portable: the layer that leaves no custom operator in an exported graph.
+        name: of the public function, where it is not that of the folder.
 
     Raises:
         ValueError: unknown name. RuntimeError: the named backend cannot run, and why.
     """
     if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"{op}() 'backend' must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+        raise ValueError(f"{name or op}() 'backend' must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "triton" and (reason := why_not_triton(op, tensor)):
-        raise RuntimeError(f"{op}() cannot run backend 'triton': {reason}")
+        raise RuntimeError(f"{name or op}() cannot run backend 'triton': {reason}")
     if backend is not None:
         return backend
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_exporting():

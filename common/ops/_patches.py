@@ -1,4 +1,5 @@
 """Neighbourhoods of a channels-last volume in cache-sized blocks: what the lean layers of match and sacb share."""
+
 import itertools
 from collections.abc import Iterator
 

@@ -1,4 +1,5 @@
 """Losses against dense formulas, MONAI, and values worked out by hand."""
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,5 @@
 """SACB-Net: spatial-awareness convolutions for medical image registration (CVPR 2025)."""
+
 import common
 
 common.require("0.1.0", "0.2.0")

@@ -1,11 +1,17 @@
 """Weights published by the authors, under our names."""
+
 import re
 
 from torch import Tensor
 
-ENCODER = {f"encoder.conv{block}.{layer}.conv": f"encoder.scales.{block}.{layer - (block > 0)}"
-           for block, layers in enumerate(((0, 1, 2), (1, 2), (1, 2), (1, 2), (1, 2))) for layer in layers}
-HEAD = {"conv1.1.conv": "refine.0", "conv1.2.conv": "refine.1"} | {f"conv1_out.{n}.conv": f"flow.{n - 1}" for n in (1, 2, 3)}
+ENCODER = {
+    f"encoder.conv{block}.{layer}.conv": f"encoder.scales.{block}.{layer - (block > 0)}"
+    for block, layers in enumerate(((0, 1, 2), (1, 2), (1, 2), (1, 2), (1, 2)))
+    for layer in layers
+}
+HEAD = {"conv1.1.conv": "refine.0", "conv1.2.conv": "refine.1"} | {
+    f"conv1_out.{n}.conv": f"flow.{n - 1}" for n in (1, 2, 3)
+}
 SACB = {"proj_in.conv": "proj_in", "get_kernel": "kernel_mlp", "get_bias": "bias_mlp"}
 
 
@@ -46,9 +52,12 @@ def from_official(state: dict) -> dict[str, Tensor]:
 def _sacb_name(name: str, rest: str, value: Tensor, state: dict) -> str:
     for old, new in SACB.items():
         if rest.startswith(old + "."):
-            if rest == "get_kernel.0.weight" and value.shape[1] != state[name.replace("get_kernel", "get_bias")].shape[1]:
+            if (
+                rest == "get_kernel.0.weight"
+                and value.shape[1] != state[name.replace("get_kernel", "get_bias")].shape[1]
+            ):
                 break
             if rest == "proj_in.conv.weight" and value.shape[-1] != 3:
                 raise ValueError(f"from_official() 'state' must be of variant SACB1, got a 1x1x1 {name!r} (SACB2)")
-            return new + rest[len(old):]
+            return new + rest[len(old) :]
     raise ValueError(f"from_official() 'state' must hold SACB-Net layers only, got {name!r}")

@@ -5,6 +5,7 @@ paper leaves open follow the released code: an encoder of eleven convolutions an
 clusters. Different from the released code: any input size, batch and channel count; repeatable k-means; the last
 convolution starts near zero, so that an untrained network barely moves the image.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,25 +61,39 @@ class SACBNet(nn.Module):
     """
 
     def __init__(
-        self, channels: int = 1, *, clusters: int = 7, mean_type: str = "s", sacb_scales: tuple[int, ...] = (5, 4, 3, 2),
-        kmeans_iterations: int | None = 10, kmeans_init: str = "spread", backend: str | None = None,
+        self,
+        channels: int = 1,
+        *,
+        clusters: int = 7,
+        mean_type: str = "s",
+        sacb_scales: tuple[int, ...] = (5, 4, 3, 2),
+        kmeans_iterations: int | None = 20,
+        kmeans_init: str = "spread",
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         if not set(sacb_scales) <= {5, 4, 3, 2}:
             raise ValueError(f"SACBNet() 'sacb_scales' must be out of 5, 4, 3, 2, got {tuple(sacb_scales)}")
         self.channels, self.backend = channels, backend
         self.encoder = Encoder(channels, backend)
-        self.sacb = nn.ModuleDict({
-            str(scale): SACB(
-                WIDTHS[scale - 1][-1], clusters=clusters, mean_type=mean_type, iterations=kmeans_iterations,
-                init=kmeans_init, backend=backend,
-            )
-            for scale in sorted(sacb_scales, reverse=True)
-        })
+        self.sacb = nn.ModuleDict(
+            {
+                str(scale): SACB(
+                    WIDTHS[scale - 1][-1],
+                    clusters=clusters,
+                    mean_type=mean_type,
+                    iterations=kmeans_iterations,
+                    init=kmeans_init,
+                    backend=backend,
+                )
+                for scale in sorted(sacb_scales, reverse=True)
+            }
+        )
         width = WIDTHS[0][-1]
         self.refine = nn.Sequential(ConvNormAct(width, width, backend), ConvNormAct(width, width, backend))
         self.flow = nn.Sequential(
-            ConvNormAct(2 * width, width, backend), ConvNormAct(width, width, backend),
+            ConvNormAct(2 * width, width, backend),
+            ConvNormAct(width, width, backend),
             nn.Conv3d(width, 3, 3, padding=1),
         )
         nn.init.normal_(self.flow[-1].weight, std=1e-5)
@@ -88,9 +103,8 @@ class SACBNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(B, 2C, I, J, K), first C channels moving, last C fixed -> displacement (B, 3, I, J, K) in voxels."""
         if image.ndim != 5 or image.shape[1] != 2 * self.channels:
-            raise ValueError(
-                f"SACBNet() 'image' must have shape (B, {2 * self.channels}, I, J, K), moving then fixed, got {tuple(image.shape)}"
-            )
+            shape = f"(B, {2 * self.channels}, I, J, K), moving then fixed"
+            raise ValueError(f"SACBNet() 'image' must have shape {shape}, got {tuple(image.shape)}")
         padding = [(-n) % DIVISOR for n in image.shape[2:]]
         padded = F.pad(image, [p for n in reversed(padding) for p in (0, n)])
         disp = self.estimate(*padded.chunk(2, dim=1))
@@ -107,12 +121,12 @@ class SACBNet(nn.Module):
             if str(scale) in self.sacb:
                 feat_moving, feat_fixed = self.both(self.sacb[str(scale)], feat_moving, feat_fixed)
             delta = match(feat_fixed, feat_moving, backend=self.backend)  # eq. 8-10
-            disp = delta if disp is None else compose(disp, delta, padding="zeros")
+            disp = delta if disp is None else compose(disp, delta, padding="zeros", backend=self.backend)
             disp = double(disp)
         feat_moving = warp(feats_moving.pop(), disp, padding="zeros", backend=self.backend)
         feat_moving, feat_fixed = self.both(self.refine, feat_moving, feats_fixed.pop())
         delta = self.flow(torch.cat([feat_fixed, feat_moving], dim=1))  # scale 1: convolutions, no matching
-        return compose(disp, delta, padding="zeros")
+        return compose(disp, delta, padding="zeros", backend=self.backend)
 
     @staticmethod
     def both(module: nn.Module, moving: Tensor, fixed: Tensor) -> tuple:

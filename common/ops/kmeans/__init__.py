@@ -1,4 +1,5 @@
 """K-means clustering of feature points, repeatable and without gradient."""
+
 import torch
 from torch import Tensor
 
@@ -8,13 +9,14 @@ from common.ops.kmeans.lean import assign_lean
 from common.ops.kmeans.reference import assign_reference, even_start, lloyd, spread_start
 
 STARTS = ("spread", "even")
+FULL_PASSES = 2  # Lloyd steps on all points after those on the sample
 
 
 @torch.no_grad()
 def kmeans(
     points: Tensor,
     clusters: int,
-    iterations: int | None = 10,
+    iterations: int | None = 20,
     init: str | Tensor = "spread",
     *,
     sample: int | None = 8192,
@@ -24,7 +26,7 @@ def kmeans(
 
     label(p) = argmin_n |p - centroid_n|^2,  centroid_n = mean of the points with label n
 
-    The start is deterministic. Lloyd runs `iterations` times on every s-th point (about `sample` of them), then once
+    The start is deterministic. Lloyd runs `iterations` times on every s-th point (about `sample` of them), then twice
     on all points; the labels returned are those of the returned centroids. An empty cluster's centroid is the zero
     vector; it may win points back. Nothing is read back to the host unless `iterations` is None.
 
@@ -57,7 +59,7 @@ def kmeans(
         start = spread_start(subset, clusters) if init == "spread" else even_start(work, clusters)
     labels, centroids = lloyd(subset, start, iterations, assign)
     if stride > 1:
-        labels, centroids = lloyd(work, centroids, 1, assign)
+        labels, centroids = lloyd(work, centroids, FULL_PASSES, assign)
     return labels, centroids.to(points.dtype)
 
 
@@ -65,7 +67,9 @@ def _check(points: Tensor, clusters: int, iterations: int | None, init: str | Te
     _checks.require(points.ndim == 3, "kmeans", "points", "have shape (B, P, C)", tuple(points.shape))
     _checks.require(points.is_floating_point(), "kmeans", "points", "be floating point", points.dtype)
     count = points.shape[1]
-    _checks.require(1 <= clusters <= count, "kmeans", "clusters", f"be from 1 to the number of points {count}", clusters)
+    _checks.require(
+        1 <= clusters <= count, "kmeans", "clusters", f"be from 1 to the number of points {count}", clusters
+    )
     _checks.require(iterations is None or iterations >= 0, "kmeans", "iterations", "be >= 0 or None", iterations)
     _checks.require(sample is None or sample >= clusters, "kmeans", "sample", f"be >= clusters {clusters}", sample)
     if isinstance(init, Tensor):

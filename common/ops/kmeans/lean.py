@@ -1,4 +1,5 @@
 """The assignment pass of k-means in blocks that stay in the cache."""
+
 import torch
 from torch import Tensor
 

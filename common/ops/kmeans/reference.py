@@ -1,4 +1,5 @@
 """Lloyd's algorithm and its deterministic starts, in plain torch."""
+
 from collections.abc import Callable
 
 import torch

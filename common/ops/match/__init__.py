@@ -1,4 +1,5 @@
 """Similarity matching: where in its neighbourhood does each fixed voxel find its like?"""
+
 from torch import Tensor
 
 from common.ops import _checks

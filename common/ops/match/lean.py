@@ -3,6 +3,7 @@
 With weights s_d = exp(score_d - lse) and g the gradient of disp, the softmax gives
 d score_d = s_d * (d.g - g.disp), so that only disp and lse are kept.
 """
+
 import torch
 from torch import Tensor
 

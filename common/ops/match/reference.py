@@ -1,4 +1,5 @@
 """The formula of match, with the neighbourhood unfolded."""
+
 import itertools
 
 import torch

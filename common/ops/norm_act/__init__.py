@@ -1,4 +1,5 @@
 """Instance normalisation followed by LeakyReLU, as after nearly every convolution of a registration pyramid."""
+
 from torch import Tensor
 
 from common.ops import _checks

@@ -3,6 +3,7 @@
 torch's instance norm leaves channels-last and is six times slower there; its group norm stays but takes the variance as
 E[x^2] - E[x]^2, which costs three digits. Here the mean is removed first.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

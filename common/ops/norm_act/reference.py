@@ -1,4 +1,5 @@
 """The formula of norm_act in torch's own terms."""
+
 import torch.nn.functional as F
 from torch import Tensor
 

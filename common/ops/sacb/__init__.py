@@ -1,4 +1,5 @@
 """Spatially adaptive convolution and the SACB block, which drops into any 3-D network."""
+
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,9 @@ def modulated_conv3d(
     _checks.volume(op, "x", x)
     batch, channels = x.shape[:2]
     shape = (weight.shape[0], channels, 3, 3, 3)
-    _checks.require(tuple(weight.shape) == shape, op, "weight", f"have shape (O, {channels}, 3, 3, 3)", tuple(weight.shape))
+    _checks.require(
+        tuple(weight.shape) == shape, op, "weight", f"have shape (O, {channels}, 3, 3, 3)", tuple(weight.shape)
+    )
     ok = modulation.ndim == 3 and modulation.shape[0] == batch and modulation.shape[2] == 27
     _checks.require(ok, op, "modulation", f"have shape ({batch}, N, 27)", tuple(modulation.shape))
     shape = (batch, modulation.shape[1], weight.shape[0])
@@ -51,7 +54,7 @@ def modulated_conv3d(
     shape = (batch, *x.shape[2:])
     _checks.require(tuple(labels.shape) == shape, op, "labels", f"have shape {shape}", tuple(labels.shape))
     _checks.require(_checks.is_integer(labels), op, "labels", "be integer", labels.dtype)
-    if choose("sacb", x, backend) == "reference":
+    if choose("sacb", x, backend, name=op) == "reference":
         return modulated_conv3d_reference(x, weight, bias, modulation, labels)
     return modulated_conv3d_lean(x, weight, bias, modulation, labels)
 
@@ -79,8 +82,15 @@ class SACB(nn.Module):
     """
 
     def __init__(
-        self, channels: int, *, clusters: int = 7, mean_type: str = "s", iterations: int | None = 10,
-        sample: int | None = 8192, init: str = "spread", backend: str | None = None,
+        self,
+        channels: int,
+        *,
+        clusters: int = 7,
+        mean_type: str = "s",
+        iterations: int | None = 20,
+        sample: int | None = 8192,
+        init: str = "spread",
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         _checks.require(mean_type in MEAN_TYPES, "SACB", "mean_type", f"be one of {MEAN_TYPES}", repr(mean_type))

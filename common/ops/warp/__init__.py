@@ -1,4 +1,5 @@
 """Pull-back of an image, a label map or a field along a displacement."""
+
 from torch import Tensor
 
 from common.ops import _checks

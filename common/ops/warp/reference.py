@@ -1,4 +1,5 @@
 """The formula of warp: a weighted sum over the eight corners of the cell that is hit."""
+
 import itertools
 
 import torch

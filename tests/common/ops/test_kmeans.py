@@ -1,4 +1,5 @@
 """kmeans: known clusters, rules for empty clusters and ties, determinism, and how good the capped default is."""
+
 from collections.abc import Callable
 
 import pytest
@@ -17,7 +18,7 @@ def blobs(batch: int = 2, clusters: int = 4, each: int = 50, channels: int = 3) 
     """Points (B, P, C) in shuffled, well separated groups, and the group of each."""
     centres = 20 * torch.eye(max(clusters, channels))[:clusters, :channels]
     centres = centres + 40 * torch.arange(clusters).view(-1, 1)
-    group = torch.stack([torch.arange(clusters * each)[torch.randperm(clusters * each)] % clusters for _ in range(batch)])
+    group = torch.stack([torch.randperm(clusters * each) % clusters for _ in range(batch)])
     return centres[group] + torch.randn(batch, clusters * each, channels), group
 
 
@@ -78,7 +79,7 @@ def test_spread_start() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("iterations", (10, None))
 def test_repeatable(iterations: int | None, backend: str) -> None:
-    points = torch.randn(2, 20_001, 5)
+    points = torch.randn(2, 20_001 if iterations else 2_001, 5)
     first, second = (kmeans(points.clone(), 7, iterations, backend=backend) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
@@ -166,13 +167,13 @@ def sacb_points(kind: str) -> Tensor:
     return volume.flatten(2).transpose(1, 2)
 
 
-@pytest.mark.parametrize(("kind", "same_start", "best_start"), (("regions", 1.02, 1.25), ("smooth", 1.02, 1.02)))
+@pytest.mark.parametrize(("kind", "same_start", "best_start"), (("regions", 1.01, 1.25), ("smooth", 1.01, 1.01)))
 def test_quality(kind: str, same_start: float, best_start: float) -> None:
-    """Ten steps on a sample, the default, against every point to the fixed point, by within-cluster scatter.
+    """The default, capped and on a sample, against every point to the fixed point, by within-cluster scatter.
 
     The first bound is for the same start, so it holds the cap and the sample; the second for the best of three
     random starts, so it holds the start too, which matters more: regions have poor local optima. Measured over five
-    seeds: 1.00 to 1.12 and 0.89 to 1.29 for regions, 1.005 to 1.014 and 1.00 to 1.02 for smooth fields.
+    seeds: 1.00 to 1.12 and 1.04 to 1.29 for regions, 1.001 to 1.004 and 1.00 to 1.01 for smooth fields.
     """
     points = sacb_points(kind)
     stride = points.shape[1] // 8192

@@ -1,4 +1,5 @@
 """match against softmaxes worked out by hand and its own reference."""
+
 import itertools
 import math
 import types

@@ -1,4 +1,5 @@
 """norm_act against torch's instance norm and its own reference."""
+
 from collections.abc import Callable
 
 import pytest

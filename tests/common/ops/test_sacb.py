@@ -1,4 +1,5 @@
 """modulated_conv3d and the SACB block: formula, gradients, clustering, and life in somebody else's network."""
+
 import itertools
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ TAPS = list(itertools.product((-1, 0, 1), repeat=3))
 
 
 def arguments(
-    size: tuple[int, int, int] = (5, 7, 9), *, batch: int = 2, channels: int = 4, out: int = 3, clusters: int = 5,
+    size: tuple[int, int, int] = (5, 7, 9), *, batch: int = 2, channels: int = 4, out: int = 3, clusters: int = 5
 ) -> dict[str, Tensor]:
     return {
         "x": torch.randn(batch, channels, *size),
@@ -110,8 +111,11 @@ def test_keeps_dtype(dtype: torch.dtype, backend: str) -> None:
 
 
 GIVEN = {
-    "x": torch.zeros(2, 4, 3, 4, 5), "weight": torch.zeros(6, 4, 3, 3, 3), "bias": torch.zeros(2, 7, 6),
-    "modulation": torch.zeros(2, 7, 27), "labels": torch.zeros(2, 3, 4, 5, dtype=torch.int64),
+    "x": torch.zeros(2, 4, 3, 4, 5),
+    "weight": torch.zeros(6, 4, 3, 3, 3),
+    "bias": torch.zeros(2, 7, 6),
+    "modulation": torch.zeros(2, 7, 27),
+    "labels": torch.zeros(2, 3, 4, 5, dtype=torch.int64),
 }
 
 
@@ -137,7 +141,6 @@ def test_rejects(name: str, value: Tensor, text: str) -> None:
 
 def test_rejects_backend(refused: Callable) -> None:
     refused(lambda name: modulated_conv3d(**GIVEN, backend=name))
-
 
 
 def points_of(features: Tensor, mean_type: str) -> Tensor:
@@ -174,8 +177,12 @@ def test_forward_formula() -> None:
     clusters = Clusters(torch.randint(3, (2, 4, 3, 5)), torch.randn(2, 3, 6))
     features = F.leaky_relu(F.instance_norm(block.proj_in(x)), 0.1)
     sac = modulated_conv3d(
-        features, block.weight, block.bias_mlp(clusters.centroids),
-        block.kernel_mlp(clusters.centroids).sigmoid(), clusters.labels, backend="reference",
+        features,
+        block.weight,
+        block.bias_mlp(clusters.centroids),
+        block.kernel_mlp(clusters.centroids).sigmoid(),
+        clusters.labels,
+        backend="reference",
     )
     torch.testing.assert_close(block(x, clusters), x + F.leaky_relu(sac, 0.1), rtol=1e-4, atol=1e-5)
 
@@ -217,8 +224,13 @@ def test_lean_matches_reference_block(mean_type: str) -> None:
 def test_drops_into_any_network(mean_type: str) -> None:
     """In a plain encoder it trains a step: finite gradients everywhere, to its MLPs above zero, and a lower loss."""
     net = nn.Sequential(
-        nn.Conv3d(1, 6, 3, stride=2, padding=1), nn.ReLU(), SACB(6, clusters=4, mean_type=mean_type),
-        nn.Conv3d(6, 5, 1), SACB(5, clusters=2, mean_type=mean_type), nn.AdaptiveAvgPool3d(1), nn.Flatten(),
+        nn.Conv3d(1, 6, 3, stride=2, padding=1),
+        nn.ReLU(),
+        SACB(6, clusters=4, mean_type=mean_type),
+        nn.Conv3d(6, 5, 1),
+        SACB(5, clusters=2, mean_type=mean_type),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
         nn.Linear(5, 2),
     )
     x, target = torch.randn(4, 1, 9, 10, 11), torch.tensor([0, 1, 0, 1])

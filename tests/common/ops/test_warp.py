@@ -1,4 +1,5 @@
 """warp against hand-made values, MONAI's Warp, and its own reference."""
+
 from collections.abc import Callable
 
 import pytest
@@ -49,6 +50,14 @@ def test_known_values_outside(backend: str) -> None:
     torch.testing.assert_close(border, torch.tensor([2.75, 3.75, 4.0, 4.0]))
     torch.testing.assert_close(zeros, torch.tensor([2.75, 3.75, 1.0, 0.0]))  # fades within one voxel
     torch.testing.assert_close(nearest, torch.tensor([3.0, 4.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_known_values_nearest_ties(backend: str) -> None:
+    """Exactly between two voxels the even one is taken, whatever the length of the axis: labels must not flicker."""
+    image = torch.arange(97.0).expand(1, 1, 2, 2, 97)
+    out = warp(image, constant((0.0, 0.0, 0.5), (2, 2, 97)), "nearest", backend=backend)
+    assert torch.equal(out, (image + 0.5).clamp(max=96).round())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,270 @@
+"""Affine pre-alignment of a pair of scans: mutual information, coarse to fine, in numpy alone.
+
+Everything is in RAS millimetres; a matrix (4, 4) maps a point of the fixed scan to its place in the moving scan.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+
+LEVELS = (12, 18, 24)  # voxels along the side of the foreground: 9, 6 and 4.5 mm for a brain
+BINS = 32
+SAMPLES = 2**16  # of the fixed copy, at most
+DEGREES = (-25.0, 0.0, 25.0)  # about each axis, tried at the coarsest level
+MARGIN = {"fixed": 0.07, "moving": 0.2}  # of background around the copies, in sides of the foreground
+
+
+def prealign(
+    fixed: np.ndarray,
+    fixed_affine_ras: np.ndarray,
+    moving: np.ndarray,
+    moving_affine_ras: np.ndarray,
+    mode: str = "affine",
+) -> np.ndarray:
+    """4x4 matrix (RAS, mm) that maps a point of the fixed scan to its place in the moving scan.
+
+    M = argmax_M I(fixed(x), moving(M x)),   I = sum_ab p(a, b) log(p(a, b) / (p(a) p(b)))
+
+    The same input gives the same bits. No overlap of the two scans in world space is needed.
+
+    Args:
+        fixed, moving: (I, J, K) scans, of any size, spacing, orientation and contrast.
+        fixed_affine_ras, moving_affine_ras: (4, 4) voxel -> mm (RAS).
+        mode: "affine" (12 parameters), "rigid" (6) or "none" (the identity).
+
+    Returns:
+        (4, 4) float64.
+
+    Raises:
+        ValueError: unknown mode, a scan that is not 3-D, a single slice, constant or not finite, a singular affine.
+
+    Source: Mattes et al., PET-CT image registration in the chest using free-form deformations, IEEE TMI 2003, for the
+        metric (32 bins, box window for fixed, cubic B-spline for moving). Ours: the starts and the BFGS descent.
+    """
+    if mode not in ("affine", "rigid", "none"):
+        raise ValueError(f"prealign() 'mode' must be 'affine', 'rigid' or 'none', got {mode!r}")
+    if mode == "none":
+        return np.eye(4)
+    _check("fixed", fixed, fixed_affine_ras)
+    _check("moving", moving, moving_affine_ras)
+    fixed_scan, moving_scan = _Scan(fixed, fixed_affine_ras), _Scan(moving, moving_affine_ras)
+    tried = _starts(fixed_scan, moving_scan, scaled=mode == "affine")
+    for level, side in enumerate(LEVELS):
+        mm = min(fixed_scan.side, moving_scan.side) / side
+        metric = _Information(fixed_scan.copy(mm, MARGIN["fixed"]), moving_scan.copy(mm, MARGIN["moving"]))
+        motion = "rigid" if mode == "rigid" else "similarity" if level == 0 else "affine"
+        ranked = metric.rank(tried)
+        ends = [_descend(metric, motion, matrix, fixed_scan, mm) for matrix in ranked[: 3 if level == 0 else 1]]
+        tried = ranked[:1] + ends  # what a level was given stays in the race: it may win at the next, finer one
+    return metric.rank(tried)[0]
+
+
+def _check(name: str, array: np.ndarray, affine_ras: np.ndarray) -> None:
+    if array.ndim != 3 or min(array.shape) < 2:
+        raise ValueError(f"prealign() {name!r} must be (I, J, K) with at least 2 voxels each, got {array.shape}")
+    low, high = array.min(), array.max()
+    if not np.isfinite(low) or not np.isfinite(high):
+        raise ValueError(f"prealign() {name!r} must be finite, got values from {low} to {high}")
+    if low == high:
+        raise ValueError(f"prealign() {name!r} must not be constant, got {low} everywhere")
+    if np.shape(affine_ras) != (4, 4) or abs(np.linalg.det(np.asarray(affine_ras)[:3, :3])) < 1e-12:
+        raise ValueError(f"prealign() '{name}_affine_ras' must be an invertible (4, 4), got {affine_ras}")
+
+
+class _Scan:
+    """A scan with the centre, reach and side of its foreground (Otsu), and small copies of it."""
+
+    def __init__(self, array: np.ndarray, affine_ras: np.ndarray) -> None:
+        self.array, self.affine = np.asarray(array, np.float32), np.asarray(affine_ras, np.float64)
+        box = abs(np.prod(array.shape) * np.linalg.det(self.affine[:3, :3])) ** (1 / 3)
+        small, affine = self._pooled(box / 60)
+        self.threshold = _otsu(small)
+        inside = small > self.threshold
+        self.low, self.high = float(small.min()), float(np.percentile(small[inside], 99))
+        # `high`: a few bright voxels must not use up the bins. `background`: the darkest voxel may be noise.
+        self.background = float(np.median(small[~inside]))
+        points = np.argwhere(inside) @ affine[:3, :3].T + affine[:3, 3]
+        weight = np.minimum(small[inside], self.high).astype(np.float64) - self.background
+        self.centre = weight @ points / weight.sum()
+        self.side = max(abs(inside.sum() * np.linalg.det(affine[:3, :3])) ** (1 / 3), 0.35 * box)
+        self.reach = max(float(np.sqrt(np.square(points - self.centre).sum(1).mean())), 0.2 * self.side)
+        self.middle = (self.affine @ np.append((np.array(array.shape) - 1) / 2, 1))[:3]
+
+    def _pooled(self, mm: float) -> tuple[np.ndarray, np.ndarray]:
+        """Means over blocks of about `mm` a side, and their affine."""
+        array, sizes = self.array, np.array(self.array.shape)
+        factors = np.round(mm / np.linalg.norm(self.affine[:3, :3], axis=0)).astype(int)
+        factors = np.clip(factors, 1, np.maximum(sizes // 4, 1))
+        first = sizes % factors // 2
+        array = array[tuple(slice(a, a + n // f * f) for a, n, f in zip(first, sizes, factors))]
+        for axis, factor in enumerate(factors):
+            blocks = array.shape[:axis] + (-1, factor) + array.shape[axis + 1 :]
+            array = array.reshape(blocks).mean(axis + 1) if factor > 1 else array
+        step = np.diag([*factors, 1.0])
+        step[:3, 3] = first + (factors - 1) / 2
+        return array, self.affine @ step
+
+    def copy(self, mm: float, margin: float) -> tuple[np.ndarray, np.ndarray]:
+        """Copy of about `mm` spacing. Where a face holds background, more background lies beyond it and is added."""
+        array, affine = self._pooled(mm)
+        widths = np.rint(margin * self.side / np.linalg.norm(affine[:3, :3], axis=0)).astype(int)
+        outside = [[np.mean(array.take(end, axis) > self.threshold) < 0.1 for end in (0, -1)] for axis in range(3)]
+        pads = np.array(outside) * widths[:, None]
+        step = np.eye(4)
+        step[:3, 3] = -pads[:, 0]
+        return np.pad(np.clip(array, self.low, self.high), pads, constant_values=self.background), affine @ step
+
+
+def _otsu(array: np.ndarray) -> float:
+    """Threshold with the largest variance between the classes; the outer percent at either end is set aside."""
+    low, high = np.percentile(array, (1, 99))
+    if low == high:
+        low, high = array.min(), array.max()
+    counts, edges = np.histogram(np.clip(array, low, high), 256, (low, high))
+    values = (edges[1:] + edges[:-1]) / 2
+    below, total = counts.cumsum()[:-1], counts.sum()
+    sums = (counts * values).cumsum()
+    between = (sums[-1] * below / total - sums[:-1]) ** 2 / np.maximum(below * (total - below), 1)
+    return float(edges[1 + between.argmax()])
+
+
+class _Information:
+    """Negative mutual information of two small copies under a matrix, and its gradient."""
+
+    def __init__(self, fixed: tuple[np.ndarray, np.ndarray], moving: tuple[np.ndarray, np.ndarray]) -> None:
+        (fixed, affine), (self.moving, moving_affine) = fixed, moving
+        chosen = np.arange(fixed.size)
+        if fixed.size > SAMPLES:
+            chosen = np.sort(np.random.default_rng(0).choice(fixed.size, SAMPLES, replace=False))
+        index = np.stack(np.unravel_index(chosen, fixed.shape), 1)
+        self.points = np.append(index @ affine[:3, :3].T + affine[:3, 3], np.ones((len(index), 1)), 1)
+        levels = BINS - 4  # two bins at either end for the reach of the cubic window
+        self.bins = np.minimum(_unit(fixed).flat[chosen] * levels, levels - 1).astype(np.int64) + 2
+        self.moving = (_unit(self.moving) * levels + 2).astype(np.float32)
+        self.to_voxel = np.linalg.inv(moving_affine)
+        self.least = 1
+
+    def rank(self, matrices: list[np.ndarray]) -> list[np.ndarray]:
+        """The matrices, best first. Those with less than half of the largest overlap come last, and later too."""
+        overlaps = [self._inside(matrix)[1].sum() for matrix in matrices]
+        self.least = max(max(overlaps) // 2, 1)
+        values = [self(matrix)[0] for matrix in matrices]
+        return [matrices[i] for i in np.argsort(values, kind="stable")]
+
+    def _inside(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        voxels = (self.points @ (self.to_voxel @ matrix)[:3].T).astype(np.float32)
+        return voxels, ((voxels >= 0) & (voxels <= np.array(self.moving.shape) - 1)).all(1)
+
+    def __call__(self, matrix: np.ndarray) -> tuple[float, np.ndarray]:
+        """Value and its gradient (3, 4) to the rows of the matrix; 0 with too little overlap."""
+        voxels, inside = self._inside(matrix)
+        count = int(inside.sum())
+        if count < self.least:
+            return 0.0, np.zeros((3, 4))
+        values, slopes = _sample(self.moving, voxels[inside])
+        low = np.minimum(values.astype(np.int64), BINS - 3)
+        t = values - low
+        u = 1 - t
+        window = u**3 / 6, t**3 / 2 - t**2 + 2 / 3, u**3 / 2 - u**2 + 2 / 3, t**3 / 6
+        window_slope = -(u**2) / 2, 1.5 * t**2 - 2 * t, 2 * u - 1.5 * u**2, t**2 / 2
+        cells = self.bins[inside] * BINS + low - 1
+        joint = sum(np.bincount(cells + tap, weight, BINS * BINS) for tap, weight in enumerate(window)) / count
+        joint = joint.reshape(BINS, BINS)
+        alone = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+        filled = joint > 0
+        log = np.log(np.where(filled, joint, 1) / np.where(filled, alone, 1))
+        # dI/dp(a, b) is the log up to a constant, which the window's slopes, summing to 0, cancel.
+        force = sum(log.flat[cells + tap] * slope for tap, slope in enumerate(window_slope)) / count
+        return -float((joint * log).sum()), -self.to_voxel[:3, :3].T @ (slopes * force) @ self.points[inside]
+
+
+def _unit(array: np.ndarray) -> np.ndarray:
+    low, high = array.min(), array.max()
+    return (array - low) / (high - low if high > low else 1)
+
+
+def _sample(array: np.ndarray, voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Trilinear values (N) at points (N, 3) inside the grid, and their slopes (3, N) along the axes."""
+    first = np.minimum(voxels.astype(np.int64), np.array(array.shape) - 2)
+    i, j, k = (voxels - first).T
+    strides = np.array([array.shape[1] * array.shape[2], array.shape[2], 1])
+    base, flat = first @ strides, array.ravel()
+    near, far = ([[flat[base + strides @ (a, b, c)] for c in (0, 1)] for b in (0, 1)] for a in (0, 1))
+    rows = [[c0 + (c1 - c0) * k for c0, c1 in plane] for plane in (near, far)]
+    faces = [b0 + (b1 - b0) * j for b0, b1 in rows]
+    along_j = [b1 - b0 for b0, b1 in rows]
+    along_k = [(c1 - c0) * (1 - j) + (d1 - d0) * j for (c0, c1), (d0, d1) in (near, far)]
+    mix = [near_face * (1 - i) + far_face * i for near_face, far_face in (faces, along_j, along_k)]
+    return mix[0], np.stack([faces[1] - faces[0], mix[1], mix[2]])
+
+
+def _starts(fixed: _Scan, moving: _Scan, scaled: bool) -> list[np.ndarray]:
+    """Where to begin: the headers as they are, centres of mass and of the boxes, turned and scaled."""
+    scale = float(np.clip(moving.side / fixed.side, 0.5, 2.0))
+    starts = [np.eye(4)]
+    for size, degrees in itertools.product((1.0, scale) if scaled else (1.0,), itertools.product(DEGREES, repeat=3)):
+        for centre, target in ((fixed.centre, moving.centre), (fixed.middle, moving.middle)):
+            starts.append(_about(centre, size * _rotation(np.radians(degrees)), target - centre))
+    return starts
+
+
+def _descend(metric: Callable, motion: str, start: np.ndarray, fixed: _Scan, mm: float) -> np.ndarray:
+    """BFGS from `start`; parameters are in mm of mean shift, a step is at most 2 `mm` long, the value never rises."""
+    size = {"rigid": 6, "similarity": 7, "affine": 12}[motion]
+
+    def at(params: np.ndarray) -> np.ndarray:
+        return start @ _moved(motion, params, fixed)
+
+    def evaluate(params: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = metric(at(params))
+        nudges = 1e-4 * np.eye(size)
+        return value, np.array([(slope * (at(params + n) - at(params - n))[:3]).sum() / 2e-4 for n in nudges])
+
+    params, inverse = np.zeros(size), None
+    value, slope = evaluate(params)
+    for _ in range(30):
+        fresh = inverse is None
+        step = -0.5 * mm * slope / max(np.linalg.norm(slope), 1e-30) if fresh else -inverse @ slope
+        step *= min(1.0, 2 * mm / max(np.linalg.norm(step), 1e-30))
+        new_value, new_slope = evaluate(params + step)
+        while new_value > value + 1e-4 * step @ slope and np.linalg.norm(step) > 0.02 * mm:
+            step *= 0.4
+            new_value, new_slope = evaluate(params + step)
+        if new_value >= value:
+            if fresh:
+                break
+            inverse = None  # once more along the plain slope
+            continue
+        change, moved = new_slope - slope, step @ (new_slope - slope)
+        params, value, slope = params + step, new_value, new_slope
+        if np.linalg.norm(step) < 0.02 * mm:
+            break
+        if moved > 1e-12:
+            inverse = np.eye(size) * moved / (change @ change) if fresh else inverse
+            half = np.eye(size) - np.outer(step, change) / moved
+            inverse = half @ inverse @ half.T + np.outer(step, step) / moved
+    return at(params)
+
+
+def _moved(motion: str, params: np.ndarray, fixed: _Scan) -> np.ndarray:
+    """Matrix of parameters in mm, about the centre of the fixed foreground; the identity at 0."""
+    if motion == "affine":
+        return _about(fixed.centre, np.eye(3) + params[:9].reshape(3, 3) / fixed.reach, params[9:])
+    scale = np.exp(params[6] / fixed.reach) if motion == "similarity" else 1.0
+    return _about(fixed.centre, scale * _rotation(params[:3] / fixed.reach), params[3:6])
+
+
+def _about(centre: np.ndarray, linear: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = linear, centre - linear @ centre + shift
+    return matrix
+
+
+def _rotation(radians: np.ndarray) -> np.ndarray:
+    """Turn about the third axis, then the second, then the first."""
+    (ci, cj, ck), (si, sj, sk) = np.cos(radians), np.sin(radians)
+    about_i = np.array([[1, 0, 0], [0, ci, -si], [0, si, ci]])
+    about_j = np.array([[cj, 0, sj], [0, 1, 0], [-sj, 0, cj]])
+    about_k = np.array([[ck, -sk, 0], [sk, ck, 0], [0, 0, 1]])
+    return about_i @ about_j @ about_k

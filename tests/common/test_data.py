@@ -1,0 +1,102 @@
+"""Pairs and scans: what is found, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common import data
+from common.io import InputError
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    for name in ("a.nii.gz", "b.nii.gz", "c.nii.gz"):
+        (tmp_path / name).write_bytes(b"")
+    return tmp_path
+
+
+def csv_of(folder: Path, text: str) -> str:
+    (folder / "pairs.csv").write_text(text)
+    return str(folder / "pairs.csv")
+
+
+def test_two_paths_make_one_pair(files: Path) -> None:
+    (pair,) = data.list_pairs(moving=str(files / "a.nii.gz"), fixed=str(files / "b.nii.gz"))
+    assert pair == {"id": "a_to_b", "moving": str(files / "a.nii.gz"), "fixed": str(files / "b.nii.gz")}
+
+
+def test_csv_paths_are_relative_and_ids_unique(files: Path) -> None:
+    text = "fixed,moving,id\nb.nii.gz,a.nii.gz,\nb.nii.gz,a.nii.gz,\nc.nii.gz,a.nii.gz,x/y z\n\n"
+    pairs = data.list_pairs(pairs=csv_of(files, text))
+    assert [pair["id"] for pair in pairs] == ["a_to_b", "a_to_b_2", "x_y_z"]
+    assert pairs[2]["fixed"] == str(files / "c.nii.gz")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("fixed,moving\n", "holds no pairs"),
+        ("", "needs the columns"),
+        ("fixed\nb.nii.gz\n", "moving not found"),
+        ("fixed,moving,colour\nb.nii.gz,a.nii.gz,red\n", "unknown column 'colour'"),
+        ("fixed,moving\nb.nii.gz,\n", "line 2 lacks"),
+        ("fixed,moving\nb.nii.gz,z.nii.gz\n", "z.nii.gz: no such file"),
+    ],
+)
+def test_faulty_csv_is_refused(files: Path, text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        data.list_pairs(pairs=csv_of(files, text))
+
+
+def test_contradictory_options_are_refused(files: Path) -> None:
+    with pytest.raises(InputError, match="both --moving and --fixed"):
+        data.list_pairs(moving=str(files / "a.nii.gz"))
+    with pytest.raises(InputError, match="not both"):
+        data.list_pairs(pairs="p.csv", moving="a", fixed="b")
+    with pytest.raises(InputError, match="no such file"):
+        data.list_pairs(pairs=str(files / "none.csv"))
+
+
+def test_dataset_pairs_and_scans(files: Path) -> None:
+    case = {"a": "a.nii.gz", "b": "b.nii.gz", "c": "c.nii.gz"}
+    cases = [{"id": name, "image": path, "label": path} for name, path in case.items()]
+    pairs = [
+        {"fixed": "a", "moving": "b", "kind": "inter-subject"},
+        {"fixed": "a", "moving": "c", "kind": "same person"},
+    ]
+    content = {"training": cases[:2], "validation": cases, "registration_pairs": pairs}
+    (files / "dataset.json").write_text(json.dumps(content))
+    (pair,) = data.list_pairs(dataset_dir=str(files))
+    assert pair["id"] == "b_to_a" and pair["fixed_label"] == str(files / "a.nii.gz")
+    assert [scan["id"] for scan in data.list_scans(str(files), "training")] == ["a", "b"]
+    assert data.validation_pairs(str(files)) == [("b", "a")]
+
+
+def test_scans_of_a_plain_folder(files: Path) -> None:
+    assert [scan["id"] for scan in data.list_scans(str(files))] == ["a", "b", "c"]
+    assert data.validation_pairs(str(files)) is None
+    with pytest.raises(InputError, match="no such folder"):
+        data.list_scans(str(files / "none"))
+    (files / "a.nii.gz").unlink(), (files / "b.nii.gz").unlink()
+    with pytest.raises(InputError, match="holds 1 scans"):
+        data.list_scans(str(files))
+
+
+def test_ordered_pairs_are_all_and_each_loads_once() -> None:
+    loads = []
+
+    def load(scan: dict) -> dict:
+        loads.append(scan["id"])
+        return {**scan, "image": scan["id"] * 2}
+
+    pairs = data.OrderedPairs([{"id": n} for n in "abc"], load)
+    assert {pairs[n]["id"] for n in range(len(pairs))} == {f"{a}_to_{b}" for a in "abc" for b in "abc" if a != b}
+    assert sorted(loads) == ["a", "b", "c"] and pairs[0]["moving"] == "aa"
+    chosen = data.OrderedPairs([{"id": n} for n in "abc"], load, pairs=[("c", "a")])
+    assert len(chosen) == 1 and chosen[0]["id"] == "c_to_a"
+
+
+def test_phantom_when_nothing_is_given(tmp_path: Path) -> None:
+    (pair,) = data.list_pairs(output_dir=str(tmp_path))
+    assert pair["id"] == "phantom" and all(Path(pair[key]).exists() for key in ("fixed", "moving", "moving_label"))
