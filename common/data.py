@@ -36,7 +36,7 @@ def list_pairs(
     dataset_dir: str | None = None,
     output_dir: str = ".",
 ) -> list[dict[str, str]]:
-    """The pairs to register: of a CSV, of two paths, of a dataset's `registration_pairs`, or the phantom, in that order.
+    """The pairs to register: of a CSV, two paths, a dataset's `registration_pairs` or the phantom, in that order.
 
     Args:
         moving, fixed, moving_label, fixed_label: paths of one pair; the labels are optional.
@@ -164,7 +164,7 @@ def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> li
 
 
 def validation_pairs(dataset_dir: str | None, *, limit: int | None = None) -> list[tuple[str, str]] | None:
-    """(moving id, fixed id) of the inter-subject `registration_pairs` within the validation part, or None without any."""
+    """(moving id, fixed id) of the inter-subject `registration_pairs` of the validation part; None without any."""
     if not dataset_dir or not (Path(dataset_dir) / "dataset.json").exists():
         return None
     found = read_dataset(dataset_dir)

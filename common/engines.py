@@ -1,5 +1,6 @@
 """Glue between the pair transforms and MONAI's engines: weights, inferer, metric, tables, one-sentence errors."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -230,6 +231,38 @@ class LastCheckpoint:
             CheckpointLoader(str(found[-1]), everything, map_location=torch.device(self.device)).attach(engine)
         if self.write:
             CheckpointSaver(str(self.folder), everything, save_interval=1, n_saved=1).attach(engine)
+
+
+class BestCheckpoint:
+    """Keep the weights of the best validation as model.pt, a plain state dict, also across resumed runs.
+
+    model.json beside it says which epoch they are from and the value of the key metric. Without a value (scans without
+    labels) the last weights are kept.
+
+    Args:
+        folder: where model.pt and model.json go.
+        network: the network, or its DistributedDataParallel wrapper.
+        metric: name of the key metric.
+    """
+
+    def __init__(self, folder: str, network: nn.Module, metric: str = "mean_dice") -> None:
+        self.folder, self.network, self.metric = Path(folder), network, metric
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self._keep)
+
+    def _keep(self, engine: Engine) -> None:
+        value = float(engine.state.metrics.get(self.metric, float("nan")))
+        note = self.folder / "model.json"
+        best = json.loads(note.read_text())[self.metric] if note.exists() else None
+        if best is not None and value == value and value <= best:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        network = getattr(self.network, "module", self.network)
+        torch.save(network.state_dict(), self.folder / ".model.pt.partial")
+        (self.folder / ".model.pt.partial").replace(self.folder / "model.pt")
+        told = {"epoch": engine.state.epoch, self.metric: value if value == value else None}
+        note.write_text(json.dumps(told) + "\n")
 
 
 class TrainingBar:

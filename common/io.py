@@ -35,14 +35,15 @@ def read_scan(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{path}: no such file")
     reader = ITKReader(affine_lps_to_ras=True)
     try:
-        image, meta = reader.get_data(reader.read(str(path)))
+        opened = reader.read(str(path))
+        image, meta = reader.get_data(opened)
     except Exception as error:  # every reader of ITK has its own exception; the sentence keeps the last line of it
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: not an image that can be read ({reason})") from error
     channel_dim = meta.get("original_channel_dim", float("nan"))
-    spatial = image.ndim - (0 if isinstance(channel_dim, float) else 1)
-    if spatial != 3 or min(image.shape) < 1:
-        raise InputError(f"{path}: must be a 3-D scan, got {spatial}-D data of shape {tuple(image.shape)}")
+    dimension = opened.GetImageDimension()  # of the file: MONAI takes the fourth axis of a film for channels
+    if dimension != 3 or min(image.shape) < 1:
+        raise InputError(f"{path}: must be a 3-D scan, got {dimension}-D data of shape {tuple(image.shape)}")
     image = image[None] if image.ndim == 3 else np.moveaxis(image, int(channel_dim), 0)
     if min(image.shape[1:]) < 2:
         raise InputError(f"{path}: must be a 3-D scan, got a single slice of shape {tuple(image.shape[1:])}")

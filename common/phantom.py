@@ -59,7 +59,7 @@ def anatomy(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Deformation:
     """y -> back(y): affine map of moving space into fixed space, then a smooth displacement of up to `amplitude` mm."""
 
-    def __init__(self, seed: int = 0, *, amplitude: float = 6.0) -> None:
+    def __init__(self, seed: int = 0, *, amplitude: float = 12.0) -> None:
         rng = np.random.default_rng(seed)
         angles = rng.uniform(-0.12, 0.12, 3)
         rotation = np.linalg.multi_dot([_rotation(axis, angle) for axis, angle in enumerate(angles)])
@@ -122,7 +122,7 @@ def _at(voxels: np.ndarray, affine_ras: np.ndarray, deformation: Deformation | N
 
 
 def grids() -> dict[str, tuple[tuple[int, int, int], np.ndarray]]:
-    """Grids of the pair: fixed 2 mm in RAS; moving 2.2 x 2 x 2.5 mm, oblique, stored right to left and front to back."""
+    """Grids of the pair: fixed 2 mm, RAS; moving 2.2 x 2 x 2.5 mm, oblique, axes i and j stored the other way."""
     fixed = np.eye(4)
     fixed[:3, :3] *= 2.0
     fixed[:3, 3] = -np.array([71.0, 87.0, 67.0])

@@ -1,4 +1,4 @@
-"""Dictionary transforms of a pair, in the order of the working path (DESIGN: load, align, grid, scale, pack, deliver)."""
+"""Dictionary transforms of a pair, in the order of the working path: load, align, grid, scale, pack, deliver."""
 
 import time
 from collections.abc import Hashable, Mapping
@@ -52,9 +52,8 @@ class LoadScansd(Transform):
                 label_path = str(data[label_key])
                 label, label_affine = io.read_scan(label_path)
                 if label.shape[1:] != array.shape[1:]:
-                    raise InputError(
-                        f"{label_path}: the label map has shape {label.shape[1:]}, its scan {path} has {array.shape[1:]}"
-                    )
+                    sizes = f"shape {label.shape[1:]}, its scan {path} has {array.shape[1:]}"
+                    raise InputError(f"{label_path}: the label map has {sizes}")
                 if not np.allclose(label_affine, affine, atol=1e-2):
                     raise InputError(f"{label_path}: the label map lies elsewhere in space than its scan {path}")
                 data[label_key] = _meta(np.rint(label[:1]), affine, label_path)
@@ -131,10 +130,9 @@ class PackPaird(Transform):
         data = dict(data)
         moving, fixed = data.pop(self.moving), data.pop(self.fixed)
         if moving.shape != fixed.shape:
-            raise InputError(
-                f"{moving.meta['filename_or_obj']}: has grid {tuple(moving.shape[1:])}, "
-                f"{fixed.meta['filename_or_obj']} has {tuple(fixed.shape[1:])}; align them to one grid (--prealign affine)"
-            )
+            grids = f"has grid {tuple(moving.shape[1:])}, {fixed.meta['filename_or_obj']} has {tuple(fixed.shape[1:])}"
+            hint = "align them to one grid (--prealign affine)"
+            raise InputError(f"{moving.meta['filename_or_obj']}: {grids}; {hint}")
         image = MetaTensor(
             torch.cat([moving.as_tensor(), fixed.as_tensor()]), affine=fixed.affine, meta=dict(fixed.meta)
         )

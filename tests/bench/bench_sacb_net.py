@@ -135,9 +135,8 @@ def main(size=(160, 192, 160), repeats=1, output=None, cluster_quality=True):
         quality = run_child("clustering", path) if cluster_quality else []
     plain, ours = rows
     for row in rows:
-        print(
-            f"{row['variant']:6s} {row['cpu_s']:8.1f} CPU-s  {row['peak_gib']:6.2f} GiB peak  (process before: {row['base_gib']:.2f})"
-        )
+        cost = f"{row['cpu_s']:8.1f} CPU-s  {row['peak_gib']:6.2f} GiB peak"
+        print(f"{row['variant']:6s} {cost}  (process before: {row['base_gib']:.2f})")
     ratios = {name: ours[name] / plain[name] for name in BUDGET}
     for name, limit in BUDGET.items():
         print(f"ours / plain {name}: {ratios[name]:.3f} (asked: at most {limit})")

@@ -2,7 +2,8 @@
 
 W_n[o, c, t] = a[n, t] W[o, c, t], so out(v) = W . (a[label(v)] * patch(v)) + b[label(v)]: a block's patches are scaled
 while they are copied, and one matrix product follows. With T = W^T g(v), the gradients are
-dW = sum_v g(v) (a patch)^T,  da[n, t] = sum_{v in n} sum_c T[t, c] patch[t, c],  dx = fold(a T),  db[n] = sum_{v in n} g(v).
+dW = sum_v g(v) (a patch)^T,  da[n, t] = sum_{v in n} sum_c T[t, c] patch[t, c],  dx = fold(a T),
+db[n] = sum_{v in n} g(v).
 """
 
 import torch

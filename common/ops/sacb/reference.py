@@ -1,6 +1,5 @@
 """The formula of the spatially adaptive convolution: one unfolded kernel a cluster, masked and summed."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
