@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.data import DistributedSampler
 from monai.engines import Evaluator
-from monai.handlers import CheckpointLoader, CheckpointSaver, IgniteMetricHandler, from_engine
+from monai.handlers import CheckpointLoader, IgniteMetricHandler, from_engine
 from monai.inferers import Inferer
 from monai.metrics import CumulativeIterationMetric
 from torch import Tensor, nn
@@ -155,7 +156,8 @@ class PairTable:
         lines = [
             f"{len(self.rows)} pair{'s' * (len(self.rows) != 1)} registered, results in {self.path.parent.absolute()}"
         ]
-        lines += [f"  {self.path.name}  a row a pair; the folder {row['id']}/ holds the files" for row in self.rows[:1]]
+        folders = [row["id"] for row in self.rows if (self.path.parent / row["id"]).is_dir()]
+        lines.append(f"  {self.path.name}: a row a pair" + (f"; {folders[0]}/: its files" if folders else ""))
         words = {
             "ncc": "correlation inside the fixed foreground",
             "dice": "mean Dice of the labels",
@@ -230,7 +232,18 @@ class LastCheckpoint:
             print(f"going on from {found[-1]}", flush=True)
             CheckpointLoader(str(found[-1]), everything, map_location=torch.device(self.device)).attach(engine)
         if self.write:
-            CheckpointSaver(str(self.folder), everything, save_interval=1, n_saved=1).attach(engine)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _save(self, engine: Engine) -> None:
+        everything = self.objects | {"trainer": engine}
+        state = {name: getattr(item, "module", item).state_dict() for name, item in everything.items()}
+        path = self.folder / f"checkpoint_epoch={engine.state.epoch}.pt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(state, self.folder / ".checkpoint.pt.partial")
+        (self.folder / ".checkpoint.pt.partial").replace(path)
+        for older in self.folder.glob("checkpoint_epoch=*.pt"):
+            if older != path:
+                older.unlink()
 
 
 class BestCheckpoint:
@@ -289,6 +302,8 @@ def init_processes() -> None:
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if torch.cuda.is_available():
         torch.cuda.set_device(rank_device())
+    # Ignite looks at the group when first asked for the rank, by a collective call: rank 0 alone would wait for ever.
+    ignite.distributed.sync()
 
 
 def rank_device() -> torch.device:

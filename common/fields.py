@@ -105,3 +105,27 @@ def jacobian_determinant(disp: Tensor) -> Tensor:
     ci, cj, ck = c[:, 0], c[:, 1], c[:, 2] + 1
     det = ai * (bj * ck - bk * cj) - aj * (bi * ck - bk * ci) + ak * (bi * cj - bj * ci)
     return det.unsqueeze(1)
+
+
+def unfold(disp: Tensor, *, iterations: int = 20, threshold: float = 0.05) -> Tensor:
+    """Smooth a displacement locally, only where it folds, until it no longer does or `iterations` are spent.
+
+    disp <- disp + m (box(disp) - disp),  m = box of the voxels within one voxel of det J <= threshold
+
+    Args:
+        disp: (B, 3, I, J, K) in voxels.
+        iterations: cap of the rounds; one round reaches a few voxels.
+        threshold: determinants up to this one count as folded.
+
+    Returns:
+        (B, 3, I, J, K); equal to `disp` further than a few voxels from its folds.
+    """
+    for _ in range(iterations):
+        folded = (jacobian_determinant(disp) <= threshold).to(disp.dtype)
+        if not bool(folded.any()):
+            break
+        near = F.max_pool3d(folded, 3, stride=1, padding=1)
+        blend = F.avg_pool3d(F.pad(near, (1,) * 6, mode="replicate"), 3, stride=1)
+        means = F.avg_pool3d(F.pad(disp, (1,) * 6, mode="replicate"), 3, stride=1)
+        disp = disp + blend * (means - disp)
+    return disp

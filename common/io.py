@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import itk
+import nibabel as nib
 import numpy as np
 from monai.data import ITKReader
 
@@ -48,9 +49,17 @@ def read_scan(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     if min(image.shape[1:]) < 2:
         raise InputError(f"{path}: must be a 3-D scan, got a single slice of shape {tuple(image.shape[1:])}")
     image = np.ascontiguousarray(image, dtype=np.float32)
-    if not np.isfinite(image).all():
+    if not np.isfinite(image).all() or not _finite_nifti(path):
         raise InputError(f"{path}: holds NaN or infinite values")
     return image, np.asarray(meta["affine"], dtype=np.float64)
+
+
+def _finite_nifti(path: Path) -> bool:
+    """False for a NIfTI file with NaN or infinite values: ITK replaces them by 0 without a word, nibabel does not."""
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        return True
+    file = nib.load(path)
+    return file.get_data_dtype().kind != "f" or bool(np.isfinite(file.dataobj).all())
 
 
 def to_itk(array: np.ndarray, affine_ras: np.ndarray) -> "itk.Image":

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
-from common.fields import resize_disp
+from common.fields import resize_disp, unfold
 from common.losses import box_sum, diffusion, lncc
 from common.ops import warp
 
@@ -25,8 +25,8 @@ def refine(
     image: Tensor,
     steps: int,
     *,
-    window: int = 5,
-    smoothness: float = 0.3,
+    window: int = 7,
+    smoothness: float = 1.0,
     learning_rate: float = 0.3,
     shrink: int = 2,
     coarse_share: float = 0.3,
@@ -35,7 +35,8 @@ def refine(
     """Minimise -LNCC(moving(x + disp(x)), fixed) + smoothness * diffusion(disp) over the displacement, by Adam.
 
     disp = disp_0 + smooth(update), `update` starting at 0. The first `coarse_share` of the steps work on scans and
-    displacement reduced `shrink` times, the rest on the full grid: coarse to fine.
+    displacement reduced `shrink` times, the rest on the full grid: coarse to fine. Last, `common.fields.unfold` smooths the
+    few places where the result folds.
 
     Args:
         disp: (B, 3, I, J, K) displacement to start from, in voxels.
@@ -49,7 +50,7 @@ def refine(
         progress: show a bar.
 
     Returns:
-        (B, 3, I, J, K) displacement, the better of start and end by the loss it minimises.
+        (B, 3, I, J, K) displacement: the better of start and end by the loss, unfolded.
 
     Raises:
         ValueError: steps < 0.
@@ -76,7 +77,7 @@ def refine(
     bar.close()
     with torch.no_grad():
         before, after = (_loss(d, image, window, smoothness) for d in (start, result))
-    return result if after <= before else start
+    return unfold(result if after <= before else start)
 
 
 def _loss(disp: Tensor, image: Tensor, window: int, smoothness: float) -> Tensor:

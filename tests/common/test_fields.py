@@ -172,3 +172,15 @@ def test_folding_is_seen() -> None:
 def test_jacobian_determinant_rejects() -> None:
     with pytest.raises(ValueError, match=r"jacobian_determinant\(\) 'disp' must have at least 2 voxels along each"):
         fields.jacobian_determinant(torch.zeros(1, 3, 4, 1, 4))
+
+
+def test_unfold_removes_folds_and_leaves_the_rest() -> None:
+    coords = fields.identity((24, 24, 24), torch.zeros(1))
+    disp = 0.3 * torch.sin(coords / 5)
+    folded = disp.clone()
+    folded[:, 0, 11:13] += torch.tensor([2.5, -2.5]).view(1, 2, 1, 1)
+    assert (fields.jacobian_determinant(folded) <= 0).any()
+    smoothed = fields.unfold(folded)
+    assert not (fields.jacobian_determinant(smoothed) <= 0).any()
+    torch.testing.assert_close(smoothed[:, :, :3], folded[:, :, :3])
+    assert fields.unfold(disp) is disp
