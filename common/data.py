@@ -3,11 +3,12 @@
 import csv
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from monai.data import CacheDataset
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from common.io import InputError
 from common.phantom import write_phantom
@@ -221,7 +222,7 @@ def list_scans(dataset_dir: str | None, part: str = "training", *, output_dir: s
 class OrderedPairs(Dataset):
     """All ordered pairs of a set of scans: one item is scan a as moving and scan b as fixed, a != b.
 
-    Every scan is loaded and transformed once and kept in memory (MONAI's CacheDataset, with its progress bar).
+    Every scan is loaded and transformed once and kept in memory.
 
     Args:
         data: scans as `list_scans` gives them.
@@ -238,7 +239,8 @@ class OrderedPairs(Dataset):
         pairs: list[tuple[str, str]] | None = None,
     ) -> None:
         self.data, self.pair_transform = data, pair_transform
-        self.scans = CacheDataset(data, transform or (lambda scan: scan), progress=len(data) > 4)
+        bar = tqdm(data, desc="load", unit="scan", file=sys.stderr, disable=len(data) < 5)
+        self.scans = [transform(scan) if transform else scan for scan in bar]
         number = {scan["id"]: n for n, scan in enumerate(data)}
         if pairs:
             self.pairs = [(number[moving], number[fixed]) for moving, fixed in pairs]

@@ -267,8 +267,8 @@ class BestCheckpoint:
     def _keep(self, engine: Engine) -> None:
         value = float(engine.state.metrics.get(self.metric, float("nan")))
         note = self.folder / "model.json"
-        best = json.loads(note.read_text())[self.metric] if note.exists() else None
-        if best is not None and value == value and value <= best:
+        best = json.loads(note.read_text())[self.metric] if note.exists() else None  # None: no value yet
+        if best is not None and not value > best:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         network = getattr(self.network, "module", self.network)

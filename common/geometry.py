@@ -8,30 +8,53 @@ from common.io import affine_transform, resample, to_array, to_itk
 
 
 def working_grid(
-    size: tuple[int, int, int], affine_ras: np.ndarray, spacing: float | None
+    size: tuple[int, int, int],
+    affine_ras: np.ndarray,
+    spacing: float | None,
+    *,
+    box: tuple[np.ndarray, np.ndarray] | None = None,
+    divisor: int = 1,
 ) -> tuple[tuple[int, int, int], np.ndarray]:
-    """The grid on which a network sees the fixed scan: its field of view, axes in closest RAS order, isotropic.
+    """The grid on which a network sees the fixed scan: axes in closest RAS order, isotropic, around its content.
 
     Args:
         size, affine_ras: grid of the fixed scan.
         spacing: voxel size in mm; None keeps the fixed scan's own.
+        box: first and last voxel to cover, along each axis of the fixed scan; None covers all of it.
+        divisor: sizes become multiples of this.
 
     Returns:
-        Size and `affine_ras` of the working grid. Along an axis that has the wanted spacing already (to 0.1 %), voxels
-        stay where they are; else the new grid has the old one's centre and covers its voxel centres.
+        Size and `affine_ras` of the working grid, centred on the box. Along an axis that has the wanted spacing already
+        (to 0.1 %), voxels stay where they are.
     """
     order = nib.orientations.io_orientation(affine_ras)
     transform = nib.orientations.inv_ornt_aff(order, size)
     affine = affine_ras @ transform
-    size = tuple(int(size[int(np.flatnonzero(order[:, 0] == axis)[0])]) for axis in range(3))
-    if spacing is None:
-        return size, affine
-    old = np.linalg.norm(affine[:3, :3], axis=0)
-    keep = np.abs(old / spacing - 1) < 1e-3
-    count = np.where(keep, size, np.ceil((np.array(size) - 1) * old / spacing - 1e-6) + 1).astype(int)
-    step = np.where(keep, 1.0, spacing / old)
-    start = (np.array(size) - 1) / 2 - (count - 1) / 2 * step
+    first, last = (np.zeros(3), np.array(size) - 1) if box is None else box
+    ends = nib.affines.apply_affine(np.linalg.inv(transform), np.stack([first, last]))
+    first, last = ends.min(0).round(), ends.max(0).round()
+    old = nib.affines.voxel_sizes(affine)
+    keep = np.ones(3, bool) if spacing is None else np.abs(old / spacing - 1) < 1e-3
+    step = np.ones(3) if spacing is None else np.where(keep, 1.0, spacing / old)
+    count = np.ceil((last - first) / step - 1e-6).astype(int) + 1
+    count = -(-count // divisor) * divisor
+    start = (first + last) / 2 - (count - 1) / 2 * step
+    start = np.where(keep, np.floor(start), start)
     return tuple(int(n) for n in count), affine @ nib.affines.from_matvec(np.diag(step), start)
+
+
+def is_stripped(channel: np.ndarray) -> bool:
+    """Whether the background of a scan is exactly 0: at least 5 % of its voxels, as after skull-stripping."""
+    return bool((channel == 0).mean() >= 0.05)
+
+
+def foreground_box(channel: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """First and last voxel of the foreground of a scan with background 0; None for any other scan."""
+    if not is_stripped(channel) or not (channel > 0).any():
+        return None
+    inside = channel > 0
+    spans = [np.flatnonzero(inside.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    return np.array([span[0] for span in spans]), np.array([span[-1] for span in spans])
 
 
 def to_working_grid(
@@ -46,7 +69,8 @@ def to_working_grid(
     """Resample (C, I, J, K) onto a working grid, smoothed where that grid is coarser.
 
     The Gaussian has sigma = 0.4 sqrt(new^2 - old^2) mm along an axis of old spacing: 0.7 mm for 1 mm to 2 mm, as the
-    training scans were made.
+    training scans were made. Where the background is exactly 0 (a skull-stripped scan), it is 0 again afterwards, so that the
+    brain does not get a blurred rim.
 
     Args:
         matrix_ras: 4x4 point map (RAS mm) from the new grid's space to the scan's; None is the identity.
@@ -58,10 +82,14 @@ def to_working_grid(
     variance = 0.16 * np.clip(target**2 - old**2, 0, None)
     channels = []
     for channel in array:
+        stripped = (channel > 0).astype(np.float32) if not nearest and is_stripped(channel) else None
         if not nearest and variance.max() > 1e-6:
             image = to_itk(channel, affine_ras)
             channel = to_array(
                 itk.discrete_gaussian_image_filter(image, variance=variance.tolist(), maximum_kernel_width=64)
             )
-        channels.append(resample(channel, affine_ras, size, onto_ras, transform, nearest=nearest))
+        values = resample(channel, affine_ras, size, onto_ras, transform, nearest=nearest)
+        if stripped is not None:
+            values *= resample(stripped, affine_ras, size, onto_ras, transform) > 0.5
+        channels.append(values)
     return np.stack(channels)

@@ -28,6 +28,12 @@ def _numpy(scan: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
     return scan.numpy(), np.asarray(scan.affine, dtype=np.float64)
 
 
+def _spacing(value: float | None) -> float | None:
+    if value is None or (isinstance(value, (int, float)) and value > 0):
+        return value
+    raise InputError(f"--spacing must be a size in mm above 0, or None for that of the scan, got {value}")
+
+
 class LoadScansd(Transform):
     """Replace the paths under `keys` and KEY_label by (C, I, J, K) MetaTensors in their own space; absent keys stay so.
 
@@ -68,15 +74,19 @@ class AlignAndGridd(Transform):
     Args:
         spacing: voxel size of the working grid in mm; None keeps the fixed scan's.
         prealign: "affine", "rigid" or "none" (the scans already overlap in world space).
+        divisor: sizes of the working grid become multiples of this, so that the network adds no padding.
+
+    The grid covers the foreground of a fixed scan with background 0, else all of it: instance normalisation sees the
+    share of background, and a share unlike that of the training costs accuracy.
 
     Raises:
         InputError: unknown `prealign`, different channel counts, scans that do not overlap after the alignment.
     """
 
-    def __init__(self, spacing: float | None, prealign: str = "affine") -> None:
+    def __init__(self, spacing: float | None, prealign: str = "affine", divisor: int = 16) -> None:
         if prealign not in PREALIGN:
             raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
-        self.spacing, self.prealign = spacing, prealign
+        self.spacing, self.prealign, self.divisor = _spacing(spacing), prealign, divisor
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
@@ -88,7 +98,8 @@ class AlignAndGridd(Transform):
         progress.stage(f"{self.prealign} alignment")
         matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign)
         progress.stage("resampling")
-        size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing)
+        box = geometry.foreground_box(fixed[0])
+        size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing, box=box, divisor=self.divisor)
         moving_work = geometry.to_working_grid(moving, moving_affine, size, onto, matrix)
         fixed_work = geometry.to_working_grid(fixed, fixed_affine, size, onto)
         if not ((moving_work[0] > 0) & (fixed_work[0] > 0)).any():
@@ -176,7 +187,7 @@ class ToTrainingGridd(Transform):
     ) -> None:
         if prealign not in PREALIGN:
             raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
-        self.spacing, self.prealign, self.reference, self.keys = spacing, prealign, reference, keys
+        self.spacing, self.prealign, self.reference, self.keys = _spacing(spacing), prealign, reference, keys
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)

@@ -125,7 +125,10 @@ class SACBNet(nn.Module):
             disp = double(disp)
         feat_moving = warp(feats_moving.pop(), disp, padding="zeros", backend=self.backend)
         feat_moving, feat_fixed = self.both(self.refine, feat_moving, feats_fixed.pop())
-        delta = self.flow(torch.cat([feat_fixed, feat_moving], dim=1))  # scale 1: convolutions, no matching
+        delta = torch.cat([feat_fixed, feat_moving], dim=1)
+        del feat_fixed, feat_moving
+        for layer in self.flow:  # scale 1: convolutions, no matching; one by one, so that each input is freed
+            delta = layer(delta)
         return compose(disp, delta, padding="zeros", backend=self.backend)
 
     @staticmethod

@@ -23,7 +23,8 @@ def _norm_act(x: Tensor, slope: float, eps: float) -> tuple[Tensor, Tensor]:
     last = channels_last(x)
     rows = last.flatten(1, 3)  # (B, V, C)
     centred = rows - rows.mean(1, keepdim=True)
-    rstd = (centred.square().mean(1, keepdim=True) + eps).rsqrt_()
+    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)  # a sum of squares without a buffer of squares
+    rstd = (norm.square_() / rows.shape[1] + eps).rsqrt_()
     out = F.leaky_relu_(centred.mul_(rstd), slope)
     return out.view(last.shape).permute(0, 4, 1, 2, 3), rstd
 

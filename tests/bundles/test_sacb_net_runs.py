@@ -1,0 +1,227 @@
+"""SACB-Net through the commands that a user types: training, inference, evaluation, several processes, bad input."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import itk
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from common import io, phantom
+
+ROOT = Path(__file__).resolve().parents[2]
+BUNDLE = ROOT / "bundles" / "sacb_net"
+SPACING = 4.5
+OUTPUTS = "warped.nii.gz transform.h5 displacement.nii.gz warped_label.nii.gz inverse_transform.h5"
+
+
+def command(*arguments: object, launcher: tuple[str, ...] = (), cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """`python -m monai.bundle run ARGUMENTS`, one thread. Outside the root `common` is importable as if installed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    if cwd != ROOT:
+        environment["PYTHONPATH"] = str(ROOT)
+    line = [sys.executable, *launcher, "-m", "monai.bundle", "run", *map(str, arguments)]
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def from_root(*configs: str) -> tuple[str, ...]:
+    files = [f"bundles/sacb_net/configs/{name}" for name in configs]
+    return "--config_file", str(files) if len(files) > 1 else files[0], "--bundle_root", "bundles/sacb_net"
+
+
+def succeeded(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def table(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(folder: Path, name: str, size: tuple[int, int, int], affine: np.ndarray, seed: int, person=None) -> None:
+    image, label = phantom.sample(size, affine, person, seed=seed)
+    io.write_scan(image, affine, folder / f"{name}.nii.gz")
+    io.write_label(label, affine, folder / f"{name}_label.nii.gz")
+
+
+def centred(size: tuple[int, int, int], linear: np.ndarray) -> np.ndarray:
+    return nib.affines.from_matvec(linear, -linear @ ((np.array(size) - 1) / 2))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five people on one grid: three to train, two to validate in both directions."""
+    folder = tmp_path_factory.mktemp("dataset")
+    size = (32, 40, 32)
+    for seed in range(5):
+        person = phantom.Deformation(seed, amplitude=12)
+        person.matrix, person.shift = np.eye(3), np.zeros(3)
+        write(folder, f"p{seed}", size, centred(size, np.diag([SPACING] * 3)), seed, person)
+    cases = [{"id": f"p{n}", "image": f"p{n}.nii.gz", "label": f"p{n}_label.nii.gz"} for n in range(5)]
+    pairs = [{"moving": f"p{a}", "fixed": f"p{b}", "kind": "inter-subject"} for a, b in ((3, 4), (4, 3))]
+    content = {"training": cases[:3], "validation": cases[3:], "registration_pairs": pairs}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An oblique, anisotropic moving and a flipped fixed scan with labels, and the ways to get it wrong."""
+    folder = tmp_path_factory.mktemp("raw")
+    turned = nib.eulerangles.euler2mat(0.3, -0.2, 0.15) @ np.diag([4.0, 4.5, 5])
+    write(folder, "moving", (46, 44, 36), centred((46, 44, 36), turned), 1, phantom.Deformation(0))
+    write(folder, "fixed", (40, 46, 36), centred((40, 46, 36), np.diag([-4.0, -4, 4.2])), 0)
+    (folder / "pairs.csv").write_text(
+        "fixed,moving,fixed_label,moving_label\n"
+        "fixed.nii.gz,moving.nii.gz,fixed_label.nii.gz,moving_label.nii.gz\n"
+        "moving.nii.gz,fixed.nii.gz,,\n"
+    )
+    (folder / "empty.csv").write_text("fixed,moving\n")
+    io.write_scan(np.full((20, 20, 20), 3, np.float32), np.eye(4), folder / "constant.nii.gz")
+    torch.save(torch.nn.Conv3d(2, 3, 3).state_dict(), folder / "other.pt")
+    return folder
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def train(configs: tuple[str, ...], dataset: Path, output: Path, epochs: int, launcher: tuple[str, ...] = ()) -> str:
+    options = {
+        "dataset_dir": dataset,
+        "output_dir": output,
+        "spacing": SPACING,
+        "max_epochs": epochs,
+        "epoch_length": 2,
+        "minimum": 5,
+    }
+    pairs = [text for name, value in options.items() for text in (f"--{name}", value)]
+    return succeeded(command(*from_root(*configs), *pairs, launcher=launcher))
+
+
+def check_training(output: Path, epochs: int) -> None:
+    """Check the files that a training leaves."""
+    assert [path.name for path in output.glob("models/checkpoint*")] == [f"checkpoint_epoch={epochs}.pt"]
+    assert list(output.glob("tensorboard/events*")), "nothing for TensorBoard"
+    best = json.loads((output / "models" / "model.json").read_text())
+    assert 1 <= best["epoch"] <= epochs and 0.2 < best["mean_dice"] < 1
+    state = torch.load(output / "models" / "model.pt", weights_only=True)
+    shipped = torch.load(BUNDLE / "models" / "model.pt", weights_only=True)
+    assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in shipped.items()}
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_training_starts_and_goes_on(dataset: Path, tmp_path: Path) -> None:
+    first = train(("train.json",), dataset, tmp_path / "out", 2)
+    assert "going on from" not in first and "Epoch: 2/2" in first and "mean_dice" in first
+    check_training(tmp_path / "out", 2)
+    second = train(("train.json",), dataset, tmp_path / "out", 3)
+    assert "going on from" in second and "checkpoint_epoch=2.pt" in second
+    assert "Epoch: 3/3" in second and "Epoch: 1/3" not in second and "Epoch: 2/3" not in second
+    check_training(tmp_path / "out", 3)
+
+
+def test_training_in_two_processes(dataset: Path, tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    text = train(("train.json", "multi_gpu_train.json"), dataset, tmp_path / "out", 1, launcher)
+    assert text.count("Iter: 2/2 -- train_loss") == 1, "one process writes the log"
+    check_training(tmp_path / "out", 1)
+
+
+# ---- inference and evaluation ---------------------------------------------------------------------------------------
+
+
+def test_inference_from_the_bundle_folder(raw: Path, tmp_path: Path) -> None:
+    done = command(
+        *("--config_file", "configs/inference.json", "--pairs", raw / "pairs.csv", "--output_dir", tmp_path / "out"),
+        *("--spacing", 4.0, "--refine_steps", 10, "--save_inverse", True),
+        cwd=BUNDLE,
+    )
+    assert "2 pairs registered" in succeeded(done)
+    rows = table(tmp_path / "out" / "results.csv")
+    assert [row["id"] for row in rows] == ["moving_to_fixed", "fixed_to_moving"]
+    for row, fixed in zip(rows, ("fixed", "moving")):
+        folder = tmp_path / "out" / row["id"]
+        labelled = fixed == "fixed"
+        expected = set(OUTPUTS.split()) - (set() if labelled else {"warped_label.nii.gz"})
+        assert expected <= {path.name for path in folder.iterdir()}
+        assert (folder / "warped_label.nii.gz").exists() == labelled
+        own, given = (nib.load(path) for path in (folder / "warped.nii.gz", raw / f"{fixed}.nii.gz"))
+        assert own.shape == given.shape
+        np.testing.assert_allclose(own.affine, given.affine, atol=1e-4)
+        assert float(row["ncc_after"]) > float(row["ncc_before"]) > 0.2 and float(row["inverse_error_mm"]) < 1
+    assert float(rows[0]["dice_after"]) > float(rows[0]["dice_before"]) and rows[1]["dice_after"] == ""
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_evaluation_of_a_dataset(dataset: Path, tmp_path: Path) -> None:
+    done = command(
+        *from_root("inference.json", "evaluate.json"),
+        *("--dataset_dir", dataset, "--output_dir", tmp_path / "out", "--spacing", SPACING, "--minimum", 5),
+    )
+    text = succeeded(done)
+    assert "2 pairs registered" in text and "mean HD95 in mm" in text
+    rows = table(tmp_path / "out" / "results.csv")
+    assert [row["id"] for row in rows] == ["p3_to_p4", "p4_to_p3"]
+    for row in rows:
+        assert 0.2 < float(row["dice_before"]) < 1 and 0.2 < float(row["dice_after"]) < 1
+        for name in ("hd95", "assd"):
+            assert 0 < float(row[f"{name}_before"]) < 40 and 0 < float(row[f"{name}_after"]) < 40
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.csv"], "an evaluation writes no volumes"
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "missing file": ({"moving": "none.nii.gz", "fixed": "fixed.nii.gz"}, "none.nii.gz: no such file"),
+    "constant scan": ({"moving": "constant.nii.gz", "fixed": "fixed.nii.gz"}, "constant.nii.gz: is constant"),
+    "empty table": ({"pairs": "empty.csv"}, "empty.csv: holds no pairs"),
+    "other weights": (
+        {"moving": "moving.nii.gz", "fixed": "fixed.nii.gz", "weights": "other.pt"},
+        "other.pt: these weights do not fit the network SACBNet",
+    ),
+}
+
+
+@pytest.mark.parametrize("options, sentence", FAULTS.values(), ids=FAULTS)
+def test_bad_input_ends_in_one_sentence(raw: Path, tmp_path: Path, options: dict[str, str], sentence: str) -> None:
+    given = [text for name, file in options.items() for text in (f"--{name}", raw / file)]
+    done = command(*from_root("inference.json"), *given, "--output_dir", tmp_path / "out", "--spacing", 4.0)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith(f"error: {raw}/{sentence}"), done.stderr[-3000:]
+    assert "Traceback" not in done.stderr and "registered" not in done.stdout
+    left = [path.name for path in (tmp_path / "out").iterdir()] if (tmp_path / "out").exists() else []
+    assert left == []
+
+
+# ---- real data ------------------------------------------------------------------------------------------------------
+
+
+def test_raw_brains_in_one_command(development_data: Path, tmp_path: Path) -> None:
+    """Two people as scanned, 1 mm, no preparation: labels overlap better, no folds, and ITK alone agrees."""
+    folder = development_data / "data" / "dev" / "brain_t1"
+    names = {"moving": "oasis_1107", "fixed": "oasis_1003"}
+    files = {role: folder / "images" / f"{name}.nii.gz" for role, name in names.items()}
+    files |= {f"{role}_label": folder / "labels" / f"{name}.nii.gz" for role, name in names.items()}
+    if missing := [str(path) for path in files.values() if not path.is_file()]:
+        pytest.skip(f"development data not found: {', '.join(missing)}")
+    given = [text for role, path in files.items() for text in (f"--{role}", path)]
+    succeeded(command(*from_root("inference.json"), *given, "--output_dir", tmp_path))
+    (row,) = table(tmp_path / "results.csv")
+    assert row["id"] == "oasis_1107_to_oasis_1003"
+    assert float(row["dice_after"]) > float(row["dice_before"])
+    assert float(row["folding_pct"]) < 1 and float(row["ncc_after"]) > float(row["ncc_before"])
+
+    moving, fixed = (itk.imread(str(files[role]), itk.F) for role in ("moving", "fixed"))
+    (transform,) = itk.transformread(str(tmp_path / row["id"] / "transform.h5"))
+    again = itk.resample_image_filter(moving, transform=transform, use_reference_image=True, reference_image=fixed)
+    warped = itk.array_from_image(itk.imread(str(tmp_path / row["id"] / "warped.nii.gz"), itk.F))
+    inside = itk.array_from_image(fixed) > 0
+    assert np.abs(warped - itk.array_from_image(again))[inside].mean() < 0.01 * np.ptp(warped)

@@ -1,0 +1,287 @@
+"""Weights, inferer, metric, table, one-sentence errors, checkpoints."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
+
+from common import engines
+from common.io import InputError
+from common.losses import lncc
+from common.ops import warp
+
+
+class Dummy(nn.Module):
+    """The smallest registration network: a convolution that gives three channels."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(2, channels, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.conv(image)
+
+
+class Still(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.zeros(len(image), 3, *image.shape[2:], dtype=torch.float16)
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_load_weights_that_fit(tmp_path: Path, wrapped: bool) -> None:
+    source, target = Dummy(), Dummy()
+    state = source.state_dict()
+    torch.save({"model": state} if wrapped else state, tmp_path / "w.pt")
+    assert engines.load_weights(target, tmp_path / "w.pt") is target
+    assert torch.equal(target.conv.weight, source.conv.weight)
+
+
+def test_no_path_leaves_the_network() -> None:
+    net = Dummy()
+    before = net.conv.weight.clone()
+    for nothing in (None, ""):
+        assert torch.equal(engines.load_weights(net, nothing).conv.weight, before)
+
+
+def test_weights_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    torch.save(Dummy(4).state_dict(), tmp_path / "shape.pt")
+    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "names.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    cases = {
+        "shape.pt": "do not fit the network Dummy, first at 'conv.weight'",
+        "names.pt": "do not fit the network Dummy, first at 'conv.bias'",
+        "list.pt": "not a file of weights",
+        "text.pt": "not a file of weights",
+        "none.pt": "no such file",
+    }
+    for name, words in cases.items():
+        net = Dummy()
+        before = net.conv.weight.clone()
+        with pytest.raises(InputError, match=words) as caught:
+            engines.load_weights(net, tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(caught.value)
+        assert torch.equal(net.conv.weight, before)
+
+
+# ---- inferer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def image() -> Tensor:
+    """A blurred noise scan, and the same one shifted by a voxel."""
+    fixed = nn.functional.avg_pool3d(torch.rand(1, 1, 24, 24, 24), 5, stride=1, padding=2)
+    fixed = (fixed - fixed.min()) / (fixed.max() - fixed.min())
+    return torch.cat([fixed.roll(1, 2), fixed], 1)
+
+
+def test_inferer_without_refinement_is_the_network(image: Tensor) -> None:
+    net = Dummy()
+    torch.testing.assert_close(engines.RegistrationInferer()(image, net), net(image))
+    assert engines.RegistrationInferer()(image, Still()).dtype == torch.float32
+
+
+def test_inferer_refines_for_the_pair(image: Tensor) -> None:
+    moving, fixed = image.chunk(2, 1)
+    with torch.no_grad():  # as engines call it
+        disp = engines.RegistrationInferer(20, progress=False)(image, Still())
+    before, after = float(lncc(moving, fixed)), float(lncc(warp(moving, disp), fixed))
+    assert after < before - 0.1 and not disp.requires_grad
+    assert float(disp[0, 0, 6:-6, 6:-6, 6:-6].mean()) == pytest.approx(1.0, abs=0.3)
+
+
+def test_inferer_rejects_negative_steps() -> None:
+    with pytest.raises(InputError, match="--refine_steps must be >= 0, got -1"):
+        engines.RegistrationInferer(-1)
+
+
+# ---- metric ---------------------------------------------------------------------------------------------------------
+
+
+def test_label_dice_value() -> None:
+    """Label 1: 8 and 4 voxels, 4 in common, 2*4/12; label 2: equal, 1; label 3: two voxels, below the minimum."""
+    fixed = torch.zeros(1, 1, 6, 6, 6)
+    fixed[..., :2, :2, :2], fixed[..., 4:, 4:, 4:], fixed[..., 3, 0, :2] = 1, 2, 3
+    warped = fixed.clone()
+    warped[..., 0, :2, :2], warped[..., 3, 0, :2] = 0, 0
+    metric = engines.LabelDice(minimum=2)
+    metric(warped, fixed)
+    assert float(metric.aggregate()) == pytest.approx((2 / 3 + 1) / 2)
+    metric(fixed, fixed)
+    assert float(metric.aggregate()) == pytest.approx(((2 / 3 + 1) / 2 + 1) / 2)
+    metric(torch.zeros_like(fixed), torch.zeros_like(fixed))  # no labels: does not count
+    assert float(metric.aggregate()) == pytest.approx(((2 / 3 + 1) / 2 + 1) / 2)
+    metric.reset()
+    every = engines.LabelDice()
+    every(warped, fixed)
+    assert float(every.aggregate()) == pytest.approx((2 / 3 + 1 + 0) / 3)
+
+
+# ---- table ----------------------------------------------------------------------------------------------------------
+
+
+def rows() -> list[dict]:
+    base = {"folding_pct": 0.25, "sdlogj": 0.1, "disp_mean_mm": 2.0, "seconds": 3.0}
+    return [
+        {"id": "a_to_b", "ncc_before": 0.5, "ncc_after": 0.75} | base,
+        {"id": "c_to_d", "ncc_before": 0.6, "ncc_after": 0.85, "dice_before": 0.4, "dice_after": 0.7} | base,
+    ]
+
+
+def read(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_table_has_a_row_a_pair(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    counts = []
+
+    def step(engine: Engine, row: dict) -> list[dict]:
+        counts.append(len(read(table.path)) if table.path.exists() else 0)
+        return [{"row": row}]
+
+    engine, table = Engine(step), engines.PairTable(str(tmp_path / "out"))
+    table.attach(engine)
+    engine.run(rows())
+    found = read(tmp_path / "out" / "results.csv")
+    assert counts == [0, 1], "the table must be written after every pair"
+    assert [row["id"] for row in found] == ["a_to_b", "c_to_d"] and found[0]["dice_after"] == ""
+    assert float(found[1]["dice_after"]) == 0.7
+    text = capsys.readouterr().out
+    assert text.startswith(f"2 pairs registered, results in {tmp_path / 'out'}\n")
+    assert "correlation inside the fixed foreground: 0.550 after pre-alignment, 0.800 after registration" in text
+    assert "mean Dice of the labels: 0.400 after pre-alignment, 0.700 after registration" in text
+    assert "folding: 0.250 %" in text and "3.0 s a pair" in text and "HD95" not in text
+
+
+def test_table_keeps_the_pairs_before_a_failure(tmp_path: Path) -> None:
+    def step(engine: Engine, row: dict) -> list[dict]:
+        if row["id"] == "c_to_d":
+            raise InputError("c.nii.gz: is constant")
+        return [{"row": row}]
+
+    engine = Engine(step)
+    engine.logger.disabled = True
+    engines.PairTable(str(tmp_path)).attach(engine)
+    with pytest.raises(InputError, match="is constant"):
+        engine.run(rows())
+    assert [row["id"] for row in read(tmp_path / "results.csv")] == ["a_to_b"]
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def run_python(code: str, root: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
+
+
+def test_one_sentence_errors(repository: Path) -> None:
+    """One process for both: the hook is called by hand with the second error, then by Python with the first."""
+    code = """
+import sys
+from common.engines import one_sentence_errors
+from common.io import InputError
+one_sentence_errors()
+one_sentence_errors()  # twice changes nothing
+try:
+    1 / 0
+except ZeroDivisionError:
+    sys.excepthook(*sys.exc_info())
+print("-----", file=sys.stderr)
+try:
+    try:
+        raise InputError("scan.nii.gz: is constant")
+    except InputError as error:
+        raise RuntimeError("applying transform <x>") from error
+except RuntimeError as error:
+    raise RuntimeError("Failed to instantiate")
+"""
+    done = run_python(code, repository)
+    other, _, ours = done.stderr.partition("-----\n")
+    assert "Traceback" in other and "ZeroDivisionError" in other
+    assert ours == "error: scan.nii.gz: is constant\n" and done.returncode == 1
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def training(folder: Path, epochs: int, *, write: bool = True) -> tuple[Engine, Dummy, list[float]]:
+    """A tiny trainer with its network, and the values its only parameter takes."""
+    net = Dummy()
+    nn.init.zeros_(net.conv.bias)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    seen: list[float] = []
+
+    def step(engine: Engine, x: Tensor) -> None:
+        optimizer.zero_grad()
+        (net(x).mean() - 5).square().backward()
+        optimizer.step()
+        seen.append(float(net.conv.bias[0]))
+
+    engine = Engine(step)
+    engine.state.max_epochs = epochs  # as MONAI's trainers do; the loader keeps it
+    engines.LastCheckpoint(str(folder), {"model": net, "optimizer": optimizer}, "cpu", write).attach(engine)
+    return engine, net, seen
+
+
+def batches() -> list[Tensor]:
+    return [torch.zeros(1, 2, 2, 2, 2)] * 2
+
+
+def test_last_checkpoint_resumes_and_keeps_the_newest(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.manual_seed(0)
+    whole, _, expected = training(tmp_path / "whole", 4)
+    whole.run(batches(), max_epochs=4, epoch_length=2)
+    assert capsys.readouterr().out == ""
+
+    for epochs in (2, 4):
+        engine, net, seen = training(tmp_path / "parts", epochs)
+        engine.run(batches(), max_epochs=epochs, epoch_length=2)
+        assert [path.name for path in (tmp_path / "parts").iterdir()] == [f"checkpoint_epoch={epochs}.pt"]
+    assert f"going on from {tmp_path / 'parts' / 'checkpoint_epoch=2.pt'}" in capsys.readouterr().out
+    assert len(seen) == 4 and seen == pytest.approx(expected[4:], abs=1e-6)
+    state = torch.load(tmp_path / "parts" / "checkpoint_epoch=4.pt", weights_only=True)
+    assert set(state) == {"model", "optimizer", "trainer"} and state["trainer"]["iteration"] == 8
+    assert torch.equal(state["model"]["conv.bias"], net.conv.bias)
+
+
+def test_other_processes_only_read(tmp_path: Path) -> None:
+    engine, _, _ = training(tmp_path / "none", 1, write=False)
+    engine.run(batches(), max_epochs=1, epoch_length=2)
+    assert not (tmp_path / "none").exists()
+
+
+def test_best_checkpoint_keeps_the_best_across_runs(tmp_path: Path) -> None:
+    kept = []
+    for value in (0.5, 0.4, 0.6, float("nan")):
+        net = Dummy()
+        nn.init.constant_(net.conv.bias, value)
+        engine = Engine(lambda engine, batch: None)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e, v=value: e.state.metrics.update(mean_dice=v))
+        engines.BestCheckpoint(str(tmp_path), net).attach(engine)
+        engine.run([0], max_epochs=1)
+        kept.append(float(torch.load(tmp_path / "model.pt", weights_only=True)["conv.bias"][0]))
+    assert kept[:3] == pytest.approx([0.5, 0.5, 0.6])
+    assert json.loads((tmp_path / "model.json").read_text())["epoch"] == 1
+
+
+def test_prepare_pair_gives_image_twice() -> None:
+    x = torch.rand(1, 2, 3, 3, 3)
+    image, target = engines.prepare_pair({"image": x}, torch.device("cpu"))
+    assert image is target and torch.equal(image, x)
+
+
+def test_tensorboard_parts() -> None:
+    item = {"image": torch.arange(2.0)[:, None, None, None].expand(2, 3, 3, 3), "warped": torch.full((1, 3, 3, 3), 7.0)}
+    fixed, moving = engines.fixed_and_moving([item])
+    assert moving[0].unique().tolist() == [0] and fixed[0].unique().tolist() == [1]
+    assert engines.warped_image([item])[0].unique().tolist() == [7]

@@ -1,0 +1,94 @@
+"""The phantom: its truth is the truth, both scans show the same anatomy, the same call gives the same files."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from common import phantom
+from common.io import InputError
+
+FIXED = ((32, 40, 30), nib.affines.from_matvec(np.diag([4.0, 4, 4]), [-62, -78, -58]))
+
+
+@pytest.fixture(scope="module")
+def brain_points() -> np.ndarray:
+    points = np.random.default_rng(0).uniform(-1, 1, (3000, 3)) * phantom.RADII
+    return points[phantom.anatomy(points)[1] > 0]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_truth_inverts_back(brain_points: np.ndarray, seed: int) -> None:
+    deformation = phantom.Deformation(seed)
+    np.testing.assert_allclose(deformation.back(deformation.truth(brain_points)), brain_points, atol=1e-6)
+    moved = deformation.truth(brain_points)
+    np.testing.assert_allclose(deformation.truth(deformation.back(moved)), moved, atol=1e-6)
+    assert np.linalg.norm(moved - brain_points, axis=1).mean() > 5, "the truth moves nothing"
+
+
+def test_deformation_does_not_fold(brain_points: np.ndarray) -> None:
+    deformation = phantom.Deformation(0)
+    step = 1e-3 * np.eye(3)
+    columns = [(deformation.truth(brain_points + e) - deformation.truth(brain_points - e)) / 2e-3 for e in step]
+    assert np.linalg.det(np.stack(columns, -1)).min() > 0.3
+
+
+def test_fixed_scan_is_the_moving_scan_at_the_truth() -> None:
+    """fixed(x) = moving(T(x)): a moving scan on a fine grid around T(x) holds the same values and labels."""
+    deformation = phantom.Deformation(3)
+    size, affine = FIXED
+    image, label = phantom.sample(size, affine, noise=0)
+    target = nib.affines.from_matvec(np.diag([2.0, 2, 2]), [-95, -110, -95])
+    moving, moving_label = phantom.sample((96, 112, 96), target, deformation, noise=0)
+    index = np.argwhere(label > 0)
+    points = nib.affines.apply_affine(affine, index)
+
+    def at(places: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(np.rint(nib.affines.apply_affine(np.linalg.inv(target), places)).astype(int).T)
+
+    there = at(deformation.truth(points))
+    fixed_values, found = image[tuple(index.T)], moving[there]
+    # The voxel is up to 1.7 mm off and the two average over different cubes: edges differ, interiors do not.
+    assert np.median(np.abs(fixed_values - found)) < 20
+    assert np.corrcoef(fixed_values, found)[0, 1] > 0.8
+    assert (label[tuple(index.T)] == moving_label[there]).mean() > 0.8
+    assert np.corrcoef(fixed_values, moving[at(points)])[0, 1] < 0.4, "the truth makes no difference"
+
+
+def test_noise_is_small_and_inside_only() -> None:
+    size, affine = FIXED
+    clean, noisy = (phantom.sample(size, affine, noise=noise)[0] for noise in (0, 0.02))
+    assert not noisy[clean == 0].any() and (noisy[clean > 0] > 0).all()
+    assert 15 < (noisy - clean)[(clean > 100) & (clean < 900)].std() < 25
+    assert noisy.dtype == np.float32 and 0 <= noisy.min() and noisy.max() <= 1000
+
+
+def test_every_label_is_there_on_both_grids() -> None:
+    size, affine = FIXED
+    for deformation in (None, phantom.Deformation(0)):
+        image, label = phantom.sample(size, affine, deformation)
+        assert label.dtype == np.uint8 and set(np.unique(label)) == {0, *phantom.LABELS}
+        counts = np.bincount(label.ravel())
+        assert counts[1:].min() > 15, f"a label of {counts[1:].min()} voxels cannot be measured"
+    assert set(phantom.INTENSITY) == set(phantom.LABELS)
+
+
+def test_same_seed_same_phantom() -> None:
+    size, affine = FIXED
+    first, again, other = (phantom.sample(size, affine, phantom.Deformation(s), seed=s)[0] for s in (4, 4, 5))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).mean() > 10
+
+
+def test_written_files_are_kept_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, affine = FIXED
+    monkeypatch.setattr(phantom, "grids", lambda: {"fixed": (size, affine), "moving": (size, affine)})
+    row = phantom.write_phantom(tmp_path / "p")
+    assert row["id"] == "phantom" and set(row) == {"id", "fixed", "moving", "fixed_label", "moving_label"}
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "p").iterdir()}
+    assert len(stamps) == 4 and phantom.write_phantom(tmp_path / "p") == row
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "p").iterdir()}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        phantom.write_phantom(tmp_path / "file")

@@ -1,0 +1,380 @@
+"""Geometry of the whole path: what we write, ITK alone and a plain formula must reproduce from the original files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import itk
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose
+
+from common import geometry, io, phantom
+from common.prealign import prealign
+from common.transforms import AlignAndGridd, DeliverPaird, LoadScansd, PackPaird, ScaleForegroundd
+
+Grid = tuple[tuple[int, int, int], np.ndarray]
+
+
+def grid(size: tuple[int, int, int], columns: np.ndarray, angles: tuple[float, float, float] = (0, 0, 0)) -> Grid:
+    """A grid around the brain: `columns` are the voxel steps in mm, turned by `angles`."""
+    linear = nib.eulerangles.euler2mat(*angles) @ np.asarray(columns, dtype=float)
+    centre = linear @ ((np.array(size) - 1) / 2)
+    return size, nib.affines.from_matvec(linear, np.array([3.0, -4.0, 2.0]) - centre)
+
+
+PLAIN = grid((40, 46, 38), np.diag([4, 4, 4]))
+PERMUTED = [[0, 4, 0], [0, 0, -4], [-4, 0, 0]]  # i runs down, j to the right, k to the back
+GRIDS = {
+    "oblique": (grid((46, 52, 44), np.diag([4, 4, 4]), (0.35, -0.25, 0.2)), PLAIN),
+    "flipped and permuted": (grid((42, 44, 50), PERMUTED), grid((40, 46, 38), np.diag([-4, -4, 4]))),
+    "anisotropic": (grid((60, 44, 30), np.diag([2.7, 4, 6])), grid((44, 60, 30), np.diag([4, 3, 5.2]))),
+    "fixed oblique, sizes differ": (
+        grid((58, 49, 41), np.diag([-3, 4, 4.2]), (0.0, 0.15, -0.3)),
+        grid((47, 40, 53), np.array(PERMUTED) * [0.9, 1.0, 1.1], (-0.2, 0.3, 0.1)),
+    ),
+}
+
+
+class Delivered(NamedTuple):
+    """The original files of a pair, the folder written for it, and its row."""
+
+    paths: dict[str, Path]
+    out: Path
+    row: dict
+    inside: np.ndarray  # fixed foreground
+    matrix: np.ndarray  # of the pre-alignment
+    onto: np.ndarray  # affine of the working grid
+
+
+def write_pair(folder: Path, moving: Grid, fixed: Grid) -> dict[str, Path]:
+    """Phantom files on two grids."""
+    paths = {"moving": folder / "moving.nii.gz", "fixed": folder / "fixed.nii.gz"}
+    for seed, (role, (size, affine), deformation) in enumerate(
+        (("fixed", fixed, None), ("moving", moving, phantom.Deformation(0)))
+    ):
+        image, label = phantom.sample(size, affine, deformation, seed=seed)
+        paths[f"{role}_label"] = folder / f"{role}_label.nii.gz"
+        io.write_scan(image, affine, paths[role])
+        io.write_label(label, affine, paths[f"{role}_label"])
+    return paths
+
+
+def known_displacement(voxels: np.ndarray) -> np.ndarray:
+    """Displacement (..., 3) at voxels of the working grid: up to 1.8 a component, all three different, no folds."""
+    i, j, k = np.moveaxis(voxels, -1, 0)
+    parts = np.sin(j / 7 + 0.4), np.cos(k / 6) * np.sin(i / 9), np.sin((i + j) / 11 - 0.5)
+    return 1.8 * np.stack(parts, -1)
+
+
+def voxels_of(size: tuple[int, ...]) -> np.ndarray:
+    """Indices (I, J, K, 3) of a grid."""
+    return np.stack(np.meshgrid(*[np.arange(n) for n in size], indexing="ij"), -1)
+
+
+@pytest.fixture(scope="module", params=GRIDS)
+def delivered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Delivered:
+    """A pair through all transforms, with a known displacement in place of a network's."""
+    folder = tmp_path_factory.mktemp("pair")
+    paths = write_pair(folder, *GRIDS[request.param])
+    before = [LoadScansd(), AlignAndGridd(spacing=4.0), ScaleForegroundd(("moving_work", "fixed_work")), PackPaird()]
+    data = Compose(before)({"id": "pair"} | {name: str(path) for name, path in paths.items()})
+    assert data["image"].shape[0] == 2 and nib.aff2axcodes(data["image"].affine.numpy()) == ("R", "A", "S")
+    pred = known_displacement(voxels_of(data["image"].shape[1:]))
+    data["pred"] = torch.from_numpy(np.moveaxis(pred, -1, 0).astype(np.float32))
+    row = DeliverPaird(str(folder / "out"), save_inverse=True)(data)["row"]
+    inside = np.asarray(nib.load(paths["fixed"]).dataobj) > 0
+    return Delivered(paths, folder / "out" / "pair", row, inside, data["matrix"].numpy(), data["image"].affine.numpy())
+
+
+def itk_alone(delivered: Delivered, role: str) -> np.ndarray:
+    """ITK's own filter on the original files and transform.h5."""
+    moving, fixed = (itk.imread(str(delivered.paths[name]), itk.F) for name in (role, "fixed"))
+    (transform,) = itk.transformread(str(delivered.out / "transform.h5"))
+    kind = itk.NearestNeighborInterpolateImageFunction if "label" in role else itk.LinearInterpolateImageFunction
+    result = itk.resample_image_filter(
+        moving,
+        transform=transform,
+        interpolator=kind[type(moving), itk.D].New(),
+        use_reference_image=True,
+        reference_image=fixed,
+    )
+    return itk.array_from_image(result).T
+
+
+def by_formula(delivered: Delivered, role: str, *, displaced: bool = True) -> np.ndarray:
+    """warped(x) = moving(A_m^-1 (A_f x + u(x))) with u of displacement.nii.gz, LPS turned to RAS; 0 outside."""
+    moving, fixed = nib.load(delivered.paths[role]), nib.load(delivered.paths["fixed"])
+    vectors = nib.load(delivered.out / "displacement.nii.gz")
+    np.testing.assert_allclose(vectors.affine, fixed.affine, atol=1e-4)
+    points = nib.affines.apply_affine(fixed.affine, voxels_of(fixed.shape))
+    if displaced:
+        points = points + vectors.get_fdata()[:, :, :, 0] * [-1, -1, 1]
+    places = nib.affines.apply_affine(np.linalg.inv(moving.affine), points)
+    values = moving.get_fdata()
+    if "label" in role:
+        index = np.rint(places).astype(int)
+        within = ((index >= 0) & (index < values.shape)).all(-1)
+        i, j, k = np.moveaxis(np.clip(index, 0, np.array(values.shape) - 1), -1, 0)
+        return np.where(within, values[i, j, k], 0)
+    within = ((places >= 0) & (places <= np.array(values.shape) - 1)).all(-1)
+    first = np.clip(np.floor(places).astype(int), 0, np.array(values.shape) - 2)
+    share = places - first
+    total = np.zeros(fixed.shape)
+    for corner in np.ndindex(2, 2, 2):
+        weight = np.where(corner, share, 1 - share).prod(-1)
+        total += weight * values[tuple(np.moveaxis(first + corner, -1, 0))]
+    return np.where(within, total, 0)
+
+
+@pytest.mark.parametrize("independent", [itk_alone, by_formula])
+def test_original_moving_is_reproduced(delivered: Delivered, independent: Callable) -> None:
+    warped = nib.load(delivered.out / "warped.nii.gz")
+    fixed = nib.load(delivered.paths["fixed"])
+    np.testing.assert_allclose(warped.affine, fixed.affine, atol=1e-4)
+    assert warped.shape == fixed.shape
+    values = warped.get_fdata()
+    bound = 0.01 * np.ptp(values)
+    error = np.abs(values - independent(delivered, "moving"))[delivered.inside].mean()
+    assert error < bound, f"mean difference {error:.2f}, allowed {bound:.2f}"
+    still = np.abs(values - by_formula(delivered, "moving", displaced=False))[delivered.inside].mean()
+    assert still > 10 * bound, "the transform does nothing, so that nothing was tested"
+
+
+@pytest.mark.parametrize("independent", [itk_alone, by_formula])
+def test_original_label_is_reproduced(delivered: Delivered, independent: Callable) -> None:
+    label = np.asarray(nib.load(delivered.out / "warped_label.nii.gz").dataobj)
+    assert label.dtype == np.uint8 and set(np.unique(label)) == set(range(10))
+    equal = (label == independent(delivered, "moving_label"))[delivered.inside].mean()
+    assert equal >= 0.99, f"{100 * equal:.2f} % of the labels are equal"
+
+
+def test_files_hold_the_displacement_that_was_given(delivered: Delivered) -> None:
+    """T(p) = M (p + L u(G^-1 p)), G the working grid's affine, L its linear part, u in voxels: in both files."""
+    fixed = nib.load(delivered.paths["fixed"])
+    points = nib.affines.apply_affine(fixed.affine, np.argwhere(delivered.inside))
+    u = known_displacement(nib.affines.apply_affine(np.linalg.inv(delivered.onto), points))
+    expected = nib.affines.apply_affine(delivered.matrix, points + u @ delivered.onto[:3, :3].T)
+    vectors = nib.load(delivered.out / "displacement.nii.gz").get_fdata()[:, :, :, 0][delivered.inside]
+    error = np.linalg.norm(points + vectors * [-1, -1, 1] - expected, axis=1)
+    assert error.max() < 0.1, f"displacement.nii.gz is {error.max():.2f} mm off"  # linear between working voxels: 0.05
+    (transform,) = itk.transformread(str(delivered.out / "transform.h5"))
+    for point, target in zip(points[::997], expected[::997]):
+        found = np.array(transform.TransformPoint((point * [-1, -1, 1]).tolist())) * [-1, -1, 1]
+        np.testing.assert_allclose(found, target, atol=0.1)
+
+
+def test_inverse_goes_back(delivered: Delivered) -> None:
+    (there,) = itk.transformread(str(delivered.out / "transform.h5"))
+    (back,) = itk.transformread(str(delivered.out / "inverse_transform.h5"))
+    chosen = np.random.default_rng(0).choice(np.argwhere(delivered.inside), 400)
+    points = nib.affines.apply_affine(nib.load(delivered.paths["fixed"]).affine, chosen) * [-1, -1, 1]
+    moved = np.array([there.TransformPoint(point) for point in points.tolist()])
+    found = np.array([back.TransformPoint(point) for point in moved.tolist()])
+    assert np.linalg.norm(moved - points, axis=1).mean() > 5
+    assert np.linalg.norm(found - points, axis=1).mean() < 0.5
+
+
+def test_row_and_folder_are_complete(delivered: Delivered) -> None:
+    names = "warped.nii.gz transform.h5 displacement.nii.gz warped_label.nii.gz inverse_transform.h5"
+    assert set(names.split()) <= {path.name for path in delivered.out.iterdir()}
+    row = delivered.row
+    assert row["id"] == "pair" and row["fixed"] == str(delivered.paths["fixed"])
+    assert row["ncc_before"] > row["ncc_after"], "a displacement out of the air must not improve an aligned pair"
+    assert row["dice_before"] > row["dice_after"] > 0 and row["folding_pct"] == 0 and row["inverse_error_mm"] < 0.5
+    assert 1.8 < row["disp_mean_mm"] < row["disp_max_mm"] < 1.8 * 4 * 3**0.5 + 0.1
+
+
+# ---- working grids --------------------------------------------------------------------------------------------------
+
+ALL_GRIDS = [pytest.param(*pair[n], id=f"{name}-{n}") for name, pair in GRIDS.items() for n in (0, 1)]
+
+
+@pytest.mark.parametrize("size, affine", ALL_GRIDS)
+@pytest.mark.parametrize("spacing", [None, 2.0, 4.0, 5.0])
+def test_working_grid_covers_the_scan_in_closest_ras(size, affine, spacing) -> None:
+    count, onto = geometry.working_grid(size, affine, spacing)
+    assert nib.aff2axcodes(onto) == ("R", "A", "S")
+    order = nib.orientations.io_orientation(affine)[:, 0].argsort().astype(int)
+    old = nib.affines.voxel_sizes(affine)[order]
+    expected = old if spacing is None else np.full(3, spacing)
+    np.testing.assert_allclose(nib.affines.voxel_sizes(onto), expected, rtol=1e-3)
+    corners = nib.affines.apply_affine(affine, [np.array(c) * (np.array(size) - 1) for c in np.ndindex(2, 2, 2)])
+    voxels = nib.affines.apply_affine(np.linalg.inv(onto), corners)
+    assert (voxels > -1e-6).all() and (voxels < np.array(count) - 1 + 1e-6).all()
+    slack = (np.array(count) - 1) * expected - (np.array(size)[order] - 1) * old
+    assert (slack < expected + 1e-6).all(), "the grid is larger than it need be"
+    for axis in np.flatnonzero(np.isclose(old, expected, rtol=1e-3)):
+        assert count[axis] == size[order[axis]]
+        np.testing.assert_allclose(voxels[:, axis], np.rint(voxels[:, axis]), atol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", [4.0, 6.0])
+def test_ramp_stays_a_ramp(spacing: float) -> None:
+    """Resampling, smoothed or not, leaves a linear function of space as it is; with a matrix it is f(M p)."""
+    (size, affine), _ = GRIDS["oblique"]
+    slope = np.array([0.7, -1.1, 0.4])
+
+    def ramp(points: np.ndarray) -> np.ndarray:
+        return points @ slope + 50
+
+    scan = ramp(nib.affines.apply_affine(affine, voxels_of(size)))[None].astype(np.float32)
+    matrix = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.05, 0.02, -0.04), [3, -2, 1])
+    onto_size, onto = geometry.working_grid(size, affine, spacing)
+    inner = tuple(slice(n // 2 - 4, n // 2 + 5) for n in onto_size)
+    for move in (None, matrix):
+        found = geometry.to_working_grid(scan, affine, onto_size, onto, move)[0]
+        target = nib.affines.apply_affine(onto, voxels_of(onto_size))
+        expected = ramp(target if move is None else nib.affines.apply_affine(move, target))
+        np.testing.assert_allclose(found[inner], expected[inner], atol=2e-2)
+
+
+def test_coarser_grid_is_smoothed_and_labels_are_not() -> None:
+    noise = np.random.default_rng(0).normal(size=(1, 24, 24, 24)).astype(np.float32)
+    size, onto = geometry.working_grid((24,) * 3, np.eye(4), 2.0)
+    smoothed = geometry.to_working_grid(noise, np.eye(4), size, onto)
+    assert smoothed[:, 2:-2, 2:-2, 2:-2].std() < 0.25
+    label = (noise > 0).astype(np.float32) * 5
+    assert set(np.unique(geometry.to_working_grid(label, np.eye(4), size, onto, nearest=True))) == {0, 5}
+
+
+# ---- pre-alignment --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def brains() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    moving, fixed = GRIDS["oblique"]
+    return {
+        "fixed": (phantom.sample(*fixed)[0], fixed[1]),
+        "moving": (phantom.sample(*moving, phantom.Deformation(0), seed=1)[0], moving[1]),
+    }
+
+
+def residual(matrix: np.ndarray, brains: dict, offset: tuple[float, float, float] = (0, 0, 0)) -> float:
+    """Mean distance in mm, inside the fixed brain, between the matrix and the true map."""
+    scan, affine = brains["fixed"]
+    points = nib.affines.apply_affine(affine, np.argwhere(scan > 0))
+    truth = phantom.Deformation(0).truth(points) + offset
+    return float(np.linalg.norm(nib.affines.apply_affine(matrix, points) - truth, axis=1).mean())
+
+
+def best_residual(brains: dict) -> float:
+    """Of the least-squares affine map to the truth: 3.1 mm, as the phantom's displacement is not affine."""
+    scan, affine = brains["fixed"]
+    points = nib.affines.apply_affine(affine, np.argwhere(scan > 0))
+    columns = np.c_[points, np.ones(len(points))]
+    rows = np.linalg.lstsq(columns, phantom.Deformation(0).truth(points))[0].T
+    return residual(np.vstack([rows, [0, 0, 0, 1]]), brains)
+
+
+def test_prealign_finds_the_phantom(brains: dict) -> None:
+    matrix = prealign(*brains["fixed"], *brains["moving"])
+    assert np.linalg.det(matrix[:3, :3]) > 0 and np.array_equal(matrix[3], [0, 0, 0, 1])
+    assert residual(matrix, brains) < best_residual(brains) + 0.5 < residual(np.eye(4), brains) / 2
+    np.testing.assert_array_equal(matrix, prealign(*brains["fixed"], *brains["moving"]))
+
+
+def test_prealign_needs_no_overlap(brains: dict) -> None:
+    scan, affine = brains["moving"]
+    offset = (700.0, -900.0, 500.0)
+    matrix = prealign(*brains["fixed"], scan, nib.affines.from_matvec(np.eye(3), offset) @ affine)
+    assert residual(matrix, brains, offset) < best_residual(brains) + 0.5
+
+
+def test_prealign_modes(brains: dict) -> None:
+    rigid = prealign(*brains["fixed"], *brains["moving"], "rigid")
+    np.testing.assert_allclose(rigid[:3, :3] @ rigid[:3, :3].T, np.eye(3), atol=1e-9)
+    assert np.linalg.det(rigid[:3, :3]) > 0 and residual(rigid, brains) < 0.6 * residual(np.eye(4), brains)
+    np.testing.assert_array_equal(prealign(*brains["fixed"], *brains["moving"], "none"), np.eye(4))
+
+
+def test_prealign_rejects(brains: dict) -> None:
+    scan, affine = brains["fixed"]
+    with pytest.raises(ValueError, match=r"prealign\(\) 'mode' must be 'affine', 'rigid' or 'none', got 'elastic'"):
+        prealign(scan, affine, scan, affine, "elastic")
+    faults = {
+        "must be .I, J, K.": (scan[0], affine),
+        "at least 2 voxels": (scan[:1], affine),
+        "must not be constant": (np.ones_like(scan), affine),
+        "must be finite": (np.where(scan > 900, np.nan, scan), affine),
+        "must be an invertible": (scan, np.diag([1.0, 1, 0, 1])),
+    }
+    for words, (array, space) in faults.items():
+        with pytest.raises(ValueError, match=f"'moving.*{words}"):
+            prealign(scan, affine, array, space)
+
+
+# ---- refusals and small steps ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> dict[str, str]:
+    """A pair of small cubes with labels; the files lie in tmp_path."""
+    cube = np.zeros((12, 12, 12), np.float32)
+    cube[3:9, 3:9, 3:9] = np.random.default_rng(0).uniform(1, 2, (6, 6, 6))
+    for role in ("moving", "fixed"):
+        io.write_scan(cube, np.eye(4), tmp_path / f"{role}.nii.gz")
+        io.write_label(cube > 0, np.eye(4), tmp_path / f"{role}_label.nii.gz")
+    return {name: str(tmp_path / f"{name}.nii.gz") for name in ("moving", "fixed", "moving_label", "fixed_label")}
+
+
+def test_scans_apart_without_alignment_are_refused(small: dict[str, str]) -> None:
+    far = nib.affines.from_matvec(np.eye(3), [300.0, 0, 0])
+    io.write_scan(io.read_scan(small["fixed"])[0], far, Path(small["moving"]))
+    loaded = LoadScansd()({key: small[key] for key in ("moving", "fixed")})
+    with pytest.raises(io.InputError) as caught:
+        AlignAndGridd(spacing=None, prealign="none")(loaded)
+    text = str(caught.value)
+    assert small["moving"] in text and small["fixed"] in text and "--prealign affine" in text and "\n" not in text
+
+
+def test_load_refuses_what_does_not_belong(small: dict[str, str]) -> None:
+    def refused(words: str, name: str) -> None:
+        with pytest.raises(io.InputError, match=words) as caught:
+            LoadScansd()(small)
+        assert str(caught.value).startswith(small[name]) and "\n" not in str(caught.value)
+
+    label = io.read_scan(small["moving_label"])[0][0]
+    moved = nib.affines.from_matvec(np.eye(3), [0, 0, 3.0])
+    io.write_label(label, moved, Path(small["moving_label"]))
+    refused("elsewhere in space than its scan", "moving_label")
+    io.write_label(label[:-1], np.eye(4), Path(small["moving_label"]))
+    refused("label map has shape", "moving_label")
+    io.write_scan(np.full((12, 12, 12), 7, np.float32), np.eye(4), Path(small["moving"]))
+    refused("is constant, every voxel is 7", "moving")
+
+
+def test_align_refuses_modes_and_channels(small: dict[str, str]) -> None:
+    with pytest.raises(io.InputError, match="--prealign must be one of affine, rigid, none, got warp"):
+        AlignAndGridd(spacing=None, prealign="warp")
+    loaded = LoadScansd()(small)
+    loaded["moving"] = MetaTensor(torch.cat([loaded["moving"]] * 2), meta=loaded["moving"].meta)
+    with pytest.raises(io.InputError, match="has 2 channels, the fixed scan .* has 1"):
+        AlignAndGridd(spacing=None)(loaded)
+
+
+def test_scale_foreground_known_values() -> None:
+    """Foreground 1..201: its 99.5th percentile is 200; larger is clipped, background stays 0, channels are separate."""
+    first = torch.zeros(2, 10, 10, 5)
+    first[0].view(-1)[:201] = torch.arange(1.0, 202.0)
+    first[0].view(-1)[300] = -5
+    scaled = ScaleForegroundd(("a",))({"a": MetaTensor(first)})["a"].as_tensor()
+    values = scaled[0].reshape(-1)
+    torch.testing.assert_close(values[[0, 99, 199]], torch.tensor([0.005, 0.5, 1.0]))
+    assert values[200] == 1 and values[300] == 0 and values[250] == 0
+    assert not scaled[1].any(), "an empty channel stays empty"
+
+
+def test_pack_puts_moving_first() -> None:
+    space = torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0], dtype=torch.float64))
+    moving = MetaTensor(torch.ones(1, 4, 5, 6), meta={"filename_or_obj": "m"})
+    fixed = MetaTensor(torch.full((1, 4, 5, 6), 2.0), affine=space, meta={"filename_or_obj": "f"})
+    packed = PackPaird()({"moving_work": moving, "fixed_work": fixed, "id": "x"})
+    assert set(packed) == {"id", "image"}
+    assert packed["image"][0].unique().tolist() == [1] and packed["image"][1].unique().tolist() == [2]
+    assert torch.equal(packed["image"].affine, space) and packed["image"].meta["filename_or_obj"] == "f"
+    with pytest.raises(io.InputError, match=r"m: has grid \(4, 5, 5\), f has \(4, 5, 6\)"):
+        PackPaird()({"moving_work": moving[..., :5], "fixed_work": fixed})
