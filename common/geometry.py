@@ -69,8 +69,8 @@ def to_working_grid(
     """Resample (C, I, J, K) onto a working grid, smoothed where that grid is coarser.
 
     The Gaussian has sigma = 0.4 sqrt(new^2 - old^2) mm along an axis of old spacing: 0.7 mm for 1 mm to 2 mm, as the
-    training scans were made. Where the background is exactly 0 (a skull-stripped scan), it is 0 again afterwards, so that the
-    brain does not get a blurred rim.
+    training scans were made. Where the background is exactly 0 (a skull-stripped scan), it is 0 again afterwards: no
+    blurred rim.
 
     Args:
         matrix_ras: 4x4 point map (RAS mm) from the new grid's space to the scan's; None is the identity.

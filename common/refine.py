@@ -35,8 +35,8 @@ def refine(
     """Minimise -LNCC(moving(x + disp(x)), fixed) + smoothness * diffusion(disp) over the displacement, by Adam.
 
     disp = disp_0 + smooth(update), `update` starting at 0. The first `coarse_share` of the steps work on scans and
-    displacement reduced `shrink` times, the rest on the full grid: coarse to fine. Last, `common.fields.unfold` smooths the
-    few places where the result folds.
+    displacement reduced `shrink` times, the rest on the full grid: coarse to fine. Last, `common.fields.unfold` smooths
+    the few places where the result folds.
 
     Args:
         disp: (B, 3, I, J, K) displacement to start from, in voxels.

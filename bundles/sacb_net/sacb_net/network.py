@@ -123,12 +123,11 @@ class SACBNet(nn.Module):
             delta = match(feat_fixed, feat_moving, backend=self.backend)  # eq. 8-10
             disp = delta if disp is None else compose(disp, delta, padding="zeros", backend=self.backend)
             disp = double(disp)
-        feat_moving = warp(feats_moving.pop(), disp, padding="zeros", backend=self.backend)
-        feat_moving, feat_fixed = self.both(self.refine, feat_moving, feats_fixed.pop())
-        delta = torch.cat([feat_fixed, feat_moving], dim=1)
-        del feat_fixed, feat_moving
-        for layer in self.flow:  # scale 1: convolutions, no matching; one by one, so that each input is freed
-            delta = layer(delta)
+        del feat_moving, feat_fixed, delta
+        pair = [apply(self.refine, warp(feats_moving.pop(), disp, padding="zeros", backend=self.backend))]
+        pair.insert(0, apply(self.refine, feats_fixed.pop()))
+        pair = [torch.cat(pair, dim=1)]
+        delta = apply(self.flow, pair.pop())  # scale 1: convolutions, no matching; nothing else holds the input
         return compose(disp, delta, padding="zeros", backend=self.backend)
 
     @staticmethod
@@ -142,6 +141,13 @@ class SACBNet(nn.Module):
             return result.chunk(2)
         first, second = zip(*[feature.chunk(2) for feature in result])
         return list(first), list(second)
+
+
+def apply(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """`layers` of x, letting go of each input before the next layer: at full resolution every volume counts."""
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 def halve(x: Tensor) -> Tensor:
