@@ -26,10 +26,10 @@ def refine(
     steps: int,
     *,
     window: int = 7,
-    smoothness: float = 1.0,
-    learning_rate: float = 0.3,
+    smoothness: float = 0.5,
+    learning_rate: float = 0.5,
     shrink: int = 2,
-    coarse_share: float = 0.3,
+    coarse_share: float = 0.2,
     progress: bool = True,
 ) -> Tensor:
     """Minimise -LNCC(moving(x + disp(x)), fixed) + smoothness * diffusion(disp) over the displacement, by Adam.
