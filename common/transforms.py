@@ -75,18 +75,18 @@ class AlignAndGridd(Transform):
         spacing: voxel size of the working grid in mm; None keeps the fixed scan's.
         prealign: "affine", "rigid" or "none" (the scans already overlap in world space).
         divisor: sizes of the working grid become multiples of this, so that the network adds no padding.
-
-    The grid covers the foreground of a fixed scan with background 0, else all of it: instance normalisation sees the
-    share of background, and a share unlike that of the training costs accuracy.
+        crop: lay the grid around the foreground of a fixed scan with background 0; False covers all of its field of
+            view. Instance normalisation sees the share of background, and a share unlike that of the training scans
+            costs accuracy: True suits weights for whole organs, False those trained on crops around one.
 
     Raises:
         InputError: unknown `prealign`, different channel counts, scans that do not overlap after the alignment.
     """
 
-    def __init__(self, spacing: float | None, prealign: str = "affine", divisor: int = 16) -> None:
+    def __init__(self, spacing: float | None, prealign: str = "affine", divisor: int = 16, crop: bool = True) -> None:
         if prealign not in PREALIGN:
             raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
-        self.spacing, self.prealign, self.divisor = _spacing(spacing), prealign, divisor
+        self.spacing, self.prealign, self.divisor, self.crop = _spacing(spacing), prealign, divisor, crop
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
@@ -98,7 +98,7 @@ class AlignAndGridd(Transform):
         progress.stage(f"{self.prealign} alignment")
         matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign)
         progress.stage("resampling")
-        box = geometry.foreground_box(fixed[0])
+        box = geometry.foreground_box(fixed[0]) if self.crop else None
         size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing, box=box, divisor=self.divisor)
         moving_work = geometry.to_working_grid(moving, moving_affine, size, onto, matrix)
         fixed_work = geometry.to_working_grid(fixed, fixed_affine, size, onto)

@@ -101,10 +101,15 @@ def test_golden_float64_large(golden: dict, official: Callable, monkeypatch: pyt
     assert error.max() <= 4e-4
 
 
-@pytest.mark.parametrize(("size", "backend"), ((SIZES[0], "reference"), (SIZES[0], None), (SIZES[1], None)))
-def test_golden_float32(
+def test_golden_float32(golden: dict, official: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert injected(official(), golden["32x48x32"], monkeypatch).max() <= 1e-4
+
+
+@pytest.mark.parametrize(("size", "backend"), (("32x48x32", "reference"), ("64x80x64", None)))
+def test_golden_float32_rounding(
     size: str, backend: str | None, golden: dict, official: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As in test_golden_float64_large, the golden file's own rounding does not allow 1e-4 on every voxel.
     error = injected(official(backend=backend), golden[size], monkeypatch)
     assert error.mean() <= 2e-5
     assert (error <= 1e-4).double().mean() >= 0.995

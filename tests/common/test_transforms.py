@@ -321,6 +321,16 @@ def small(tmp_path: Path) -> dict[str, str]:
     return {name: str(tmp_path / f"{name}.nii.gz") for name in ("moving", "fixed", "moving_label", "fixed_label")}
 
 
+@pytest.mark.parametrize("crop", (True, False))
+def test_crop(crop: bool, tmp_path: Path) -> None:
+    """The working grid follows the fixed foreground, or keeps the whole field of view."""
+    paths = write_pair(tmp_path, PLAIN, grid((64, 70, 60), np.diag([4, 4, 4])))
+    loaded = LoadScansd()({name: str(path) for name, path in paths.items()})
+    work = AlignAndGridd(spacing=None, prealign="none", crop=crop)(loaded)["fixed_work"]
+    assert work.shape[1:] == ((32, 48, 32) if crop else (64, 80, 64))
+    assert (work > 0).sum() == (loaded["fixed"] > 0).sum()
+
+
 def test_scans_apart_without_alignment_are_refused(small: dict[str, str]) -> None:
     far = nib.affines.from_matvec(np.eye(3), [300.0, 0, 0])
     io.write_scan(io.read_scan(small["fixed"])[0], far, Path(small["moving"]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.ops._patches import channels_last
 
-SLAB = 1 << 16  # voxels squared at a time: no buffer of all squares, and a more exact sum
+SLAB = 1 << 14  # voxels squared at a time in float64, so that the sums are exact and no buffer holds all squares
 
 
 def norm_act_lean(x: Tensor, slope: float, eps: float) -> Tensor:
@@ -24,9 +24,10 @@ def _norm_act(x: Tensor, slope: float, eps: float) -> tuple[Tensor, Tensor]:
     """Output, and 1 / sqrt(var + eps) as (B, 1, C)."""
     last = channels_last(x)
     rows = last.flatten(1, 3)  # (B, V, C)
-    centred = rows - rows.mean(1, keepdim=True)
-    squares = sum(slab.square().sum(1, keepdim=True) for slab in centred.split(SLAB, dim=1))
-    rstd = (squares / rows.shape[1] + eps).rsqrt_()
+    mean = sum(slab.sum(1, keepdim=True, dtype=torch.float64) for slab in rows.split(SLAB, dim=1)) / rows.shape[1]
+    centred = rows - mean.to(x.dtype)
+    squares = sum(slab.double().square().sum(1, keepdim=True) for slab in centred.split(SLAB, dim=1))
+    rstd = (squares / rows.shape[1] + eps).rsqrt_().to(x.dtype)
     out = F.leaky_relu_(centred.mul_(rstd), slope)
     return out.view(last.shape).permute(0, 4, 1, 2, 3), rstd
 
