@@ -53,7 +53,7 @@ def spread_start(points: Tensor, clusters: int) -> Tensor:
     for n in range(1, clusters):
         mass = distance.cumsum(1)
         target = mass[:, -1:] * ((0.6180339887498949 * n) % 1.0)
-        index = torch.searchsorted(mass, target, right=True).clamp(max=points.shape[1] - 1).squeeze(1)
+        index = (mass <= target).sum(1).clamp(max=points.shape[1] - 1)  # searchsorted, which ONNX lacks
         starts.append(points[rows, index])
         distance = torch.minimum(distance, (points - starts[-1].unsqueeze(1)).square().sum(2))
     return torch.stack(starts, 1)
