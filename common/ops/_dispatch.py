@@ -2,10 +2,13 @@
 
 reference   plain torch, the formula; used while tracing, scripting or exporting, and when asked for.
 lean        torch with slabs and recompute; the default on CPU, and on any device without a kernel.
-triton      the operator's kernel.py; the default for CUDA tensors where that file and Triton exist.
+triton      the operator's kernel.py; the default for CUDA tensors where that file and Triton exist. By name it also
+            runs on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before the first use), for tests.
 """
 
+import functools
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -13,14 +16,24 @@ from torch import Tensor
 BACKENDS = ("reference", "lean", "triton")
 
 
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def _exists(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 def why_not_triton(op: str, tensor: Tensor) -> str:
     """The reason why `op` cannot run its Triton kernel on `tensor`, or "" if it can."""
-    if importlib.util.find_spec(f"common.ops.{op}.kernel") is None:
+    if not _exists(f"common.ops.{op}.kernel"):
         return f"{op} has no Triton kernel in this version"
-    if importlib.util.find_spec("triton") is None:
+    if not _exists("triton"):
         return "Triton is not installed"
-    if not tensor.is_cuda:
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensor is on {tensor.device}, not on a CUDA device"
+    if tensor.dtype not in KERNEL_DTYPES:
+        return f"kernels take float32, float16 and bfloat16, the tensor is {tensor.dtype}"
     return ""
 
 

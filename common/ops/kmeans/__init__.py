@@ -6,7 +6,7 @@ from torch import Tensor
 from common.ops import _checks
 from common.ops._dispatch import choose
 from common.ops.kmeans.lean import assign_lean
-from common.ops.kmeans.reference import assign_reference, even_start, lloyd, spread_start
+from common.ops.kmeans.reference import Assign, assign_reference, even_start, lloyd, spread_start
 
 STARTS = ("spread", "even")
 FULL_PASSES = 2  # Lloyd steps on all points after those on the sample
@@ -49,7 +49,7 @@ def kmeans(
     points to the fixed point, and gives an emptied cluster the zero vector as here.
     """
     _check(points, clusters, iterations, init, sample)
-    assign = assign_reference if choose("kmeans", points, backend) == "reference" else assign_lean
+    assign = _assignment(choose("kmeans", points, backend))
     work = points.float() if points.dtype in (torch.float16, torch.bfloat16) else points
     stride = 1 if sample is None or iterations is None else max(work.shape[1] // sample, 1)
     subset = work[:, ::stride]
@@ -61,6 +61,15 @@ def kmeans(
     if stride > 1:
         labels, centroids = lloyd(work, centroids, FULL_PASSES, assign)
     return labels, centroids.to(points.dtype)
+
+
+def _assignment(layer: str) -> Assign:
+    """The assignment pass of a layer; all else is plain torch."""
+    if layer == "triton":
+        from common.ops.kmeans.kernel import assign_triton
+
+        return assign_triton
+    return assign_reference if layer == "reference" else assign_lean
 
 
 def _check(points: Tensor, clusters: int, iterations: int | None, init: str | Tensor, sample: int | None) -> None:

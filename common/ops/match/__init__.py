@@ -32,6 +32,11 @@ def match(feat_fixed: Tensor, feat_moving: Tensor, radius: int = 1, *, backend: 
     _checks.volume("match", "feat_moving", feat_moving, channels=feat_fixed.shape[1])
     _checks.same_grid("match", "feat_fixed", feat_fixed, "feat_moving", feat_moving)
     _checks.require(isinstance(radius, int) and radius >= 0, "match", "radius", "be >= 0", radius)
-    if choose("match", feat_fixed, backend) == "reference":
+    layer = choose("match", feat_fixed, backend)
+    if layer == "reference":
         return match_reference(feat_fixed, feat_moving, radius)
+    if layer == "triton":
+        from common.ops.match.kernel import match_triton
+
+        return match_triton(feat_fixed, feat_moving, radius)
     return match_lean(feat_fixed, feat_moving, radius)

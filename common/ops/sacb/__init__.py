@@ -54,8 +54,13 @@ def modulated_conv3d(
     shape = (batch, *x.shape[2:])
     _checks.require(tuple(labels.shape) == shape, op, "labels", f"have shape {shape}", tuple(labels.shape))
     _checks.require(_checks.is_integer(labels), op, "labels", "be integer", labels.dtype)
-    if choose("sacb", x, backend, name=op) == "reference":
+    layer = choose("sacb", x, backend, name=op)
+    if layer == "reference":
         return modulated_conv3d_reference(x, weight, bias, modulation, labels)
+    if layer == "triton":
+        from common.ops.sacb.kernel import modulated_conv3d_triton
+
+        return modulated_conv3d_triton(x, weight, bias, modulation, labels)
     return modulated_conv3d_lean(x, weight, bias, modulation, labels)
 
 

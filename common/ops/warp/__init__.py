@@ -41,6 +41,11 @@ def warp(
     _checks.require(mode in MODES, "warp", "mode", f"be one of {MODES}", repr(mode))
     _checks.require(padding in PADDINGS, "warp", "padding", f"be one of {PADDINGS}", repr(padding))
     # The lean layer is plain torch too (one grid_sample), so it is also the one to export.
-    if choose("warp", image, backend, portable="lean") == "reference":
+    layer = choose("warp", image, backend, portable="lean")
+    if layer == "reference":
         return warp_reference(image, disp, mode, padding)
+    if layer == "triton":
+        from common.ops.warp.kernel import warp_triton
+
+        return warp_triton(image, disp, mode, padding)
     return warp_lean(image, disp, mode, padding)

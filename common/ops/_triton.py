@@ -1,0 +1,44 @@
+"""What the Triton kernels share. Volumes are rows of C channels: contiguous (B, I, J, K, C), voxel v = row v."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 4096  # values that one program holds of a (voxels, channels) tile
+MAX_BLOCK = 256  # voxels of one program
+
+
+@triton.jit
+def voxel_of(v, I, J, K):  # noqa: E741
+    """Row v of a (B, I, J, K) grid as b, i, j, k; int64 throughout, so that no volume is too large."""
+    k = v % K
+    j = (v // K) % J
+    i = (v // (K * J)) % I
+    b = v // (K * J * I)
+    return b, i, j, k
+
+
+def padded(channels: int, least: int = 1) -> int:
+    """Channels of a tile: the next power of two; at least 16 where tensor cores multiply tiles."""
+    return max(triton.next_power_of_2(channels), least)
+
+
+def block_of(channels: int, least: int = 16) -> int:
+    """Voxels of a tile with so many (padded) channels."""
+    return max(min(TILE // channels, MAX_BLOCK), least)
+
+
+def rows(x: Tensor) -> Tensor:
+    """(B, C, I, J, K) -> contiguous (B, I, J, K, C); a view if `x` is stored channels-last."""
+    return x.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def volume(x: Tensor) -> Tensor:
+    """(B, I, J, K, C) -> its (B, C, I, J, K) view."""
+    return x.permute(0, 4, 1, 2, 3)
+
+
+def precision() -> str:
+    """How the kernels multiply float32 tiles: as torch's convolutions do on this machine."""
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"

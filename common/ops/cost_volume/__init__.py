@@ -1,0 +1,142 @@
+"""Cost volumes: the scores of each fixed voxel against a window of moving voxels, and a pyramid of them."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.ops import _checks
+from common.ops._dispatch import choose
+from common.ops.cost_volume.lean import cost_volume_lean
+from common.ops.cost_volume.reference import cost_volume_reference
+from common.ops.warp.reference import voxel_coords
+
+SIMILARITIES = ("dot", "ssd")
+PADDINGS = ("border", "zeros")
+
+
+def cost_volume(
+    feat_fixed: Tensor,
+    feat_moving: Tensor,
+    radius: int,
+    disp: Tensor | None = None,
+    *,
+    similarity: str = "dot",
+    padding: str = "border",
+    backend: str | None = None,
+) -> Tensor:
+    """Score of each fixed voxel with the moving features at x + disp(x) + d, for every offset d of a window.
+
+    dot: out[d](x) = <feat_fixed(x), feat_moving(x + disp(x) + d)>,  d in {-r..r}^3
+    ssd: out[d](x) = |feat_fixed(x) - feat_moving(x + disp(x) + d)|^2
+
+    Beside the result, the lean and triton layers hold at most `lean.BUDGET` (32 MiB) of buffers and the padded features.
+
+    Args:
+        feat_fixed: (B, C, I, J, K) features.
+        feat_moving: (B, C, I, J, K) features; with a `disp`, any grid (B, C, I', J', K').
+        radius: half width r of the window in voxels of the moving grid.
+        disp: (B, 3, I, J, K) displacement in voxels, to the middle of each voxel's window (sampled linearly); None is 0.
+        similarity: "dot" or "ssd".
+        padding: outside the moving grid take the nearest voxel ("border") or zeros ("zeros").
+        backend: "reference", "lean", "triton", or None to choose by device.
+
+    Returns:
+        (B, (2r+1)^3, I, J, K) in the dtype of `feat_fixed`; offsets ordered i slowest, k fastest.
+
+    Raises:
+        ValueError: shapes, radius, similarity or padding are not as above.
+
+    Source: SAMConvex section 3.2 (its released code takes "ssd" with padding "border"); ConvexAdam takes "ssd" with
+    "zeros" and orders the offsets the other way round. With `disp`: the look-up of RAFT section 3.2, in 3-D.
+    """
+    op = "cost_volume"
+    _checks.volume(op, "feat_fixed", feat_fixed)
+    _checks.volume(op, "feat_moving", feat_moving, channels=feat_fixed.shape[1])
+    _checks.require(isinstance(radius, int) and radius >= 0, op, "radius", "be >= 0", radius)
+    _checks.require(similarity in SIMILARITIES, op, "similarity", f"be one of {SIMILARITIES}", repr(similarity))
+    _checks.require(padding in PADDINGS, op, "padding", f"be one of {PADDINGS}", repr(padding))
+    if disp is None:
+        _checks.same_grid(op, "feat_fixed", feat_fixed, "feat_moving", feat_moving)
+    else:
+        batches = len(feat_fixed), len(feat_moving)
+        _checks.require(batches[0] == batches[1], op, "feat_moving", f"have batch {batches[0]}", batches[1])
+        _checks.volume(op, "disp", disp, channels=3)
+        _checks.same_grid(op, "feat_fixed", feat_fixed, "disp", disp)
+    layer = choose(op, feat_fixed, backend)
+    if layer == "reference":
+        return cost_volume_reference(feat_fixed, feat_moving, radius, disp, similarity, padding)
+    if layer == "triton":
+        from common.ops.cost_volume.kernel import cost_volume_triton
+
+        return cost_volume_triton(feat_fixed, feat_moving, radius, disp, similarity, padding)
+    return cost_volume_lean(feat_fixed, feat_moving, radius, disp, similarity, padding)
+
+
+class CorrelationPyramid:
+    """The features of a pair at several resolutions, built once; a call looks up one level's window of scores.
+
+        pyramid = CorrelationPyramid.pooled(feat_fixed, feat_moving, levels=3, radius=3)
+        for level in reversed(range(3)):
+            scores = pyramid(level, disp)      # (B, 343, I, J, K) around x + disp(x)
+
+    Nothing of the size of a cost volume is stored: a look-up computes its window.
+
+    Args:
+        feats_fixed, feats_moving: one (B, C, I, J, K) tensor a level. Where the moving grid is coarser by whole
+            factors, the middle of a window is mapped onto it: ((x + disp(x)) + 0.5) / factor - 0.5.
+        radii: half width of the window at each level.
+        similarity, padding, backend: of `cost_volume`.
+
+    Raises:
+        ValueError: different numbers of levels.
+
+    Source: the correlation block of RAFT (section 3.2), whose all-pairs volume is too large in 3-D, so that scores are
+    computed on look-up; SAMConvex section 3.2 reads one level after the other.
+    """
+
+    def __init__(
+        self,
+        feats_fixed: Sequence[Tensor],
+        feats_moving: Sequence[Tensor],
+        radii: Sequence[int],
+        *,
+        similarity: str = "dot",
+        padding: str = "border",
+        backend: str | None = None,
+    ) -> None:
+        counts = len(feats_fixed), len(feats_moving), len(radii)
+        _checks.require(
+            len(set(counts)) == 1 and counts[0] > 0, "CorrelationPyramid", "radii", "have one entry a level", counts
+        )
+        self.fixed, self.moving, self.radii = list(feats_fixed), list(feats_moving), list(radii)
+        self.options = {"similarity": similarity, "padding": padding, "backend": backend}
+
+    @classmethod
+    def pooled(
+        cls, feat_fixed: Tensor, feat_moving: Tensor, levels: int, radius: int, **options: str
+    ) -> "CorrelationPyramid":
+        """As in RAFT: every level keeps the fixed grid, the moving features are halved by averaging."""
+        _checks.require(levels >= 1, "CorrelationPyramid.pooled", "levels", "be >= 1", levels)
+        moving = [feat_moving]
+        for _ in range(levels - 1):
+            moving.append(F.avg_pool3d(moving[-1], 2, ceil_mode=True, count_include_pad=False))
+        return cls([feat_fixed] * levels, moving, [radius] * levels, **options)
+
+    def __len__(self) -> int:
+        return len(self.radii)
+
+    def __call__(self, level: int, disp: Tensor | None = None) -> Tensor:
+        """Scores (B, (2r+1)^3, I, J, K) at one level; `disp` is in voxels of that level's fixed grid."""
+        fixed, moving = self.fixed[level], self.moving[level]
+        if fixed.shape[2:] != moving.shape[2:]:
+            disp = _onto_coarser(fixed, moving, disp)
+        return cost_volume(fixed, moving, self.radii[level], disp, **self.options)
+
+
+def _onto_coarser(fixed: Tensor, moving: Tensor, disp: Tensor | None) -> Tensor:
+    """Displacement from the fixed index to the index on the coarser moving grid."""
+    zero = fixed.new_zeros(1).expand(len(fixed), 3, *fixed.shape[2:]) if disp is None else disp
+    factors = [-(-n // m) for n, m in zip(fixed.shape[2:], moving.shape[2:])]
+    factor = zero.new_tensor(factors).view(1, 3, 1, 1, 1)
+    return (voxel_coords(zero) + 0.5) / factor - 0.5 - voxel_coords(zero * 0)

@@ -1,0 +1,178 @@
+"""modulated_conv3d in Triton: an implicit GEMM over 27 taps, each tile of voxels scaled by its clusters' modulation.
+
+The data gradient is the same kernel with the taps mirrored, channels exchanged and the modulation of the SOURCE voxel.
+The weight and modulation gradients share one pass: with P = patch, g = gradient and T = g W_t^T of a tile,
+dW_t = (a P)^T g and da[n, t] = sum of P . T over the voxels of cluster n. Partial sums of a program go to memory of
+their own and are added afterwards: no atomics, so that every run gives the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from common.ops._triton import block_of, padded, precision, rows, volume, voxel_of
+
+CHUNKS = 64  # partial sums of the weight gradient: 64 x 27 C O numbers
+
+
+@triton.jit
+def taps_of(i, j, k, t, SIGN: tl.constexpr, I, J, K):  # noqa: E741
+    """Offset of tap t in voxel rows, and whether the neighbour is inside."""
+    a, e, d = SIGN * (t // 9 - 1), SIGN * ((t // 3) % 3 - 1), SIGN * (t % 3 - 1)
+    inside = (i + a >= 0) & (i + a < I) & (j + e >= 0) & (j + e < J) & (k + d >= 0) & (k + d < K)
+    return (a * J + e) * K + d, inside
+
+
+@triton.jit
+def modulated_conv3d_kernel(
+    p_x, p_weight, p_bias, p_modulation, p_labels, p_out, voxels, I, J, K, N,  # noqa: E741
+    C: tl.constexpr, O: tl.constexpr, TO_DATA: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
+    C_PAD: tl.constexpr, O_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Forward, and with TO_DATA the data gradient (x is then the gradient, without a bias)."""
+    v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = v < voxels
+    b, i, j, k = voxel_of(v, I, J, K)
+    c, o = tl.arange(0, C_PAD), tl.arange(0, O_PAD)
+    cluster = b * N + tl.load(p_labels + v, mask=valid, other=0)
+    total = tl.zeros([BLOCK, O_PAD], tl.float32)
+    for t in range(27):
+        step, inside = taps_of(i, j, k, t, -1 if TO_DATA else 1, I, J, K)
+        inside = inside & valid
+        near = v + step
+        if TO_DATA:
+            cluster = b * N + tl.load(p_labels + near, mask=inside, other=0)
+        scale = tl.load(p_modulation + cluster * 27 + t, mask=inside, other=0.0).to(tl.float32)
+        patch = tl.load(p_x + near[:, None] * C + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
+        kernel = tl.load(
+            p_weight + (t * C + c[:, None]) * O + o[None, :], mask=(c < C)[:, None] & (o < O)[None, :], other=0.0
+        )
+        scaled = patch.to(tl.float32) * scale[:, None]
+        total = tl.dot(scaled, kernel.to(tl.float32), total, input_precision=PRECISION)
+    at = v[:, None] * O + o[None, :]
+    mask = valid[:, None] & (o < O)[None, :]
+    if not TO_DATA:
+        bias = tl.load(p_bias + cluster[:, None] * O + o[None, :], mask=mask, other=0.0)
+        total += bias.to(tl.float32)
+    tl.store(p_out + at, total, mask=mask)
+
+
+@triton.jit
+def modulated_conv3d_weight_kernel(
+    p_x, p_grad, p_weight, p_modulation, p_labels, p_grad_weight, p_grad_modulation, voxels, steps, I, J, K, N, BN,  # noqa: E741,E501
+    C: tl.constexpr, O: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
+    C_PAD: tl.constexpr, O_PAD: tl.constexpr, BN_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk, tap): partial dW_t (C, O) and partial da (B N) over `steps` tiles of voxels."""
+    chunk, t = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c, o, n = tl.arange(0, C_PAD), tl.arange(0, O_PAD), tl.arange(0, BN_PAD)
+    in_kernel = (c < C)[:, None] & (o < O)[None, :]
+    kernel = tl.load(p_weight + (t * C + c[:, None]) * O + o[None, :], mask=in_kernel, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros([C_PAD, O_PAD], tl.float32)
+    grad_modulation = tl.zeros([BN_PAD], tl.float32)
+    for tile in range(steps):
+        v = (chunk * steps + tile) * BLOCK + tl.arange(0, BLOCK)
+        valid = v < voxels
+        b, i, j, k = voxel_of(v, I, J, K)
+        step, inside = taps_of(i, j, k, t, 1, I, J, K)
+        inside = inside & valid
+        cluster = b * N + tl.load(p_labels + v, mask=valid, other=0)
+        scale = tl.load(p_modulation + cluster * 27 + t, mask=inside, other=0.0).to(tl.float32)
+        near = (v + step)[:, None] * C + c[None, :]
+        patch = tl.load(p_x + near, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        at = v[:, None] * O + o[None, :]
+        grad = tl.load(p_grad + at, mask=valid[:, None] & (o < O)[None, :], other=0.0).to(tl.float32)
+        grad_weight = tl.dot(tl.trans(patch * scale[:, None]), grad, grad_weight, input_precision=PRECISION)
+        pulled = tl.dot(grad, tl.trans(kernel), input_precision=PRECISION)
+        share = tl.sum(patch * pulled, 1)
+        member = (cluster[:, None] == n[None, :]) & valid[:, None]
+        grad_modulation += tl.sum(tl.where(member, share[:, None], 0.0), 0)
+    into = (chunk * 27 + t) * C * O + c[:, None] * O + o[None, :]
+    tl.store(p_grad_weight + into, grad_weight, mask=in_kernel)
+    tl.store(p_grad_modulation + (chunk * 27 + t) * BN + n, grad_modulation, mask=n < BN)
+
+
+def modulated_conv3d_triton(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor) -> Tensor:
+    """See `common.ops.sacb.modulated_conv3d`."""
+    return _modulated_conv3d(x, weight, bias, modulation, labels.long())
+
+
+def _convolve(
+    x: Tensor, matrix: Tensor, bias: Tensor | None, modulation: Tensor, labels: Tensor, *, to_data: bool
+) -> Tensor:
+    """Rows (B, I, J, K, C) and taps (27, C, O) -> (B, I, J, K, O) in the dtype of x."""
+    batch, *size, channels = x.shape
+    outputs = matrix.shape[2]
+    out = x.new_empty(batch, *size, outputs)
+    c_pad, o_pad = padded(channels, 16), padded(outputs, 16)
+    block = block_of(max(c_pad, o_pad))
+    modulated_conv3d_kernel[(triton.cdiv(labels.numel(), block),)](
+        x, matrix.contiguous(), bias, modulation.contiguous(), labels.contiguous(), out, labels.numel(), *size,
+        modulation.shape[1], C=channels, O=outputs, TO_DATA=to_data, PRECISION=precision(),
+        C_PAD=c_pad, O_PAD=o_pad, BLOCK=block,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("monai_registration::modulated_conv3d_triton", mutates_args=())
+def _modulated_conv3d(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor) -> Tensor:
+    taps = weight.permute(2, 3, 4, 1, 0).reshape(27, x.shape[1], -1)
+    return volume(_convolve(rows(x), taps, bias.contiguous(), modulation, labels, to_data=False))
+
+
+@_modulated_conv3d.register_fake
+def _(x, weight, bias, modulation, labels):
+    return volume(x.new_empty(x.shape[0], *x.shape[2:], weight.shape[0]))
+
+
+@torch.library.custom_op("monai_registration::modulated_conv3d_triton_backward", mutates_args=())
+def _modulated_conv3d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to x, weight, bias and modulation, in their dtypes."""
+    last, g = rows(x), rows(grad)
+    batch, *size, channels = last.shape
+    outputs, clusters = weight.shape[0], modulation.shape[1]
+    matrix = weight.permute(2, 3, 4, 1, 0).reshape(27, channels, outputs)
+    grad_x = _convolve(g, matrix.transpose(1, 2), None, modulation, labels, to_data=True).to(x.dtype)
+    member = torch.nn.functional.one_hot(labels.flatten(1), clusters).transpose(1, 2).float()
+    grad_bias = member @ g.flatten(1, 3).float()
+
+    c_pad, o_pad = padded(channels, 16), padded(outputs, 16)
+    block = block_of(c_pad + o_pad)
+    steps = triton.cdiv(labels.numel(), block * CHUNKS)
+    chunks = triton.cdiv(labels.numel(), block * steps)
+    grad_weight = torch.empty(chunks, 27, channels, outputs, device=x.device)
+    grad_modulation = torch.empty(chunks, 27, batch * clusters, device=x.device)
+    modulated_conv3d_weight_kernel[(chunks, 27)](
+        last, g, matrix.contiguous(), modulation.contiguous(), labels.contiguous(), grad_weight, grad_modulation,
+        labels.numel(), steps, *size, clusters, batch * clusters, C=channels, O=outputs, PRECISION=precision(),
+        C_PAD=c_pad, O_PAD=o_pad, BN_PAD=padded(batch * clusters), BLOCK=block,
+    )  # fmt: skip
+    grad_weight = grad_weight.sum(0).view(3, 3, 3, channels, outputs).permute(4, 3, 0, 1, 2).contiguous()
+    grad_modulation = grad_modulation.sum(0).t().reshape(batch, clusters, 27)
+    return (
+        volume(grad_x),
+        grad_weight.to(weight.dtype),
+        grad_bias.to(bias.dtype),
+        grad_modulation.to(modulation.dtype),
+    )
+
+
+@_modulated_conv3d_backward.register_fake
+def _(grad, x, weight, bias, modulation, labels):
+    return volume(torch.empty_like(rows(x))), weight.new_empty(weight.shape), bias.new_empty(bias.shape), (
+        modulation.new_empty(modulation.shape)
+    )
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    return *_modulated_conv3d_backward(grad, *ctx.saved_tensors), None
+
+
+_modulated_conv3d.register_autograd(_backward, setup_context=_setup)
