@@ -1,6 +1,7 @@
 """Which pairs: two paths, a CSV, a data list, or the phantom; and the ordered pairs of a folder for training."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -51,14 +52,15 @@ def list_pairs(
     Raises:
         InputError: contradictory or incomplete options, a missing file, an empty or faulty CSV.
     """
-    if pairs and (moving or fixed):
-        raise InputError(f"{pairs}: give either a pairs CSV or --moving and --fixed, not both")
-    if bool(moving) != bool(fixed):
-        raise InputError(f"{moving or fixed}: a pair needs both --moving and --fixed")
+    row = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
+    sources = {"--pairs": pairs, "--dataset_dir": dataset_dir, "--moving and --fixed": any(row.values())}
+    if len(used := [name for name, value in sources.items() if value]) > 1:
+        raise InputError(f"{pairs or dataset_dir}: give only one of {' or '.join(used)}")
+    if any(row.values()) and not (moving and fixed):
+        raise InputError(f"{next(filter(None, row.values()))}: a pair needs both --moving and --fixed")
     if pairs:
         rows = read_pairs(pairs)
     elif moving:
-        row = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
         rows = [{name: str(Path(value).absolute()) for name, value in row.items() if value}]
     elif dataset_dir:
         rows = dataset_pairs(dataset_dir)
@@ -100,7 +102,11 @@ def read_pairs(path: str) -> list[dict[str, str]]:
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a CSV in UTF-8") from error
+    with io.StringIO(text, newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         columns = [name.strip() for name in reader.fieldnames or []]
         reader.fieldnames = columns
@@ -127,23 +133,36 @@ def read_pairs(path: str) -> list[dict[str, str]]:
 def read_dataset(dataset_dir: str) -> dict:
     """dataset.json of a folder, in the form of the Medical Segmentation Decathlon plus `registration_pairs`.
 
+    Every case of training, validation and test becomes {"id", "image", "label" if there is one}; a case without an id
+    is named after its file. Without a validation part, the last tenth of the training cases (at least 2, if 4 or more
+    are there) is taken for it, so that nothing is trained on that is validated on.
+
     Raises:
-        InputError: the folder or the file is missing, or it is not JSON.
+        InputError: the folder or the file is missing, it is not JSON, or a case has no image.
     """
     path = Path(dataset_dir) / "dataset.json"
     if not path.exists():
         raise InputError(f"{path}: no such file")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
+    for part in ("training", "validation", "test"):
+        cases = [{"image": case} if isinstance(case, str) else case for case in found.get(part, [])]
+        if any("image" not in case for case in cases):
+            raise InputError(f"{path}: a case of {part!r} has no image")
+        found[part] = [{"id": stem(case["image"])} | case for case in cases]
+    if not found["validation"] and len(found["training"]) >= 4:
+        kept = max(len(found["training"]) // 10, 2)
+        found["training"], found["validation"] = found["training"][:-kept], found["training"][-kept:]
+    return found
 
 
 def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> list[dict[str, str]]:
     """`registration_pairs` of a dataset as rows of a pairs table; `kind` keeps one kind, None keeps all."""
     found = read_dataset(dataset_dir)
     root = Path(dataset_dir).absolute()
-    cases = {case["id"]: case for part in ("training", "validation", "test") for case in found.get(part, [])}
+    cases = {case["id"]: case for part in ("training", "validation", "test") for case in found[part]}
     rows = []
     for pair in found.get("registration_pairs", []):
         if kind is not None and pair.get("kind", kind) != kind:
@@ -169,7 +188,7 @@ def validation_pairs(dataset_dir: str | None, *, limit: int | None = None) -> li
     if not dataset_dir or not (Path(dataset_dir) / "dataset.json").exists():
         return None
     found = read_dataset(dataset_dir)
-    known = {case["id"] for case in found.get("validation", [])}
+    known = {case["id"] for case in found["validation"]}
     pairs = [
         (pair["moving"], pair["fixed"])
         for pair in found.get("registration_pairs", [])
@@ -206,7 +225,7 @@ def list_scans(dataset_dir: str | None, part: str = "training", *, output_dir: s
     if (root / "dataset.json").exists():
         scans = [
             {"id": case["id"]} | {name: str(root / case[name]) for name in ("image", "label") if name in case}
-            for case in read_dataset(dataset_dir).get(part, [])
+            for case in read_dataset(dataset_dir)[part]
         ]
     else:
         if not root.is_dir():

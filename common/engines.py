@@ -13,13 +13,14 @@ from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.data import DistributedSampler
 from monai.engines import Evaluator
-from monai.handlers import CheckpointLoader, IgniteMetricHandler, from_engine
+from monai.handlers import CheckpointLoader, IgniteMetricHandler
 from monai.inferers import Inferer
 from monai.metrics import CumulativeIterationMetric
+from monai.utils import set_determinism
 from torch import Tensor, nn
 
 from common import progress
-from common.io import InputError, write_table
+from common.io import InputError, output_folder, write_table
 from common.metrics import label_overlap, mean_over_labels
 from common.refine import refine
 
@@ -80,9 +81,9 @@ class RegistrationInferer(Inferer):
     """
 
     def __init__(self, refine_steps: int = 0, **options: Any) -> None:
-        if int(refine_steps) < 0:
-            raise InputError(f"--refine_steps must be >= 0, got {refine_steps}")
-        self.refine_steps, self.options = int(refine_steps), options
+        if not isinstance(refine_steps, int) or refine_steps < 0:
+            raise InputError(f"--refine_steps must be a whole number >= 0, got {refine_steps}")
+        self.refine_steps, self.options = refine_steps, options
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         progress.stage("network")
@@ -95,10 +96,12 @@ class RegistrationInferer(Inferer):
 
 
 class LabelDice(CumulativeIterationMetric):
-    """Mean Dice over the labels of each pair, from integer label maps (1, I, J, K).
+    """Mean Dice over the labels of each pair, as evaluate measures it.
+
+    Takes the warped label map (1, I, J, K), and fixed and moving label map as target (2, I, J, K).
 
     Args:
-        minimum: labels of at most this many voxels in the fixed map are left out.
+        minimum: labels of at most this many voxels in the fixed map are left out, and those that the moving map lacks.
     """
 
     def __init__(self, minimum: int = 0) -> None:
@@ -106,9 +109,9 @@ class LabelDice(CumulativeIterationMetric):
         self.minimum = minimum
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor) -> Tensor:
-        fixed, warped = (torch.as_tensor(x).cpu().round().long() for x in (y, y_pred))
-        pairs = zip(fixed[:, 0], warped[:, 0])
-        return torch.tensor([[mean_over_labels(label_overlap(f, w, minimum=self.minimum), "dice")] for f, w in pairs])
+        target, warped = (torch.as_tensor(x).cpu().round().long() for x in (y, y_pred))
+        scores = [label_overlap(f, w, m, minimum=self.minimum) for (f, m), (w,) in zip(target, warped)]
+        return torch.tensor([[mean_over_labels(score, "dice")] for score in scores])
 
     def aggregate(self) -> Tensor:
         """Mean over the pairs so far, nan where no pair has labels."""
@@ -134,11 +137,11 @@ class PairTable:
 
     def _start(self, engine: Engine) -> None:
         self.rows = []
+        output_folder(self.path.parent)
         progress.start(len(engine.state.dataloader), self.name)
 
     def _collect(self, engine: Engine) -> None:
         self.rows += [item["row"] for item in engine.state.output if "row" in item]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_table(self.path, self.rows)
         progress.advance()
 
@@ -159,6 +162,7 @@ class PairTable:
         folders = [row["id"] for row in self.rows if (self.path.parent / row["id"]).is_dir()]
         lines.append(f"  {self.path.name}: a row a pair" + (f"; {folders[0]}/: its files" if folders else ""))
         words = {
+            "ssim": "structural similarity",
             "ncc": "correlation inside the fixed foreground",
             "dice": "mean Dice of the labels",
             "dice_coarse": "mean Dice of the label groups",
@@ -195,10 +199,17 @@ def prepare_pair(batch: dict, device: torch.device, non_blocking: bool = False, 
 
 
 def label_dice_handler(minimum: int = 0) -> IgniteMetricHandler:
-    """Key metric of the validation: mean label Dice of "warped_label" against "target_label"."""
-    return IgniteMetricHandler(
-        metric_fn=LabelDice(minimum), output_transform=from_engine(["warped_label", "target_label"])
-    )
+    """Key metric of the validation: mean label Dice of "warped_label" against "target_label"; nan without labels."""
+    return IgniteMetricHandler(metric_fn=LabelDice(minimum), output_transform=_warped_and_target)
+
+
+def _warped_and_target(output: list[dict]) -> tuple[list[Tensor], list[Tensor]]:
+    """What `LabelDice` takes; maps without any label for a pair that has none."""
+    empty = torch.zeros(2, 1, 1, 1)
+    labelled = [
+        item if "warped_label" in item else {"warped_label": empty[:1], "target_label": empty} for item in output
+    ]
+    return [item["warped_label"] for item in labelled], [item["target_label"] for item in labelled]
 
 
 def fixed_and_moving(batch: list[dict]) -> tuple[list[Tensor], list[Tensor]]:
@@ -215,24 +226,50 @@ def warped_image(output: list[dict]) -> list[Tensor]:
 class LastCheckpoint:
     """Save the whole state of a training after every epoch, and go on from it when the run is started again.
 
+    Network, optimizer, learning rate and epoch come from the checkpoint; the pairs are drawn anew, from a seed that
+    depends on the epoch, so that a run that is stopped often does not see the same few pairs again and again.
+
     Args:
         folder: where checkpoint_epoch=N.pt is kept (the newest only).
         objects: what to save besides the trainer: model, optimizer, lr_scheduler.
         device: where to load tensors to.
         write: False on the processes that only read (rank > 0).
+        seed: of the run.
+
+    Raises:
+        InputError: the epochs asked for end before the checkpoint, or have another length than those in it.
     """
 
-    def __init__(self, folder: str, objects: dict[str, Any], device: torch.device | str, write: bool = True) -> None:
-        self.folder, self.objects, self.device, self.write = Path(folder), objects, device, write
+    def __init__(
+        self, folder: str, objects: dict[str, Any], *, device: torch.device | str, write: bool = True, seed: int = 0
+    ) -> None:
+        self.folder, self.objects, self.device = Path(folder), objects, device
+        self.write, self.seed = write, seed
 
     def attach(self, engine: Engine) -> None:
-        everything = self.objects | {"trainer": engine}
         found = sorted(self.folder.glob("checkpoint_epoch=*.pt"), key=lambda path: path.stat().st_mtime)
         if found:
-            print(f"going on from {found[-1]}", flush=True)
-            CheckpointLoader(str(found[-1]), everything, map_location=torch.device(self.device)).attach(engine)
+            self._resume(engine, found[-1])
         if self.write:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _resume(self, engine: Engine, path: Path) -> None:
+        epoch, asked = int(path.stem.split("=")[1]), {}
+        anew = "give another --output_dir to begin anew"
+        if engine.state.max_epochs is not None and engine.state.max_epochs < epoch:
+            raise InputError(f"{path}: --max_epochs {engine.state.max_epochs} ends before this epoch; {anew}")
+        print(f"going on from {path}, with its learning rate", flush=True)
+
+        def check(engine: Engine) -> None:
+            if asked["length"] not in (None, engine.state.epoch_length):
+                lengths = f"has epochs of {engine.state.epoch_length} iterations, not {asked['length']}"
+                raise InputError(f"{path}: {lengths}; {anew}")
+            set_determinism(self.seed + 1000 * epoch)
+
+        engine.add_event_handler(Events.STARTED, lambda e: asked.update(length=e.state.epoch_length))
+        everything = self.objects | {"trainer": engine}
+        CheckpointLoader(str(path), everything, map_location=torch.device(self.device)).attach(engine)
+        engine.add_event_handler(Events.STARTED, check)
 
     def _save(self, engine: Engine) -> None:
         everything = self.objects | {"trainer": engine}
@@ -278,12 +315,19 @@ class BestCheckpoint:
         note.write_text(json.dumps(told) + "\n")
 
 
-class TrainingBar:
-    """Progress bar over the iterations of an epoch, with the loss."""
+class EpochBar:
+    """Progress bar over the iterations of an epoch, in training with the loss."""
+
+    def __init__(self, name: str = "train") -> None:
+        self.name = name
 
     def attach(self, engine: Engine) -> None:
-        bar = ProgressBar(desc="train", persist=False)
-        bar.attach(engine, output_transform=lambda output: {"loss": round(float(output[0]["loss"]), 4)})
+        bar = ProgressBar(desc=self.name, persist=False)
+        bar.attach(engine, output_transform=self._shown)
+
+    @staticmethod
+    def _shown(output: list[dict]) -> dict[str, float]:
+        return {"loss": round(float(output[0]["loss"]), 4)} if "loss" in output[0] else {}
 
 
 class EpochSampler:

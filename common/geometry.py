@@ -4,7 +4,7 @@ import itk
 import nibabel as nib
 import numpy as np
 
-from common.io import affine_transform, resample, to_array, to_itk
+from common.io import affine_transform, background, resample, to_array, to_itk
 
 
 def working_grid(
@@ -41,6 +41,25 @@ def working_grid(
     start = (first + last) / 2 - (count - 1) / 2 * step
     start = np.where(keep, np.floor(start), start)
     return tuple(int(n) for n in count), affine @ nib.affines.from_matvec(np.diag(step), start)
+
+
+def overlap(
+    size: tuple[int, int, int],
+    affine_ras: np.ndarray,
+    other: tuple[int, ...],
+    other_ras: np.ndarray,
+    matrix: np.ndarray,
+) -> float:
+    """Share of a grid's voxels that a point map (RAS mm, 4x4) takes into another scan's field of view."""
+    steps = [np.linspace(0, n - 1, min(n, 32)) for n in size]
+    voxels = np.stack(np.meshgrid(*steps, indexing="ij"), -1)
+    there = nib.affines.apply_affine(np.linalg.inv(other_ras) @ matrix @ affine_ras, voxels)
+    return float(((there >= -0.5) & (there <= np.array(other) - 0.5)).all(-1).mean())
+
+
+def length_mm(disp: np.ndarray, affine_ras: np.ndarray) -> np.ndarray:
+    """Length in mm of a displacement (3, I, J, K) in voxels of a grid: (I, J, K)."""
+    return np.linalg.norm(np.einsum("ab,bijk->aijk", affine_ras[:3, :3], disp), axis=0)
 
 
 def is_stripped(channel: np.ndarray) -> bool:
@@ -88,7 +107,8 @@ def to_working_grid(
             channel = to_array(
                 itk.discrete_gaussian_image_filter(image, variance=variance.tolist(), maximum_kernel_width=64)
             )
-        values = resample(channel, affine_ras, size, onto_ras, transform, nearest=nearest)
+        outside = 0.0 if nearest else background(channel)
+        values = resample(channel, affine_ras, size, onto_ras, transform, nearest=nearest, outside=outside)
         if stripped is not None:
             values *= resample(stripped, affine_ras, size, onto_ras, transform) > 0.5
         channels.append(values)

@@ -8,6 +8,7 @@ they mean to ANTs and Slicer.
 import csv
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import itk
@@ -165,14 +166,16 @@ def resample(
     transform: "itk.Transform | None" = None,
     *,
     nearest: bool = False,
+    outside: float = 0.0,
 ) -> np.ndarray:
-    """Values of a scan at transform(x) for every voxel x of another grid; 0 outside. One interpolation, by ITK.
+    """Values of a scan at transform(x) for every voxel x of another grid. One interpolation, by ITK.
 
     Args:
         array: (I, J, K) scan on the grid `affine_ras`.
         size, onto_ras: the grid to fill.
         transform: ITK point map from the new grid's space to the scan's; None is the identity.
         nearest: nearest neighbour, for labels; else linear.
+        outside: value where the scan does not reach.
 
     Returns:
         (I', J', K') float32.
@@ -186,6 +189,7 @@ def resample(
     filtered.SetOutputSpacing(reference.GetSpacing())
     filtered.SetOutputOrigin(reference.GetOrigin())
     filtered.SetOutputDirection(reference.GetDirection())
+    filtered.SetDefaultPixelValue(outside)
     if transform is not None:
         filtered.SetTransform(transform)
     filtered.Update()
@@ -230,6 +234,11 @@ def write_label(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
     write_image(to_itk(array.astype(kind), affine_ras), path)
 
 
+def background(channel: np.ndarray) -> float:
+    """What lies outside a scan: 0, or its smallest value where that is below 0 (air, in CT)."""
+    return min(float(channel.min()), 0.0)
+
+
 # ---- folders and tables ---------------------------------------------------------------------------------------------
 
 
@@ -239,7 +248,7 @@ def write_folder(path: Path, writers: dict) -> None:
     The files are written beside it first; an older folder of that name is replaced only when all of them exist.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -256,6 +265,22 @@ def write_folder(path: Path, writers: dict) -> None:
         shutil.rmtree(old)
     else:
         partial.rename(path)
+
+
+def output_folder(path: str | os.PathLike) -> Path:
+    """The folder for results, created; asked for before anything is computed.
+
+    Raises:
+        InputError: it is a file, or cannot be written to.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: results cannot be written there ({error.strerror})") from error
+    return path
 
 
 def write_table(path: Path, rows: list[dict]) -> None:

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from common.fields import jacobian_determinant
 
+DISTANCES = ("hd", "hd95", "assd")
+
 
 def label_overlap(
     fixed: Tensor,
@@ -24,7 +26,7 @@ def label_overlap(
         minimum: labels of at most this many voxels in `fixed` are left out.
 
     Returns:
-        {label: {"dice": ..., "hd": ..., "hd95": ..., "assd": ...}}; a distance is nan where `warped` lacks the label.
+        {label: {"dice": ..., "hd": ..., "hd95": ..., "assd": ...}}; distances are nan where `warped` lacks the label.
     """
     known = None if moving is None else set(torch.unique(moving).tolist())
     scores = {}
@@ -37,17 +39,31 @@ def label_overlap(
         scores[int(label)] = row = {"dice": float(compute_dice(a, b))}
         if spacing is not None:
             step = [float(s) for s in spacing]
-            row["hd"] = float(compute_hausdorff_distance(a, b, include_background=True, spacing=step))
-            row["hd95"] = float(compute_hausdorff_distance(a, b, include_background=True, percentile=95, spacing=step))
-            row["assd"] = float(
-                compute_average_surface_distance(a, b, include_background=True, symmetric=True, spacing=step)
-            )
+            row |= _surface_distances(a, b, step) if a.any() else dict.fromkeys(DISTANCES, float("nan"))
     return scores
 
 
-def mean_over_labels(scores: dict[int, dict[str, float]], name: str) -> float:
-    """Mean of one measure over the labels, nan entries left out; nan for no label."""
+def _surface_distances(a: Tensor, b: Tensor, spacing: list[float]) -> dict[str, float]:
+    options = {"include_background": True, "spacing": spacing}
+    found = (
+        compute_hausdorff_distance(a, b, **options),
+        compute_hausdorff_distance(a, b, percentile=95, **options),
+        compute_average_surface_distance(a, b, symmetric=True, **options),
+    )
+    return dict(zip(DISTANCES, map(float, found)))
+
+
+def mean_over_labels(
+    scores: dict[int, dict[str, float]], name: str, *, beside: dict[int, dict[str, float]] | None = None
+) -> float:
+    """Mean of one measure over the labels, nan entries left out; nan for no label.
+
+    Args:
+        beside: scores to compare with; a label that is nan there is left out here, so that both use the same labels.
+    """
     values = torch.tensor([row[name] for row in scores.values()], dtype=torch.float64)
+    if beside is not None:
+        values[torch.tensor([beside[label][name] for label in scores]).isnan()] = float("nan")
     return float(values.nanmean()) if len(values) else float("nan")
 
 

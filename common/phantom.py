@@ -5,11 +5,12 @@ fixed scan is anatomy(x), the moving one anatomy(back(y)) on an oblique, anisotr
 followed by a smooth displacement, and the truth T(x) that a registration should find is its inverse.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from common.io import InputError, write_scan
+from common.io import InputError, write_folder, write_label, write_scan
 
 RADII = np.array([62.0, 78.0, 58.0])  # of the brain, mm
 LABELS = {
@@ -133,24 +134,23 @@ def grids() -> dict[str, tuple[tuple[int, int, int], np.ndarray]]:
     return {"fixed": ((72, 88, 68), fixed), "moving": (size, moving)}
 
 
-def write_phantom(folder: Path, *, seed: int = 0) -> dict[str, str]:
+def write_phantom(folder: Path) -> dict[str, str]:
     """Write fixed, moving and their labels as NIfTI into `folder` and return the row of a pairs table.
 
-    Files that exist are kept: they are the same for the same seed and version.
+    A folder that exists is kept: `write_folder` makes it whole or not at all.
     """
     folder = Path(folder)
-    deformation = Deformation(seed)
-    row = {"id": "phantom"}
+    deformation = Deformation(0)
+    row, writers = {"id": "phantom"}, {}
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, but the phantom needs a folder of that name")
-    folder.mkdir(parents=True, exist_ok=True)
     for name, (size, affine) in grids().items():
-        paths = folder / f"{name}.nii.gz", folder / f"{name}_label.nii.gz"
-        if not all(path.exists() for path in paths):
-            image, label = sample(
-                size, affine, deformation if name == "moving" else None, seed=seed + (name == "moving")
-            )
-            write_scan(image, affine, paths[0])
-            write_scan(label, affine, paths[1])
-        row[name], row[f"{name}_label"] = (str(path) for path in paths)
+        image, label = f"{name}.nii.gz", f"{name}_label.nii.gz"
+        row[name], row[f"{name}_label"] = str(folder / image), str(folder / label)
+        if not folder.exists():
+            values = sample(size, affine, deformation if name == "moving" else None, seed=int(name == "moving"))
+            writers[image] = partial(write_scan, values[0], affine)
+            writers[label] = partial(write_label, values[1], affine)
+    if writers:
+        write_folder(folder, writers)
     return row

@@ -13,7 +13,7 @@ from torch import Tensor
 from common import geometry, io, progress
 from common.fields import compose, invert
 from common.io import InputError
-from common.metrics import label_overlap, mean_over_labels, ncc, regularity
+from common.metrics import label_overlap, mean_over_labels, ncc, regularity, ssim
 from common.ops import warp
 from common.prealign import prealign
 
@@ -29,9 +29,9 @@ def _numpy(scan: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spacing(value: float | None) -> float | None:
-    if value is None or (isinstance(value, (int, float)) and value > 0):
-        return value
-    raise InputError(f"--spacing must be a size in mm above 0, or None for that of the scan, got {value}")
+    if value is None or (isinstance(value, (int, float)) and value >= 0):
+        return value or None
+    raise InputError(f"--spacing must be a size in mm, or 0 for that of the scan, got {value}")
 
 
 class LoadScansd(Transform):
@@ -46,23 +46,30 @@ class LoadScansd(Transform):
         self.label_keys = tuple(label_keys) if label_keys else tuple(f"{key}_label" for key in keys)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
-        data = dict(data)
+        data = dict(data) | {"started": time.time()}
         progress.stage("loading")
         for key, label_key in zip(self.keys, self.label_keys):
             path = str(data[key])
             array, affine = io.read_scan(path)
-            if array.min() == array.max():
-                raise InputError(f"{path}: is constant, every voxel is {array.min():g}")
+            for number, channel in enumerate(array):
+                if channel.min() == channel.max():
+                    which = f"channel {number} " if len(array) > 1 else ""
+                    raise InputError(f"{path}: {which}is constant, every voxel is {channel.min():g}")
             data[key] = _meta(array, affine, path)
             if label_key in data:
                 label_path = str(data[label_key])
                 label, label_affine = io.read_scan(label_path)
+                if len(label) > 1 or not (label == np.rint(label)).all():
+                    found = f"{len(label)} channels" if len(label) > 1 else "values that are not whole numbers"
+                    raise InputError(
+                        f"{label_path}: a label map has one channel of whole numbers, this one has {found}"
+                    )
                 if label.shape[1:] != array.shape[1:]:
                     sizes = f"shape {label.shape[1:]}, its scan {path} has {array.shape[1:]}"
                     raise InputError(f"{label_path}: the label map has {sizes}")
                 if not np.allclose(label_affine, affine, atol=1e-2):
                     raise InputError(f"{label_path}: the label map lies elsewhere in space than its scan {path}")
-                data[label_key] = _meta(np.rint(label[:1]), affine, label_path)
+                data[label_key] = _meta(label, affine, label_path)
         return data
 
 
@@ -72,8 +79,9 @@ class AlignAndGridd(Transform):
     Adds "matrix" (4x4, RAS mm, fixed space -> moving space), "moving_work" and "fixed_work".
 
     Args:
-        spacing: voxel size of the working grid in mm; None keeps the fixed scan's.
+        spacing: voxel size of the working grid in mm; None or 0 keeps the fixed scan's.
         prealign: "affine", "rigid" or "none" (the scans already overlap in world space).
+        channels: number that the network takes; None checks only that both scans have the same.
         divisor: sizes of the working grid become multiples of this, so that the network adds no padding.
         crop: lay the grid around the foreground of a fixed scan with background 0; False covers all of its field of
             view. Instance normalisation sees the share of background, and a share unlike that of the training scans
@@ -83,18 +91,28 @@ class AlignAndGridd(Transform):
         InputError: unknown `prealign`, different channel counts, scans that do not overlap after the alignment.
     """
 
-    def __init__(self, spacing: float | None, prealign: str = "affine", divisor: int = 16, crop: bool = True) -> None:
+    def __init__(
+        self,
+        spacing: float | None,
+        prealign: str = "affine",
+        *,
+        channels: int | None = None,
+        divisor: int = 16,
+        crop: bool = True,
+    ) -> None:
         if prealign not in PREALIGN:
             raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
-        self.spacing, self.prealign, self.divisor, self.crop = _spacing(spacing), prealign, divisor, crop
+        self.spacing, self.prealign, self.channels = _spacing(spacing), prealign, channels
+        self.divisor, self.crop = divisor, crop
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
-        data["started"] = time.time()
         (moving, moving_affine), (fixed, fixed_affine) = _numpy(data["moving"]), _numpy(data["fixed"])
         names = [data[key].meta["filename_or_obj"] for key in ("moving", "fixed")]
         if len(moving) != len(fixed):
             raise InputError(f"{names[0]}: has {len(moving)} channels, the fixed scan {names[1]} has {len(fixed)}")
+        if self.channels is not None and len(fixed) != self.channels:
+            raise InputError(f"{names[1]}: has {len(fixed)} channels, these weights take {self.channels}")
         progress.stage(f"{self.prealign} alignment")
         matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign)
         progress.stage("resampling")
@@ -102,7 +120,10 @@ class AlignAndGridd(Transform):
         size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing, box=box, divisor=self.divisor)
         moving_work = geometry.to_working_grid(moving, moving_affine, size, onto, matrix)
         fixed_work = geometry.to_working_grid(fixed, fixed_affine, size, onto)
-        if not ((moving_work[0] > 0) & (fixed_work[0] > 0)).any():
+        apart = not geometry.overlap(size, onto, moving.shape[1:], moving_affine, matrix)
+        if geometry.is_stripped(moving[0]) and geometry.is_stripped(fixed[0]):
+            apart = not ((moving_work[0] > 0) & (fixed_work[0] > 0)).any()
+        if apart:
             hint = "" if self.prealign != "none" else "; try --prealign affine"
             raise InputError(f"{names[0]}: does not overlap the fixed scan {names[1]} at all{hint}")
         data["matrix"] = torch.from_numpy(matrix)
@@ -153,7 +174,7 @@ class PackPaird(Transform):
 class WarpPaird(Transform):
     """Apply "pred" to the pair on its grid, for validation: adds "warped" and, with labels, "warped_label".
 
-    "target_label" repeats "fixed_label": MONAI's metrics see only what post-processing adds.
+    "target_label" stacks the fixed and the moving label map: MONAI's metrics see only what post-processing adds.
     """
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
@@ -164,7 +185,7 @@ class WarpPaird(Transform):
         if "moving_label" in data and "fixed_label" in data:
             label = torch.as_tensor(data["moving_label"])[None].to(disp.device)
             data["warped_label"] = warp(label, disp, mode="nearest", padding="zeros")[0]
-            data["target_label"] = torch.as_tensor(data["fixed_label"])
+            data["target_label"] = torch.cat([torch.as_tensor(data[key]) for key in ("fixed_label", "moving_label")])
         return data
 
 
@@ -172,7 +193,7 @@ class ToTrainingGridd(Transform):
     """Bring every training scan onto one grid: closest RAS axes, the wanted spacing, the space of a reference scan.
 
     Args:
-        spacing: voxel size in mm; None keeps that of the scan (or of the reference).
+        spacing: voxel size in mm; None or 0 keeps that of the scan (or of the reference).
         prealign: "affine" or "rigid" to the reference, or "none" for scans that share a grid already.
         reference: path of the scan to align to; needed unless `prealign` is "none".
         keys: scan and label map.
@@ -182,12 +203,14 @@ class ToTrainingGridd(Transform):
         self,
         spacing: float | None,
         prealign: str = "none",
+        *,
         reference: str | None = None,
         keys: tuple[str, str] = ("image", "label"),
     ) -> None:
         if prealign not in PREALIGN:
             raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
         self.spacing, self.prealign, self.reference, self.keys = _spacing(spacing), prealign, reference, keys
+        self.target: tuple[np.ndarray, np.ndarray] | None = None  # the reference scan, once read
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
@@ -196,8 +219,10 @@ class ToTrainingGridd(Transform):
         name = data[scan].meta["filename_or_obj"]
         target, target_affine, matrix = array, affine, None
         if self.prealign != "none":
-            target, target_affine = io.read_scan(self.reference)
-            matrix = prealign(target[0], target_affine, array[0], affine, self.prealign)
+            self.target = self.target or io.read_scan(self.reference)
+            target, target_affine = self.target
+            if str(name) != str(self.reference):
+                matrix = prealign(target[0], target_affine, array[0], affine, self.prealign)
         size, onto = geometry.working_grid(target.shape[1:], target_affine, self.spacing)
         data[scan] = _meta(geometry.to_working_grid(array, affine, size, onto, matrix), onto, name)
         if label in data:
@@ -217,7 +242,7 @@ class DeliverPaird(Transform):
     Args:
         output_dir: OUT.
         save_inverse: also write the inverse transform and report its error.
-        surface: also measure HD95 and ASSD of the labels (slow for many labels).
+        surface: also measure SSIM of the scans and HD, HD95 and ASSD of the labels (slow for many labels).
         minimum: labels of at most this many voxels in the fixed map are left out of the means.
         groups: coarse label groups as {name: {"members": [...]}}; adds the mean Dice over them.
     """
@@ -237,7 +262,7 @@ class DeliverPaird(Transform):
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
-        progress.stage("writing")
+        progress.stage("warping and measuring")
         disp = torch.as_tensor(data["pred"]).cpu().float()
         onto = np.asarray(data["image"].affine, dtype=np.float64)
         matrix = np.asarray(data["matrix"], dtype=np.float64)
@@ -245,7 +270,10 @@ class DeliverPaird(Transform):
         whole = io.composite(io.displacement_transform(disp.numpy(), onto), affine)
         (moving, moving_affine), (fixed, fixed_affine) = _numpy(data["moving"].cpu()), _numpy(data["fixed"].cpu())
         size = fixed.shape[1:]
-        warped = np.stack([io.resample(c, moving_affine, size, fixed_affine, whole) for c in moving])
+        outside = [io.background(channel) for channel in moving]
+        warped = np.stack(
+            [io.resample(c, moving_affine, size, fixed_affine, whole, outside=o) for c, o in zip(moving, outside)]
+        )
         row = {
             "id": data["id"],
             "fixed": data["fixed"].meta["filename_or_obj"],
@@ -267,31 +295,42 @@ class DeliverPaird(Transform):
         row |= _field_measures(disp, data["image"], onto)
         if self.save_inverse:
             inverse = invert(disp[None])
-            row["inverse_error_mm"] = _inverse_error_mm(disp, inverse[0], onto)
+            row["inverse_error_mm"] = _inverse_error_mm(disp, inverse, data["image"], onto)
             back = io.composite(
                 io.affine_transform(np.linalg.inv(matrix)), io.displacement_transform(inverse[0].numpy(), onto)
             )
             writers["inverse_transform.h5"] = lambda path: io.write_transform(back, path)
-        row["seconds"] = time.time() - float(data["started"])
         if self.save:
+            progress.stage("writing")
             io.write_folder(self.output_dir / data["id"], writers)
-        # The row is what is left of the pair: the volumes would stay in memory until the run ends.
+        row["seconds"] = time.time() - float(data["started"])
         return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
 
     def _similarity(self, fixed, warped, moving, moving_affine, fixed_affine, affine) -> dict[str, float]:
-        start = io.resample(moving[0], moving_affine, fixed.shape[1:], fixed_affine, affine)
+        outside = io.background(moving[0])
+        start = io.resample(moving[0], moving_affine, fixed.shape[1:], fixed_affine, affine, outside=outside)
         f, s, w = (torch.from_numpy(np.ascontiguousarray(x)) for x in (fixed[0], start, warped[0]))
         inside = f > 0
         overlap = 2 * float(((s > 0) & inside).sum()) / max(float((s > 0).sum() + inside.sum()), 1.0)
-        return {"overlap": overlap, "ncc_before": ncc(s, f, inside), "ncc_after": ncc(w, f, inside)}
+        row = {"overlap": overlap, "ncc_before": ncc(s, f, inside), "ncc_after": ncc(w, f, inside)}
+        if self.surface:
+            row |= {"ssim_before": ssim(_scaled(s), _scaled(f)), "ssim_after": ssim(_scaled(w), _scaled(f))}
+        return row
 
     def _overlap(self, fixed, before, after, moving, fixed_affine) -> dict[str, float]:
         f, b, a, m = (torch.from_numpy(np.ascontiguousarray(x)).long() for x in (fixed, before, after, moving))
         spacing = tuple(np.linalg.norm(fixed_affine[:3, :3], axis=0)) if self.surface else None
-        row = {}
-        for name, warped in (("before", b), ("after", a)):
-            scores = label_overlap(f, warped, m, spacing=spacing, minimum=self.minimum)
-            row |= {f"{kind}_{name}": mean_over_labels(scores, kind) for kind in next(iter(scores.values()), {})}
+        scores = {
+            name: label_overlap(f, warped, m, spacing=spacing, minimum=self.minimum)
+            for name, warped in (("before", b), ("after", a))
+        }
+        row = {
+            "labels": len(scores["after"]),
+            "labels_lost": sum(n not in set(a.unique().tolist()) for n in scores["after"]),
+        }
+        for name, other, warped in (("before", "after", b), ("after", "before", a)):
+            for kind in next(iter(scores[name].values()), {}):
+                row[f"{kind}_{name}"] = mean_over_labels(scores[name], kind, beside=scores[other])
             if self.groups:
                 table = group_table(self.groups, int(max(f.max(), b.max(), a.max(), m.max())))
                 row[f"dice_coarse_{name}"] = mean_over_labels(label_overlap(table[f], table[warped], table[m]), "dice")
@@ -309,14 +348,25 @@ def group_table(groups: dict, largest: int) -> Tensor:
 
 def _field_measures(disp: Tensor, image: MetaTensor, onto: np.ndarray) -> dict[str, float]:
     """Length of the displacement in mm and its regularity, inside the fixed scan's foreground."""
-    inside = torch.as_tensor(image).cpu()[len(image) // 2] > 0
-    inside = inside if inside.any() else torch.ones_like(inside)
-    linear = torch.from_numpy(onto[:3, :3]).float()
-    length = torch.einsum("ab,bijk->aijk", linear, disp).norm(dim=0)[inside]
+    inside = _foreground(image)
+    length = geometry.length_mm(disp.numpy(), onto)[inside.numpy()]
     measures = {"disp_mean_mm": float(length.mean()), "disp_max_mm": float(length.max())}
     return measures | regularity(disp[None], inside)
 
 
-def _inverse_error_mm(disp: Tensor, inverse: Tensor, onto: np.ndarray) -> float:
-    rest = compose(disp[None], inverse[None])[0]
-    return float(torch.einsum("ab,bijk->aijk", torch.from_numpy(onto[:3, :3]).float(), rest).norm(dim=0).mean())
+def _foreground(image: MetaTensor) -> Tensor:
+    """(I, J, K) voxels of the packed pair's fixed scan above 0; all, if there are none."""
+    inside = torch.as_tensor(image).cpu()[len(image) // 2] > 0
+    return inside if inside.any() else torch.ones_like(inside)
+
+
+def _inverse_error_mm(disp: Tensor, inverse: Tensor, image: MetaTensor, onto: np.ndarray) -> float:
+    """Mean length of compose(disp, inverse) inside the fixed scan's foreground."""
+    rest = compose(disp[None], inverse)[0]
+    return float(geometry.length_mm(rest.numpy(), onto)[_foreground(image).numpy()].mean())
+
+
+def _scaled(scan: Tensor) -> Tensor:
+    """A scan (I, J, K) in [0, 1] as (1, 1, I, J, K), by its own smallest and largest value."""
+    low, high = scan.min(), scan.max()
+    return ((scan - low) / (high - low).clamp(min=1e-12))[None, None]

@@ -9,6 +9,7 @@ triton      the operator's kernel.py; the default for CUDA tensors where that fi
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,23 @@ BACKENDS = ("reference", "lean", "triton")
 
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def outside_autocast(op: Callable) -> Callable:
+    """Decorator of an operator's face: no autocast inside, so that it computes in at least float32, as it says.
+
+    The inputs may be half, as autocast left them; only what the operator itself does is kept from it.
+    """
+
+    @functools.wraps(op)
+    def run(*args, **kwargs):
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is None or not torch.is_autocast_enabled(x.device.type):
+            return op(*args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return op(*args, **kwargs)
+
+    return run
 
 
 @functools.cache

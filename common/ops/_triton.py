@@ -2,7 +2,6 @@
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 TILE = 4096  # values that one program holds of a (voxels, channels) tile

@@ -87,6 +87,15 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.csv").write_text("fixed,moving\n")
     io.write_scan(np.full((20, 20, 20), 3, np.float32), np.eye(4), folder / "constant.nii.gz")
     torch.save(torch.nn.Conv3d(2, 3, 3).state_dict(), folder / "other.pt")
+    colour = np.random.default_rng(0).random((3, 20, 20, 20), dtype=np.float32)
+    io.write_scan(colour, np.eye(4), folder / "colour.nrrd")
+    io.write_scan(colour[:1], np.eye(4), folder / "plain.nii.gz")
+    io.write_label(np.ones((10, 20, 20)), np.eye(4), folder / "smaller.nii.gz")
+    io.write_scan(np.where(colour[:1] > 2, 0, np.nan), np.eye(4), folder / "nan.nii.gz")
+    nib.save(nib.Nifti1Image(colour.transpose(1, 2, 3, 0), np.eye(4)), folder / "film.nii.gz")
+    away = nib.affines.from_matvec(np.eye(3), [900, 0, 0])
+    io.write_scan(colour[:1], away, folder / "away.nii.gz")
+    (folder / "text.nii.gz").write_text("no image")
     return folder
 
 
@@ -126,6 +135,31 @@ def test_training_starts_and_goes_on(dataset: Path, tmp_path: Path) -> None:
     assert "going on from" in second and "checkpoint_epoch=2.pt" in second
     assert "Epoch: 3/3" in second and "Epoch: 1/3" not in second and "Epoch: 2/3" not in second
     check_training(tmp_path / "out", 3)
+
+
+def test_training_on_a_folder_of_scans(dataset: Path, tmp_path: Path) -> None:
+    """No dataset.json, no labels, scans of their own grids: aligned to the first; the last weights are kept."""
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for seed in range(3):
+        turned = nib.eulerangles.euler2mat(0.1 * seed, 0, -0.1 * seed) @ np.diag([6.0, 5 + seed, 6])
+        write(scans, f"p{seed}", (28, 32, 26), centred((28, 32, 26), turned), seed, phantom.Deformation(seed))
+        (scans / f"p{seed}_label.nii.gz").unlink()
+    options = (
+        "--dataset_dir",
+        scans,
+        "--output_dir",
+        tmp_path,
+        "--spacing",
+        6,
+        "--prealign",
+        "affine",
+        "--max_epochs",
+        1,
+    )
+    succeeded(command(*from_root("train.json"), *options, "--epoch_length", 1))
+    assert json.loads((tmp_path / "models" / "model.json").read_text()) == {"epoch": 1, "mean_dice": None}
+    assert [path.name for path in (tmp_path / "models").glob("checkpoint*")] == ["checkpoint_epoch=1.pt"]
 
 
 def test_training_in_two_processes(dataset: Path, tmp_path: Path) -> None:
@@ -182,6 +216,25 @@ def test_evaluation_of_a_dataset(dataset: Path, tmp_path: Path) -> None:
 FAULTS = {
     "missing file": ({"moving": "none.nii.gz", "fixed": "fixed.nii.gz"}, "none.nii.gz: no such file"),
     "constant scan": ({"moving": "constant.nii.gz", "fixed": "fixed.nii.gz"}, "constant.nii.gz: is constant"),
+    "no image": ({"moving": "text.nii.gz", "fixed": "fixed.nii.gz"}, "text.nii.gz: not an image that can be read"),
+    "not a number": ({"moving": "nan.nii.gz", "fixed": "fixed.nii.gz"}, "nan.nii.gz: holds NaN"),
+    "channels": (
+        {"moving": "colour.nrrd", "fixed": "colour.nrrd"},
+        "colour.nrrd: has 3 channels, these weights take 1",
+    ),
+    "four axes": ({"moving": "film.nii.gz", "fixed": "fixed.nii.gz"}, "film.nii.gz: must be a 3-D scan"),
+    "label of another shape": (
+        {"moving": "plain.nii.gz", "fixed": "fixed.nii.gz", "moving_label": "smaller.nii.gz"},
+        "smaller.nii.gz: the label map has shape",
+    ),
+    "label without whole numbers": (
+        {"moving": "plain.nii.gz", "fixed": "fixed.nii.gz", "moving_label": "plain.nii.gz"},
+        "plain.nii.gz: a label map has one channel of whole numbers",
+    ),
+    "far apart": (
+        {"moving": "away.nii.gz", "fixed": "plain.nii.gz", "prealign": "none"},
+        "away.nii.gz: does not overlap",
+    ),
     "empty table": ({"pairs": "empty.csv"}, "empty.csv: holds no pairs"),
     "other weights": (
         {"moving": "moving.nii.gz", "fixed": "fixed.nii.gz", "weights": "other.pt"},
@@ -192,13 +245,24 @@ FAULTS = {
 
 @pytest.mark.parametrize("options, sentence", FAULTS.values(), ids=FAULTS)
 def test_bad_input_ends_in_one_sentence(raw: Path, tmp_path: Path, options: dict[str, str], sentence: str) -> None:
-    given = [text for name, file in options.items() for text in (f"--{name}", raw / file)]
+    given = [t for name, file in options.items() for t in (f"--{name}", file if name == "prealign" else raw / file)]
     done = command(*from_root("inference.json"), *given, "--output_dir", tmp_path / "out", "--spacing", 4.0)
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith(f"error: {raw}/{sentence}"), done.stderr[-3000:]
     assert "Traceback" not in done.stderr and "registered" not in done.stdout
     left = [path.name for path in (tmp_path / "out").iterdir()] if (tmp_path / "out").exists() else []
     assert left == []
+
+
+def test_results_that_cannot_be_written(raw: Path, tmp_path: Path) -> None:
+    """Said before anything is computed."""
+    (tmp_path / "file").write_text("kept")
+    pair = "--moving", raw / "moving.nii.gz", "--fixed", raw / "fixed.nii.gz"
+    done = command(*from_root("inference.json"), *pair, "--output_dir", tmp_path / "file")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    sentence = f"error: {tmp_path / 'file'}: results cannot be written there"
+    assert done.stderr.splitlines()[-1].startswith(sentence), done.stderr[-3000:]
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 # ---- real data ------------------------------------------------------------------------------------------------------

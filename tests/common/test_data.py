@@ -52,8 +52,16 @@ def test_faulty_csv_is_refused(files: Path, text: str, words: str) -> None:
 def test_contradictory_options_are_refused(files: Path) -> None:
     with pytest.raises(InputError, match="both --moving and --fixed"):
         data.list_pairs(moving=str(files / "a.nii.gz"))
-    with pytest.raises(InputError, match="not both"):
-        data.list_pairs(pairs="p.csv", moving="a", fixed="b")
+    for others in ({"moving": "a", "fixed": "b"}, {"moving_label": "a"}, {"dataset_dir": "d"}):
+        with pytest.raises(InputError, match="p.csv: give only one of --pairs or --"):
+            data.list_pairs(pairs="p.csv", **others)
+    with pytest.raises(InputError, match="d: give only one of --dataset_dir or --moving and --fixed"):
+        data.list_pairs(dataset_dir="d", moving="a", fixed="b")
+    with pytest.raises(InputError, match="a_label.nii.gz: a pair needs both --moving and --fixed"):
+        data.list_pairs(moving_label="a_label.nii.gz")
+    (files / "table.csv").write_bytes("fixed,moving\nü.nii.gz,b.nii.gz\n".encode("latin-1"))
+    with pytest.raises(InputError, match="table.csv: not a CSV in UTF-8"):
+        data.list_pairs(pairs=str(files / "table.csv"))
     with pytest.raises(InputError, match="no such file"):
         data.list_pairs(pairs=str(files / "none.csv"))
 
@@ -71,6 +79,21 @@ def test_dataset_pairs_and_scans(files: Path) -> None:
     assert pair["id"] == "b_to_a" and pair["fixed_label"] == str(files / "a.nii.gz")
     assert [scan["id"] for scan in data.list_scans(str(files), "training")] == ["a", "b"]
     assert data.validation_pairs(str(files)) == [("b", "a")]
+
+
+def test_decathlon_dataset(files: Path) -> None:
+    """A dataset.json as the Decathlon ships it: no ids, the test part a list of paths, no validation part."""
+    cases = [{"image": f"./imagesTr/s_{n:03d}.nii.gz", "label": f"./labelsTr/s_{n:03d}.nii.gz"} for n in range(25)]
+    content = {"training": cases, "test": ["./imagesTs/s_900.nii.gz"], "labels": {"0": "background"}}
+    (files / "dataset.json").write_text(json.dumps(content))
+    train, validation = (data.list_scans(str(files), part) for part in ("training", "validation"))
+    assert [scan["id"] for scan in validation] == ["s_023", "s_024"]
+    assert len(train) == 23 and not {s["id"] for s in train} & {s["id"] for s in validation}
+    assert train[0]["image"] == str(files / "imagesTr" / "s_000.nii.gz") and "label" in train[0]
+    content["training"][3] = {"label": "x.nii.gz"}
+    (files / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="dataset.json: a case of 'training' has no image"):
+        data.list_scans(str(files))
 
 
 def test_scans_of_a_plain_folder(files: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.utils import set_determinism
 from torch import Tensor, nn
 
 from common import engines
@@ -100,8 +101,10 @@ def test_inferer_refines_for_the_pair(image: Tensor) -> None:
 
 
 def test_inferer_rejects_negative_steps() -> None:
-    with pytest.raises(InputError, match="--refine_steps must be >= 0, got -1"):
+    with pytest.raises(InputError, match="--refine_steps must be a whole number >= 0, got -1"):
         engines.RegistrationInferer(-1)
+    with pytest.raises(InputError, match="--refine_steps must be a whole number >= 0, got abc"):
+        engines.RegistrationInferer("abc")
 
 
 # ---- metric ---------------------------------------------------------------------------------------------------------
@@ -113,17 +116,31 @@ def test_label_dice_value() -> None:
     fixed[..., :2, :2, :2], fixed[..., 4:, 4:, 4:], fixed[..., 3, 0, :2] = 1, 2, 3
     warped = fixed.clone()
     warped[..., 0, :2, :2], warped[..., 3, 0, :2] = 0, 0
-    metric = engines.LabelDice(minimum=2)
-    metric(warped, fixed)
+    metric, target = engines.LabelDice(minimum=2), torch.cat([fixed, fixed], 1)
+    metric(warped, target)
     assert float(metric.aggregate()) == pytest.approx((2 / 3 + 1) / 2)
-    metric(fixed, fixed)
+    metric(fixed, target)
     assert float(metric.aggregate()) == pytest.approx(((2 / 3 + 1) / 2 + 1) / 2)
-    metric(torch.zeros_like(fixed), torch.zeros_like(fixed))  # no labels: does not count
+    metric(torch.zeros_like(fixed), torch.zeros_like(target))  # no labels: does not count
     assert float(metric.aggregate()) == pytest.approx(((2 / 3 + 1) / 2 + 1) / 2)
     metric.reset()
     every = engines.LabelDice()
-    every(warped, fixed)
+    every(warped, target)
     assert float(every.aggregate()) == pytest.approx((2 / 3 + 1 + 0) / 3)
+    lacking = torch.cat([fixed, fixed * (fixed != 2)], 1)  # label 2 is not in the moving map: no fault of the warp
+    every.reset()
+    every(warped, lacking)
+    assert float(every.aggregate()) == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_label_dice_without_labels() -> None:
+    """Scans without labels give nan instead of an error, also beside scans that have them."""
+    metric = engines.label_dice_handler()
+    labelled = {"warped_label": torch.ones(1, 4, 4, 4), "target_label": torch.ones(2, 4, 4, 4)}
+    for output, expected in (([{"warped": 0}], float("nan")), ([labelled, {"warped": 0}], 1.0)):
+        metric.reset()
+        metric.update(metric._output_transform(output))
+        assert float(metric.metric_fn.aggregate()) == pytest.approx(expected, nan_ok=True)
 
 
 # ---- table ----------------------------------------------------------------------------------------------------------
@@ -229,7 +246,8 @@ def training(folder: Path, epochs: int, *, write: bool = True) -> tuple[Engine, 
 
     engine = Engine(step)
     engine.state.max_epochs = epochs  # as MONAI's trainers do; the loader keeps it
-    engines.LastCheckpoint(str(folder), {"model": net, "optimizer": optimizer}, "cpu", write).attach(engine)
+    objects = {"model": net, "optimizer": optimizer}
+    engines.LastCheckpoint(str(folder), objects, device="cpu", write=write, seed=3).attach(engine)
     return engine, net, seen
 
 
@@ -252,6 +270,28 @@ def test_last_checkpoint_resumes_and_keeps_the_newest(tmp_path: Path, capsys: py
     state = torch.load(tmp_path / "parts" / "checkpoint_epoch=4.pt", weights_only=True)
     assert set(state) == {"model", "optimizer", "trainer"} and state["trainer"]["iteration"] == 8
     assert torch.equal(state["model"]["conv.bias"], net.conv.bias)
+
+
+def test_resumed_run_draws_other_numbers(tmp_path: Path) -> None:
+    """The same seed at the start would show the same pairs again after every stop."""
+    drawn = []
+    for epochs in (1, 2, 3):
+        set_determinism(3)
+        engine, _, _ = training(tmp_path, epochs)
+        engine.add_event_handler(Events.ITERATION_STARTED(once=2 * epochs - 1), lambda _: drawn.append(torch.rand(1)))
+        engine.run(batches(), max_epochs=epochs, epoch_length=2)
+    set_determinism(None)
+    assert len(drawn) == 3 and len({float(value) for value in drawn}) == 3
+
+
+def test_changed_epochs_are_refused(tmp_path: Path) -> None:
+    engine, _, _ = training(tmp_path, 2)
+    engine.run(batches(), max_epochs=2, epoch_length=2)
+    with pytest.raises(InputError, match=r"epoch=2.pt: --max_epochs 1 ends before this epoch; give another"):
+        training(tmp_path, 1)
+    engine, _, _ = training(tmp_path, 3)
+    with pytest.raises(InputError, match="epoch=2.pt: has epochs of 2 iterations, not 1; give another --output_dir"):
+        engine.run(batches(), max_epochs=3, epoch_length=1)
 
 
 def test_other_processes_only_read(tmp_path: Path) -> None:

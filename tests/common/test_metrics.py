@@ -32,6 +32,19 @@ def test_cropping_does_not_change_distances_at_the_volume_border() -> None:
     assert scores[3]["assd"] == pytest.approx(float(whole), abs=1e-6)
 
 
+def test_a_lost_label_counts_in_dice_and_in_no_distance() -> None:
+    """Its distances are nan, and means over two maps to be compared use the labels that both have."""
+    fixed, before = cube(4) + cube(10, 3, 7), cube(5) + cube(10, 3, 7).roll(2, 1)
+    after = cube(5)  # label 7 is lost
+    scores = [metrics.label_overlap(fixed, warped, spacing=(1.0, 1.0, 1.0)) for warped in (before, after)]
+    assert scores[1][7]["dice"] == 0.0
+    assert all(math.isnan(scores[1][7][name]) for name in metrics.DISTANCES)
+    for name in metrics.DISTANCES:
+        means = [metrics.mean_over_labels(a, name, beside=b) for a, b in (scores, scores[::-1])]
+        assert means[0] == pytest.approx(means[1]) and math.isfinite(means[0])
+        assert metrics.mean_over_labels(scores[0], name) > means[0]
+
+
 def test_labels_left_out() -> None:
     fixed = cube(4) + cube(10, 2, 7)
     assert set(metrics.label_overlap(fixed, fixed)) == {3, 7}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.ops import _checks
-from common.ops._dispatch import choose
+from common.ops._dispatch import choose, outside_autocast
 from common.ops.cost_volume.lean import cost_volume_lean
 from common.ops.cost_volume.reference import cost_volume_reference
 from common.ops.warp.reference import voxel_coords
@@ -15,6 +15,7 @@ SIMILARITIES = ("dot", "ssd")
 PADDINGS = ("border", "zeros")
 
 
+@outside_autocast
 def cost_volume(
     feat_fixed: Tensor,
     feat_moving: Tensor,
@@ -30,13 +31,14 @@ def cost_volume(
     dot: out[d](x) = <feat_fixed(x), feat_moving(x + disp(x) + d)>,  d in {-r..r}^3
     ssd: out[d](x) = |feat_fixed(x) - feat_moving(x + disp(x) + d)|^2
 
-    Beside the result, the lean and triton layers hold at most `lean.BUDGET` (32 MiB) of buffers and the padded features.
+    Beside the result, the lean layer holds at most `lean.BUDGET` (32 MiB) of buffers and the padded features, the triton
+    layer nothing.
 
     Args:
         feat_fixed: (B, C, I, J, K) features.
         feat_moving: (B, C, I, J, K) features; with a `disp`, any grid (B, C, I', J', K').
         radius: half width r of the window in voxels of the moving grid.
-        disp: (B, 3, I, J, K) displacement in voxels, to the middle of each voxel's window (sampled linearly); None is 0.
+        disp: (B, 3, I, J, K) displacement in voxels, to the middle of each voxel's window (sampled linearly), or None.
         similarity: "dot" or "ssd".
         padding: outside the moving grid take the nearest voxel ("border") or zeros ("zeros").
         backend: "reference", "lean", "triton", or None to choose by device.

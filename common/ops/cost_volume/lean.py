@@ -146,9 +146,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
 _cost_volume.register_autograd(_backward, setup_context=_setup)
 
 
-def _lookup(
-    fixed: Tensor, moving: Tensor, disp: Tensor, radius: int, similarity: str, padding: str
-) -> Tensor:
+def _lookup(fixed: Tensor, moving: Tensor, disp: Tensor, radius: int, similarity: str, padding: str) -> Tensor:
     """Slabs along axis i; a slab's samples are computed again in the backward pass instead of being kept."""
     per_plane = 4 * fixed[:, :, 0].numel() * fixed.element_size()
     planes = max(BUDGET // per_plane, 1)

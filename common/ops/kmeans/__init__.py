@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from common.ops import _checks
-from common.ops._dispatch import choose
+from common.ops._dispatch import choose, outside_autocast
 from common.ops.kmeans.lean import assign_lean
 from common.ops.kmeans.reference import Assign, assign_reference, even_start, lloyd, spread_start
 
@@ -12,6 +12,7 @@ STARTS = ("spread", "even")
 FULL_PASSES = 2  # Lloyd steps on all points after those on the sample
 
 
+@outside_autocast
 @torch.no_grad()
 def kmeans(
     points: Tensor,

@@ -3,11 +3,12 @@
 from torch import Tensor
 
 from common.ops import _checks
-from common.ops._dispatch import choose
+from common.ops._dispatch import choose, outside_autocast
 from common.ops.match.lean import match_lean
 from common.ops.match.reference import match_reference
 
 
+@outside_autocast
 def match(feat_fixed: Tensor, feat_moving: Tensor, radius: int = 1, *, backend: str | None = None) -> Tensor:
     """Expected displacement under a softmax over the dot products with the neighbourhood.
 
@@ -21,7 +22,7 @@ def match(feat_fixed: Tensor, feat_moving: Tensor, radius: int = 1, *, backend: 
         backend: "reference", "lean", "triton", or None to choose by device.
 
     Returns:
-        (B, 3, I, J, K) displacement in voxels of this grid, each component within [-r, r].
+        (B, 3, I, J, K) displacement in voxels of this grid, each component within [-r, r]; at least float32.
 
     Raises:
         ValueError: shapes differ or radius < 0.

@@ -96,7 +96,7 @@ def match_bwd_kernel(
 def match_triton(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Tensor:
     """See `common.ops.match`."""
     disp, _ = _match(feat_fixed, feat_moving, radius)
-    return disp.to(feat_fixed.dtype)
+    return disp
 
 
 @torch.library.custom_op("monai_registration::match_triton", mutates_args=())

@@ -15,7 +15,7 @@ def match_lean(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Tensor:
     """See `common.ops.match`."""
     dtype = torch.promote_types(feat_fixed.dtype, torch.float32)
     disp, _ = _match(feat_fixed.to(dtype), feat_moving.to(dtype), radius)
-    return disp.to(feat_fixed.dtype)
+    return disp
 
 
 @torch.library.custom_op("monai_registration::match", mutates_args=())

@@ -15,6 +15,8 @@ def offsets(radius: int, like: Tensor) -> Tensor:
 
 def match_reference(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Tensor:
     """See `common.ops.match`; keeps the (B, C, (2r+1)^3, I, J, K) neighbourhood in memory."""
+    dtype = torch.promote_types(feat_fixed.dtype, torch.float32)
+    feat_fixed, feat_moving = feat_fixed.to(dtype), feat_moving.to(dtype)
     width = 2 * radius + 1
     padded = F.pad(feat_moving, (radius,) * 6)
     windows = padded.unfold(2, width, 1).unfold(3, width, 1).unfold(4, width, 1)  # (B, C, I, J, K, w, w, w)

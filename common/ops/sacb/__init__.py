@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.ops import _checks
-from common.ops._dispatch import choose
+from common.ops._dispatch import choose, outside_autocast
 from common.ops.kmeans import kmeans
 from common.ops.norm_act import norm_act
 from common.ops.sacb.lean import modulated_conv3d_lean
@@ -16,6 +16,7 @@ from common.ops.sacb.reference import modulated_conv3d_reference
 MEAN_TYPES = ("s", "c", "mix")
 
 
+@outside_autocast
 def modulated_conv3d(
     x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor, *, backend: str | None = None
 ) -> Tensor:
@@ -28,7 +29,7 @@ def modulated_conv3d(
         weight: (O, C, 3, 3, 3) kernel shared by all clusters.
         bias: (B, N, O) bias of each cluster.
         modulation: (B, N, 27) factor of each tap, taps ordered i, j, k; the same for all channels.
-        labels: (B, I, J, K) integer cluster of each voxel, 0..N-1.
+        labels: (B, I, J, K) integer cluster of each voxel, 0..N-1; the range is not checked (on a GPU it would wait).
         backend: "reference", "lean", "triton", or None to choose by device.
 
     Returns:
@@ -117,6 +118,7 @@ class SACB(nn.Module):
         return x + F.leaky_relu(sac, 0.1)  # eq. 7
 
     @torch.no_grad()
+    @outside_autocast
     def cluster(self, features: Tensor) -> Clusters:
         """K-means of the patch means of (B, C, I, J, K) features (eq. 2-4)."""
         batch, _, *size = features.shape

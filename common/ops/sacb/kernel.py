@@ -162,8 +162,11 @@ def _modulated_conv3d_backward(
 
 @_modulated_conv3d_backward.register_fake
 def _(grad, x, weight, bias, modulation, labels):
-    return volume(torch.empty_like(rows(x))), weight.new_empty(weight.shape), bias.new_empty(bias.shape), (
-        modulation.new_empty(modulation.shape)
+    return (
+        volume(torch.empty_like(rows(x))),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+        (modulation.new_empty(modulation.shape)),
     )
 
 
