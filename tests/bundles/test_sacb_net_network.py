@@ -298,3 +298,14 @@ def test_from_official_rejects(golden: dict) -> None:
         from_official(state | {"sacb_proj5.proj_in.conv.weight": torch.zeros(64, 64, 1, 1, 1)})
     with pytest.raises(ValueError, match=r"got 'sacb_proj4.get_kernel.0.weight'"):  # SACB2: all centroids side by side
         from_official(state | {"sacb_proj4.get_kernel.0.weight": torch.zeros(128, 7 * 64)})
+
+
+def test_autocast_leaves_the_displacement_exact() -> None:
+    """Convolutions may run in bfloat16; matching, clustering and composition do not, and coordinates stay float32."""
+    net, image = SACBNet().eval(), scans((48, 48, 48))
+    with torch.no_grad():
+        expected = net(image)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            disp = net(image)
+    assert disp.dtype == torch.float32
+    assert expected.abs().mean() > 0.05 and (disp - expected).abs().mean() < 0.05 * expected.abs().mean()

@@ -14,7 +14,7 @@ from monai.transforms import Compose
 
 from common import geometry, io, phantom
 from common.prealign import prealign
-from common.transforms import AlignAndGridd, DeliverPaird, LoadScansd, PackPaird, ScaleForegroundd
+from common.transforms import AlignAndGridd, DeliverPaird, LoadScansd, PackPaird, ScaleForegroundd, ToTrainingGridd
 
 Grid = tuple[tuple[int, int, int], np.ndarray]
 
@@ -388,3 +388,39 @@ def test_pack_puts_moving_first() -> None:
     assert torch.equal(packed["image"].affine, space) and packed["image"].meta["filename_or_obj"] == "f"
     with pytest.raises(io.InputError, match=r"m: has grid \(4, 5, 5\), f has \(4, 5, 6\)"):
         PackPaird()({"moving_work": moving[..., :5], "fixed_work": fixed})
+
+
+def test_scans_below_zero(tmp_path: Path) -> None:
+    """As CT: values around -1000 are air, not "no overlap", and air is what fills the outside of a warped scan."""
+    size, affine = PLAIN
+    image = phantom.sample(size, affine)[0] * 1000 - 1024
+    shifted = nib.affines.from_matvec(np.eye(3), [20.0, 0, 0]) @ affine
+    for name, space in (("moving", shifted), ("fixed", affine)):
+        io.write_scan(image, space, tmp_path / f"{name}.nii.gz")
+    before = [
+        LoadScansd(),
+        AlignAndGridd(spacing=4.0, prealign="none"),
+        ScaleForegroundd(("moving_work", "fixed_work")),
+        PackPaird(),
+    ]
+    paths = {name: str(tmp_path / f"{name}.nii.gz") for name in ("moving", "fixed")}
+    data = Compose(before)({"id": "ct"} | paths)
+    data["pred"] = torch.zeros(3, *data["image"].shape[1:])
+    DeliverPaird(str(tmp_path / "out"))(data)
+    warped = io.read_scan(tmp_path / "out" / "ct" / "warped.nii.gz")[0]
+    assert warped.min() == pytest.approx(-1024, abs=0.5) and warped[0, 0, 0, 0] == pytest.approx(-1024, abs=0.5)
+
+
+def test_training_grid_is_that_of_the_reference(tmp_path: Path) -> None:
+    """Aligned scans come onto one grid, on which they overlap better than before; the reference is not moved."""
+    paths = write_pair(tmp_path, grid((46, 52, 44), np.diag([4, 4, 4]), (0.3, -0.2, 0.1)), PLAIN)
+    reference = str(paths["fixed"])
+    grids = ToTrainingGridd(spacing=4.0, prealign="affine", reference=reference)
+    load = LoadScansd(keys=("image",), label_keys=("label",))
+    fixed, moving = (
+        grids(load({"image": str(paths[role]), "label": str(paths[f"{role}_label"])})) for role in ("fixed", "moving")
+    )
+    assert torch.equal(fixed["image"], load({"image": reference})["image"])
+    assert torch.equal(moving["image"].affine, fixed["image"].affine)
+    both = ((moving["label"] > 0) & (fixed["label"] > 0)).sum()
+    assert 2 * both / ((moving["label"] > 0).sum() + (fixed["label"] > 0).sum()) > 0.9

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from common.ops._patches import channels_last
 
-SLAB = 1 << 14  # voxels squared at a time in float64, so that the sums are exact and no buffer holds all squares
+# Voxels summed at a time in float64, so that the sums are exact and no buffer holds all squares; few launches on a GPU.
+SLAB, SLAB_GPU = 1 << 14, 1 << 20
 
 
 def norm_act_lean(x: Tensor, slope: float, eps: float) -> Tensor:
@@ -24,9 +25,10 @@ def _norm_act(x: Tensor, slope: float, eps: float) -> tuple[Tensor, Tensor]:
     """Output, and 1 / sqrt(var + eps) as (B, 1, C)."""
     last = channels_last(x)
     rows = last.flatten(1, 3)  # (B, V, C)
-    mean = sum(slab.sum(1, keepdim=True, dtype=torch.float64) for slab in rows.split(SLAB, dim=1)) / rows.shape[1]
+    slab = SLAB_GPU if x.is_cuda else SLAB
+    mean = sum(part.sum(1, keepdim=True, dtype=torch.float64) for part in rows.split(slab, dim=1)) / rows.shape[1]
     centred = rows - mean.to(x.dtype)
-    squares = sum(slab.double().square().sum(1, keepdim=True) for slab in centred.split(SLAB, dim=1))
+    squares = sum(part.double().square().sum(1, keepdim=True) for part in centred.split(slab, dim=1))
     rstd = (squares / rows.shape[1] + eps).rsqrt_().to(x.dtype)
     out = F.leaky_relu_(centred.mul_(rstd), slope)
     return out.view(last.shape).permute(0, 4, 1, 2, 3), rstd
