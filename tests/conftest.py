@@ -1,5 +1,6 @@
 """Import paths, one thread, NaN in uninitialised memory, the shared data, and the comparison all operators use."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -21,10 +22,20 @@ for folder in (*BUNDLES, ROOT):  # the repository root ends up first
 torch.set_num_threads(1)
 
 LAYOUTS = ("contiguous", "strided", "channels_last")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if HAS_TRITON and KERNEL_DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run as Python; Triton reads it where a kernel is first imported
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped elsewhere")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and KERNEL_DEVICE != "cuda":
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")
@@ -79,49 +90,107 @@ def arrange(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.fixture
-def assert_backends_agree() -> Callable[..., None]:
-    """Compare lean in float32 with the reference in float64: the output, and the gradient to every input by name."""
+def kernel_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where Triton kernels are tested, float32 multiplied in full: a GPU, else the CPU in Triton's interpreter."""
+    if not HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return torch.device(KERNEL_DEVICE)
+
+
+@pytest.fixture
+def assert_backends_agree(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Compare a layer in float32 with the reference in float64: the output, and the gradient to every input by name."""
 
     def check(
         op: Callable[..., Tensor],
         inputs: dict[str, Tensor],
         arrange: Callable[[Tensor], Tensor],
         *,
+        backend: str = "lean",
         rtol: float = 1e-5,
         atol: float = 1e-5,
     ) -> None:
-        results: dict[str, dict[str, Tensor]] = {}
-        for backend, dtype in (("reference", torch.float64), ("lean", torch.float32)):
-            leaves = {}
-            for name, x in inputs.items():
-                x = x.to(dtype) if x.is_floating_point() else x
-                # detach keeps the strides, so that every leaf has the layout under test
-                leaves[name] = arrange(x).detach().requires_grad_(x.is_floating_point())
-            out = op(**leaves, backend=backend)
-            grad = arrange(torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(dtype))
-            names = [name for name, x in leaves.items() if x.requires_grad]
-            grads = torch.autograd.grad(out, [leaves[name] for name in names], grad)
-            results[backend] = {"output": out.detach()} | {f"gradient of {n}": g for n, g in zip(names, grads)}
-        for name, expected in results["reference"].items():
-            assert expected.abs().max() > 0, f"{name} is zero everywhere, so that nothing was compared"
-            got = results["lean"][name]
+        device = request.getfixturevalue("kernel_device") if backend == "triton" else torch.device("cpu")
+        expected = _outcome(op, inputs, arrange, "reference", torch.float64, torch.device("cpu"))
+        found = _outcome(op, inputs, arrange, backend, torch.float32, device)
+        for name, value in expected.items():
+            assert value.abs().max() > 0, f"{name} is zero everywhere, so that nothing was compared"
+            got = found[name]
             assert got.dtype == torch.float32, f"{name} is {got.dtype}"
             torch.testing.assert_close(
-                got.double(), expected, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+                got.double().cpu(), value, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+    return check
+
+
+def _outcome(
+    op: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    arrange: Callable[[Tensor], Tensor],
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Output of one layer, and the gradients to the floating inputs."""
+    leaves = {}
+    for name, x in inputs.items():
+        x = x.to(device, dtype if x.is_floating_point() else x.dtype)
+        # detach keeps the strides, so that every leaf has the layout under test
+        leaves[name] = arrange(x).detach().requires_grad_(x.is_floating_point())
+    out = op(**leaves, backend=backend)
+    names = [name for name, x in leaves.items() if x.requires_grad]
+    grad = torch.randint(-8, 9, out.shape, generator=torch.Generator().manual_seed(9)) / 4  # exact in every type
+    grads = torch.autograd.grad(out, [leaves[name] for name in names], arrange(grad.to(device, out.dtype)))
+    return {"output": out.detach()} | {f"gradient of {n}": g for n, g in zip(names, grads)}
+
+
+@pytest.fixture(params=(torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+def assert_half_kernel_agrees(request: pytest.FixtureRequest, kernel_device: torch.device) -> Callable[..., None]:
+    """Compare a kernel on half inputs with itself on the same numbers in float32: only the result may be rounded.
+
+    `single` names the results that are float32 whatever the inputs.
+    """
+
+    def check(op: Callable[..., Tensor], inputs: dict[str, Tensor], *, single: tuple[str, ...] = ()) -> None:
+        dtype = request.param
+        rounded = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        expected = _outcome(op, rounded, Tensor.contiguous, "triton", torch.float32, kernel_device)
+        found = _outcome(op, rounded, Tensor.contiguous, "triton", dtype, kernel_device)
+        for name, value in expected.items():
+            assert found[name].dtype == (torch.float32 if name in single else dtype), name
+            # half a unit in the last place, and sums of another order on a GPU
+            rtol = 1e-5 if name in single else torch.finfo(dtype).eps
+            torch.testing.assert_close(
+                found[name].float(), value, rtol=rtol, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
 
     return check
 
 
 @pytest.fixture
-def refused() -> Callable[[Callable[[str], object]], None]:
-    """Check that a backend which cannot run on the CPU, or does not exist, is refused with the reason."""
+def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Check that a backend which cannot run on the CPU, or on these types, or does not exist is refused, and why."""
 
-    def check(run: Callable[[str], object]) -> None:
-        reason = "(no Triton kernel in this version|Triton is not installed|the tensor is on cpu, not on a CUDA device)"
-        with pytest.raises(RuntimeError, match=rf"\w+\(\) cannot run backend 'triton': .*{reason}"):
-            run("triton")
+    def check(op: Callable[..., object], inputs: dict[str, object], *, has_kernel: bool = True) -> None:
+        def refuses(reason: str, inputs: dict[str, object] = inputs) -> None:
+            with pytest.raises(RuntimeError, match=rf"\w+\(\) cannot run backend 'triton': .*{reason}"):
+                op(**inputs, backend="triton")
+
+        if not has_kernel:
+            refuses("has no Triton kernel in this version")
+        elif not HAS_TRITON:
+            refuses("Triton is not installed")
+        else:
+            double = {
+                k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in inputs.items()
+            }
+            double = {k: x.to(KERNEL_DEVICE) if isinstance(x, Tensor) else x for k, x in double.items()}
+            refuses("kernels take float32, float16 and bfloat16, the tensor is torch.float64", double)
+            monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+            refuses("the tensor is on cpu, not on a CUDA device")
         with pytest.raises(ValueError, match="'backend' must be one of reference, lean, triton or None, got 'cuda'"):
-            run("cuda")
+            op(**inputs, backend="cuda")
 
     return check

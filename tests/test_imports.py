@@ -1,6 +1,7 @@
 """The arrows of the design: who may import whom, read from the source without running it."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,13 @@ COMMON = sorted((ROOT / "common").rglob("*.py"))
 BUNDLE_FILES = sorted((ROOT / "bundles").rglob("*.py"))
 BUNDLE_NAMES = sorted(p.name for p in (ROOT / "bundles").iterdir() if p.is_dir())
 REFERENCES = sorted((ROOT / "common" / "ops").glob("*/reference.py"))
+OTHER_REFERENCES = [f"common.ops.{p.parent.name}.reference" for p in REFERENCES]
 BY_NAME = ("import_module", "optional_import", "__import__", "importorskip")  # calls that import what they are told
 
-# a third-party package -> the only places that may import it, at any level of a file
+# a package that is not everywhere -> the only places that may import it, at any level of a file
 GATES = {
-    "triton": ("common/ops/*/kernel.py",),
+    "triton": ("common/ops/_triton.py", "common/ops/*/kernel.py"),
+    "common.ops._triton": ("common/ops/*/kernel.py",),
     "itk": ("common/io.py", "common/geometry.py"),
     "monailabel": ("common/label/*",),
     "monai.deploy": ("common/deploy/*",),
@@ -79,7 +82,8 @@ def test_gated_packages(package: str) -> None:
 def test_references_are_plain_torch(path: Path) -> None:
     for module in imports_of(path):
         plain = within(module, "torch") or module.partition(".")[0] in sys.stdlib_module_names
-        assert plain or within(module, "common.ops._checks"), f"{name(path)} imports {module}"
+        plain |= within(module, "common.ops._checks") or any(within(module, other) for other in OTHER_REFERENCES)
+        assert plain, f"{name(path)} imports {module}"
 
 
 def test_references_are_not_compiled() -> None:
@@ -116,3 +120,40 @@ def test_align_corners_is_no_argument(path: Path) -> None:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             assert "align_corners" not in [a.arg for a in arguments], f"{name(path)}:{node.lineno}"
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # what an import of it then raises is ModuleNotFoundError
+import torch
+from common.ops import SACB, cost_volume, kmeans, match, modulated_conv3d, norm_act, warp
+
+x, disp = torch.randn(1, 4, 3, 4, 5), torch.randn(1, 3, 3, 4, 5)
+labels, modulation = torch.zeros(1, 3, 4, 5, dtype=torch.int64), torch.rand(1, 2, 27)
+runs = {
+    "warp": lambda **kw: warp(x, disp, **kw),
+    "match": lambda **kw: match(x, x, **kw),
+    "cost_volume": lambda **kw: cost_volume(x, x, 1, disp, **kw),
+    "modulated_conv3d": lambda **kw: modulated_conv3d(
+        x, torch.randn(2, 4, 3, 3, 3), torch.zeros(1, 2, 2), modulation, labels, **kw
+    ),
+    "kmeans": lambda **kw: kmeans(x.flatten(2), 2, **kw)[1],
+    "norm_act": lambda **kw: norm_act(x, **kw),
+    "SACB": lambda **kw: SACB(4, clusters=2, **kw)(x),
+}
+for name, run in runs.items():
+    assert run().isfinite().all(), name
+    try:
+        run(backend="triton")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_runs_without_triton() -> None:
+    """A process that cannot import Triton runs every operator on the CPU, and says why it has no kernels."""
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    installed = [line for line in run.stdout.splitlines() if line.endswith("'triton': Triton is not installed")]
+    named = {line.partition("()")[0] for line in installed}
+    assert named == {"warp", "match", "cost_volume", "modulated_conv3d", "kmeans"}, run.stdout

@@ -2,6 +2,7 @@
 
 import torch
 import triton
+import triton.language as tl  # noqa: F401  the interpreter wants it in every module with a kernel
 from torch import Tensor
 
 TILE = 4096  # values that one program holds of a (voxels, channels) tile

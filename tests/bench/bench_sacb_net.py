@@ -38,14 +38,14 @@ def phantom_image(size):
     return torch.from_numpy(np.stack(scans))[None]
 
 
-def network(variant):
+def network(variant, backend=None):
     import torch
 
     from sacb_net import SACBNet
 
     torch.manual_seed(0)
-    plain = {"kmeans_iterations": None, "kmeans_init": "even", "backend": "reference"} if variant == "plain" else {}
-    net = SACBNet(**plain).eval()
+    plain = {"kmeans_iterations": None, "kmeans_init": "even", "backend": "reference"}
+    net = SACBNet(**(plain if variant == "plain" else {"backend": backend})).eval()
     weights = ROOT / "bundles" / "sacb_net" / "models" / "model.pt"
     net.load_state_dict(torch.load(weights, weights_only=True))
     return net.to(memory_format=torch.contiguous_format) if variant == "plain" else net

