@@ -26,7 +26,7 @@ def padded(channels: int, least: int = 1) -> int:
 
 def block_of(channels: int, least: int = 16) -> int:
     """Voxels of a tile with so many (padded) channels."""
-    return max(min(TILE // channels, MAX_BLOCK), least)
+    return max(min(triton.next_power_of_2(TILE // channels + 1) // 2, MAX_BLOCK), least)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -309,3 +309,15 @@ def test_autocast_leaves_the_displacement_exact() -> None:
             disp = net(image)
     assert disp.dtype == torch.float32
     assert expected.abs().mean() > 0.05 and (disp - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+def test_on_kernels(kernel_device: torch.device) -> None:
+    """The whole network on the Triton kernels gives the displacement of the lean layer."""
+    nets = [SACBNet(backend=backend).eval().to(kernel_device) for backend in ("lean", "triton")]
+    nets[1].load_state_dict(nets[0].state_dict())
+    image = scans((16, 16, 16)).to(kernel_device)
+    with torch.no_grad():
+        expected, disp = (net(image) for net in nets)
+    assert expected.abs().mean() > 0.05
+    error = (disp - expected).abs()  # not every voxel: rounding may move one to another k-means cluster
+    assert error.mean() <= 1e-4 and (error <= 1e-3).double().mean() >= 0.99

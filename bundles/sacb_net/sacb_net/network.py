@@ -26,7 +26,8 @@ class ConvNormAct(nn.Conv3d):
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_act(super().forward(x), backend=self.backend)
+        layer = None if self.backend == "triton" else self.backend  # norm_act has no kernel
+        return norm_act(super().forward(x), backend=layer)
 
 
 class Encoder(nn.Module):

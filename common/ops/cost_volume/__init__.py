@@ -63,6 +63,9 @@ def cost_volume(
     else:
         batches = len(feat_fixed), len(feat_moving)
         _checks.require(batches[0] == batches[1], op, "feat_moving", f"have batch {batches[0]}", batches[1])
+        devices = feat_fixed.device, feat_moving.device
+        must = f"be on the device of 'feat_fixed' ({devices[0]})"
+        _checks.require(devices[0] == devices[1], op, "feat_moving", must, devices[1])
         _checks.volume(op, "disp", disp, channels=3)
         _checks.same_grid(op, "feat_fixed", feat_fixed, "disp", disp)
     layer = choose(op, feat_fixed, backend)
@@ -112,6 +115,8 @@ class CorrelationPyramid:
             len(set(counts)) == 1 and counts[0] > 0, "CorrelationPyramid", "radii", "have one entry a level", counts
         )
         self.fixed, self.moving, self.radii = list(feats_fixed), list(feats_moving), list(radii)
+        sizes = [zip(fixed.shape[2:], moving.shape[2:]) for fixed, moving in zip(feats_fixed, feats_moving)]
+        self.factors = [[-(-n // m) for n, m in size] for size in sizes]  # fixed voxels to a moving voxel
         self.options = {"similarity": similarity, "padding": padding, "backend": backend}
 
     @classmethod
@@ -123,7 +128,10 @@ class CorrelationPyramid:
         moving = [feat_moving]
         for _ in range(levels - 1):
             moving.append(F.avg_pool3d(moving[-1], 2, ceil_mode=True, count_include_pad=False))
-        return cls([feat_fixed] * levels, moving, [radius] * levels, **options)
+        pyramid = cls([feat_fixed] * levels, moving, [radius] * levels, **options)
+        # not the ratio of the sizes, which are rounded up at every level: 9, 5, 3; an axis of one voxel stays
+        pyramid.factors = [[min(2**level, n) for n in feat_fixed.shape[2:]] for level in range(levels)]
+        return pyramid
 
     def __len__(self) -> int:
         return len(self.radii)
@@ -131,14 +139,13 @@ class CorrelationPyramid:
     def __call__(self, level: int, disp: Tensor | None = None) -> Tensor:
         """Scores (B, (2r+1)^3, I, J, K) at one level; `disp` is in voxels of that level's fixed grid."""
         fixed, moving = self.fixed[level], self.moving[level]
-        if fixed.shape[2:] != moving.shape[2:]:
-            disp = _onto_coarser(fixed, moving, disp)
+        if max(self.factors[level]) > 1:
+            disp = _onto_coarser(fixed, self.factors[level], disp)
         return cost_volume(fixed, moving, self.radii[level], disp, **self.options)
 
 
-def _onto_coarser(fixed: Tensor, moving: Tensor, disp: Tensor | None) -> Tensor:
+def _onto_coarser(fixed: Tensor, factors: list[int], disp: Tensor | None) -> Tensor:
     """Displacement from the fixed index to the index on the coarser moving grid."""
     zero = fixed.new_zeros(1).expand(len(fixed), 3, *fixed.shape[2:]) if disp is None else disp
-    factors = [-(-n // m) for n, m in zip(fixed.shape[2:], moving.shape[2:])]
     factor = zero.new_tensor(factors).view(1, 3, 1, 1, 1)
     return (voxel_coords(zero) + 0.5) / factor - 0.5 - voxel_coords(zero * 0)

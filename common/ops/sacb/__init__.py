@@ -110,7 +110,8 @@ class SACB(nn.Module):
 
     def forward(self, x: Tensor, clusters: Clusters | None = None) -> Tensor:
         """(B, C, I, J, K) -> the same shape. `clusters` replaces the k-means (for tests and studies)."""
-        features = norm_act(self.proj_in(x), backend=self.backend)
+        layer = None if self.backend == "triton" else self.backend  # norm_act has no kernel
+        features = norm_act(self.proj_in(x), backend=layer)
         labels, centroids = clusters or self.cluster(features)
         modulation = self.kernel_mlp(centroids).sigmoid()  # F_w of eq. 5
         bias = self.bias_mlp(centroids)  # F_b of eq. 6
