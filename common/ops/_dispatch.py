@@ -10,13 +10,14 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "lean", "triton")
-
-
+KERNELS = {path.parent.name for path in Path(__file__).parent.glob("*/kernel.py")}
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -37,16 +38,11 @@ def outside_autocast(op: Callable) -> Callable:
     return run
 
 
-@functools.cache
-def _exists(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def why_not_triton(op: str, tensor: Tensor) -> str:
     """The reason why `op` cannot run its Triton kernel on `tensor`, or "" if it can."""
-    if not _exists(f"common.ops.{op}.kernel"):
+    if op not in KERNELS:
         return f"{op} has no Triton kernel in this version"
-    if not _exists("triton"):
+    if not HAS_TRITON:
         return "Triton is not installed"
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensor is on {tensor.device}, not on a CUDA device"

@@ -1,5 +1,8 @@
 """What the Triton kernels share. Volumes are rows of C channels: contiguous (B, I, J, K, C), voxel v = row v."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl  # noqa: F401  the interpreter wants it in every module with a kernel
@@ -13,9 +16,9 @@ MAX_BLOCK = 256  # voxels of one program
 def voxel_of(v, I, J, K):  # noqa: E741
     """Row v of a (B, I, J, K) grid as b, i, j, k; int64 throughout, so that no volume is too large."""
     k = v % K
-    j = (v // K) % J
-    i = (v // (K * J)) % I
-    b = v // (K * J * I)
+    j = v // K % J
+    i = v // K // J % I
+    b = v // K // J // I  # never K * J * I, which the arguments' int32 may not hold
     return b, i, j, k
 
 
@@ -37,6 +40,17 @@ def rows(x: Tensor) -> Tensor:
 def volume(x: Tensor) -> Tensor:
     """(B, I, J, K, C) -> its (B, C, I, J, K) view."""
     return x.permute(0, 4, 1, 2, 3)
+
+
+def on_device(op: Callable) -> Callable:
+    """Decorator of an operator: its kernels are launched on the device of its first tensor, not on the current one."""
+
+    @functools.wraps(op)
+    def run(*args):
+        with torch.cuda.device_of(args[0]):
+            return op(*args)
+
+    return run
 
 
 def precision() -> str:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.ops._triton import block_of, padded, rows, volume, voxel_of
+from common.ops._triton import block_of, on_device, padded, rows, volume, voxel_of
 from common.ops.cost_volume.lean import cost_volume_lean
 
 WIDEST = 256  # channels of a tile; more are taken in turns
@@ -77,6 +77,7 @@ def cost_volume_triton(
 
 
 @torch.library.custom_op("monai_registration::cost_volume_triton", mutates_args=())
+@on_device
 def _cost_volume(
     feat_fixed: Tensor, feat_moving: Tensor, disp: Tensor | None, radius: int, ssd: bool, border: bool
 ) -> Tensor:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.ops._triton import block_of, padded
+from common.ops._triton import block_of, on_device, padded
 
 CHUNKS = 512  # programs of one batch entry
 
@@ -48,6 +48,7 @@ def assign_triton(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 @torch.library.custom_op("monai_registration::kmeans_assign_triton", mutates_args=())
+@on_device
 def _assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, count, channels = points.shape
     clusters = centroids.shape[1]

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.ops._triton import block_of, padded, rows, volume, voxel_of
+from common.ops._triton import block_of, on_device, padded, rows, volume, voxel_of
 
 
 @triton.jit
@@ -100,6 +100,7 @@ def match_triton(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Tensor
 
 
 @torch.library.custom_op("monai_registration::match_triton", mutates_args=())
+@on_device
 def _match(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> tuple[Tensor, Tensor]:
     """disp (B, 3, I, J, K) and the log-sum-exp of the scores (B, I, J, K), both float32."""
     fixed, moving = rows(feat_fixed), rows(feat_moving)
@@ -121,6 +122,7 @@ def _(feat_fixed, feat_moving, radius):
 
 
 @torch.library.custom_op("monai_registration::match_triton_backward", mutates_args=())
+@on_device
 def _match_backward(
     grad: Tensor, feat_fixed: Tensor, feat_moving: Tensor, disp: Tensor, lse: Tensor, radius: int
 ) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.ops._triton import block_of, padded, precision, rows, volume, voxel_of
+from common.ops._triton import block_of, on_device, padded, precision, rows, volume, voxel_of
 
 CHUNKS = 64  # partial sums of the weight gradient: 64 x 27 C O numbers
 WIDEST = 64  # channels of a tile: wider ones do not fit the memory that a program may share; more are taken in turns
@@ -122,6 +122,7 @@ def _convolve(
 
 
 @torch.library.custom_op("monai_registration::modulated_conv3d_triton", mutates_args=())
+@on_device
 def _modulated_conv3d(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor) -> Tensor:
     taps = weight.permute(2, 3, 4, 1, 0).reshape(27, x.shape[1], -1)
     return volume(_convolve(rows(x), taps, bias.contiguous(), modulation, labels, to_data=False))
@@ -133,6 +134,7 @@ def _(x, weight, bias, modulation, labels):
 
 
 @torch.library.custom_op("monai_registration::modulated_conv3d_triton_backward", mutates_args=())
+@on_device
 def _modulated_conv3d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,11 +1,15 @@
 """The formula of the spatially adaptive convolution: one unfolded kernel a cluster, masked and summed."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def modulated_conv3d_reference(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor) -> Tensor:
     """See `common.ops.sacb.modulated_conv3d`; unfolds (B, I J K, C 27) and applies all N kernels everywhere."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.dtype != dtype:
+        return modulated_conv3d_reference(*(t.to(dtype) for t in (x, weight, bias, modulation)), labels).to(x.dtype)
     batch, channels, *size = x.shape
     out_channels = weight.shape[0]
     padded = F.pad(x, (1,) * 6)

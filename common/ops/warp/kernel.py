@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.ops._triton import block_of, padded, rows, volume, voxel_of
+from common.ops._triton import block_of, on_device, padded, rows, volume, voxel_of
 from common.ops.warp.reference import voxel_coords
 
 
@@ -116,6 +116,7 @@ def warp_triton(image: Tensor, disp: Tensor, mode: str, padding: str) -> Tensor:
 
 
 @torch.library.custom_op("monai_registration::warp_triton", mutates_args=())
+@on_device
 def _warp(image: Tensor, disp: Tensor, nearest: bool, border: bool) -> Tensor:
     source, step = rows(image), rows(disp)
     batch, *grid, _ = step.shape
@@ -135,6 +136,7 @@ def _(image, disp, nearest, border):
 
 
 @torch.library.custom_op("monai_registration::warp_triton_backward", mutates_args=())
+@on_device
 def _warp_backward(
     grad: Tensor, image: Tensor, disp: Tensor, nearest: bool, border: bool, to_image: bool
 ) -> tuple[Tensor, Tensor]:

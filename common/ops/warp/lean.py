@@ -12,13 +12,18 @@ def warp_lean(image: Tensor, disp: Tensor, mode: str, padding: str) -> Tensor:
     size = [int(n) for n in image.shape[2:]]  # plain numbers: a traced size would turn into a float32 tensor
     if min(size) == 1 and padding == "zeros":
         return warp_reference(image, disp, mode, padding)  # grid_sample cannot leave an axis of one voxel
-    coords = voxel_coords(disp)
-    if image.dtype != coords.dtype:
-        return warp_lean(image.to(coords.dtype), disp, mode, padding).to(image.dtype)
-    if mode == "nearest":
-        coords = coords.round()  # grid_sample would round the normalised coordinate, which carries its own error
+    dtype = torch.promote_types(disp.dtype, torch.float32)
+    if image.dtype != dtype:
+        return warp_lean(image.to(dtype), disp, mode, padding).to(image.dtype)
+    if mode == "nearest":  # grid_sample would round the normalised coordinate, which carries its own error
+        coords = voxel_coords(disp).round()
+        disp = coords - voxel_coords(torch.zeros_like(coords))
     # grid_sample wants (k, j, i) in [-1, 1] with corners aligned; an axis of one voxel has only 0.
-    axes = [coords[:, axis] * (2.0 / max(size[axis] - 1, 1)) - float(size[axis] > 1) for axis in (2, 1, 0)]
+    axes = []
+    for axis in (2, 1, 0):
+        scale = 2.0 / max(size[axis] - 1, 1)
+        start = torch.arange(disp.shape[2 + axis], device=disp.device, dtype=dtype) * scale - float(size[axis] > 1)
+        axes.append(start.view([-1 if a == axis else 1 for a in range(3)]) + disp[:, axis].to(dtype) * scale)
     grid = torch.stack(axes, dim=-1)
     name = "bilinear" if mode == "linear" else "nearest"
     if image.shape[1] >= 8 and image.device.type == "cpu":  # a corner is then one stretch of memory: a third faster
