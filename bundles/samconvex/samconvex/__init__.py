@@ -1,0 +1,9 @@
+"""SAMConvex: coarse-to-fine discrete registration by coupled convex optimisation on a correlation pyramid."""
+
+from common import require
+
+require("0.1.0", "0.2.0")
+
+from samconvex.network import MIND, SAMConvex  # noqa: E402
+
+__all__ = ["MIND", "SAMConvex"]

@@ -1,0 +1,76 @@
+"""Coupled convex optimisation: the displacement that a cost volume wants, made smooth by turns."""
+
+import torch
+from torch import Tensor
+
+from common.ops.match.reference import offsets
+from common.ops.warp import warp
+from samconvex.mind import box_mean
+
+THETAS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+SLAB = 1 << 22  # scores looked at together
+
+
+def coupled_convex(
+    cost: Tensor, radius: int, *, thetas: tuple[float, ...] = THETAS, smoothing: int = 3, step: Tensor | None = None
+) -> Tensor:
+    """Alternate between the best offset of each voxel and a smooth field.
+
+    v_0 = argmin_d cost(d),                              u_0 = box(v_0)
+    v_t = argmin_d cost(d) + theta_t |s (d - u_{t-1})|^2,  u_t = box^n(v_t),  t = 1..6
+
+    Args:
+        cost: (B, (2r+1)^3, I, J, K) cost of every offset, smaller is better; offsets i slowest, k fastest.
+        radius: r.
+        thetas: weights of the coupling, growing.
+        smoothing: n, number of 3x3x3 box means after each round (zeros outside counted).
+        step: (3,) size s of one offset in the units of the coupling; None is 1, voxels of this grid, with which it
+            regularises. The released code of SAMConvex couples in [-1, 1] coordinates, s = 2 / (size - 1).
+
+    Returns:
+        (B, 3, I, J, K) displacement u in voxels of this grid.
+
+    Source: SAMConvex eq. 3-5, after Heinrich et al., MICCAI 2014; six rounds as in the released code (the paper says
+    five and lists six weights). Ours: of equal costs the shortest offset wins v_0, not the first.
+    """
+    batch, count, *size = cost.shape
+    rows = cost.permute(0, 2, 3, 4, 1).reshape(batch, -1, count)
+    table = offsets(radius, cost)
+    scaled = table if step is None else table * step.to(table)
+    square = scaled.square().sum(1)
+    length = max(SLAB // count, 1)
+    order = table.square().sum(1).argsort(stable=True)  # of equal costs the shortest offset: background stays put
+    best = torch.cat([order[part[..., order].argmin(2)] for part in rows.split(length, dim=1)], 1)
+    disp = box_mean(_field(best, table, size))
+    for theta in thetas:
+        pull = disp if step is None else disp * step.to(disp).view(1, 3, 1, 1, 1)
+        pull = pull.permute(0, 2, 3, 4, 1).reshape(batch, -1, 3)
+        best = torch.empty(rows.shape[:2], dtype=torch.int64, device=cost.device)
+        for b in range(batch):
+            for at in range(0, rows.shape[1], length):
+                part = slice(at, at + length)
+                # |d - u|^2 without its |u|^2, which is the same for every d
+                coupled = torch.addmm(square, pull[b, part], scaled.t(), beta=theta, alpha=-2 * theta)
+                best[b, part] = coupled.add_(rows[b, part]).argmin(1)
+        disp = box_mean(_field(best, table, size), times=smoothing)
+    return disp
+
+
+def _field(index: Tensor, table: Tensor, size: list[int]) -> Tensor:
+    """Offsets number `index` (B, V) as a field (B, 3, I, J, K)."""
+    return table[index].view(len(index), *size, 3).permute(0, 4, 1, 2, 3)
+
+
+def inverse_consistent(forward: Tensor, backward: Tensor, *, iterations: int = 15) -> tuple[Tensor, Tensor]:
+    """Bring two displacements closer to being each other's inverse.
+
+    f <- (f - b(x + f)) / 2,  b <- (b - f(x + b)) / 2, both from the previous pair
+
+    Source: ConvexAdam. Here in voxels with corner-aligned sampling and zeros outside; the authors align the outer faces
+    of the volume.
+    """
+    for _ in range(iterations):
+        first = 0.5 * (forward - warp(backward, forward, padding="zeros"))
+        second = 0.5 * (backward - warp(forward, backward, padding="zeros"))
+        forward, backward = first, second
+    return forward, backward

@@ -1,0 +1,68 @@
+"""MIND-SSC: what a voxel's neighbourhood looks like to itself, the same in every modality; nothing to train."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The 12 pairs of face neighbours at distance sqrt(2), in the order of the descriptor's authors.
+PAIRS = (
+    ((0, -1, 0), (1, 0, 0)), ((0, 1, 0), (-1, 0, 0)), ((0, -1, 0), (-1, 0, 0)), ((0, 1, 0), (1, 0, 0)),
+    ((0, 0, -1), (0, -1, 0)), ((0, 0, 1), (0, 1, 0)), ((0, 0, -1), (-1, 0, 0)), ((0, 0, 1), (1, 0, 0)),
+    ((0, 0, -1), (0, 1, 0)), ((0, 0, 1), (0, -1, 0)), ((0, 0, -1), (1, 0, 0)), ((0, 0, 1), (-1, 0, 0)),
+)  # fmt: skip
+
+
+def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 2) -> Tensor:
+    """Self-similarity context of a scan.
+
+    D_p(x) = mean over the (2r+1)^3 patch of (I(x + d a_p) - I(x + d b_p))^2, for the 12 pairs (a_p, b_p)
+    MIND_p = exp(-(D_p - min_q D_q) / V),  V = mean_q (D_q - min D), clamped to [0.001, 1000] times its mean over x
+
+    Args:
+        image: (B, 1, I, J, K) scan; its border is repeated.
+        radius: r of the patch, voxels.
+        dilation: d, distance of the neighbours in voxels.
+
+    Returns:
+        (B, 12, I, J, K) in (0, 1].
+
+    Raises:
+        ValueError: more than one channel, radius < 0 or dilation < 1.
+
+    Source: Heinrich et al., Towards realtime multimodal fusion for image-guided interventions using self-similarities,
+    MICCAI 2013; channel order as in ConvexAdam's code.
+    """
+    if image.ndim != 5 or image.shape[1] != 1:
+        raise ValueError(f"mind_ssc() 'image' must have shape (B, 1, I, J, K), got {tuple(image.shape)}")
+    if radius < 0 or dilation < 1:
+        raise ValueError(f"mind_ssc() needs 'radius' >= 0 and 'dilation' >= 1, got {radius} and {dilation}")
+    padded = F.pad(image, (dilation,) * 6, mode="replicate")
+
+    def shifted(offset: tuple[int, int, int]) -> Tensor:
+        begin = [dilation * (1 + step) for step in offset]
+        i, j, k = (slice(b, b + n) for b, n in zip(begin, image.shape[2:]))
+        return padded[:, :, i, j, k]
+
+    distance = torch.cat([(shifted(a) - shifted(b)).square() for a, b in PAIRS], 1)
+    distance = box_mean(distance, radius=radius, padding="border")
+    distance -= distance.amin(1, keepdim=True)
+    spread = distance.mean(1, keepdim=True)
+    level = spread.mean((1, 2, 3, 4), keepdim=True)
+    spread = torch.minimum(torch.maximum(spread, level * 1e-3), level * 1e3).clamp(min=1e-12)  # a constant scan: all 1
+    return distance.div_(spread).neg_().exp_()
+
+
+def box_mean(x: Tensor, *, radius: int = 1, padding: str = "zeros", times: int = 1) -> Tensor:
+    """`times` means over the (2r+1)^3 cube of (B, C, I, J, K): zeros outside counted, or the border repeated."""
+    width = 2 * radius + 1
+    for _ in range(times):
+        for axis in (2, 3, 4):
+            sides = [0] * 6
+            sides[2 * (4 - axis) : 2 * (4 - axis) + 2] = [radius, radius]
+            padded = F.pad(x, sides, mode="replicate") if padding == "border" else F.pad(x, sides)
+            size = x.shape[axis]
+            x = padded.narrow(axis, 0, size).clone()
+            for shift in range(1, width):
+                x += padded.narrow(axis, shift, size)
+            x /= width
+    return x
