@@ -15,6 +15,10 @@ from pathlib import Path
 __version__ = "0.1.0"
 
 
+class RegistrationWarning(UserWarning):
+    """Something about this pair that makes its result doubtful; runs keep it in the pair's row."""
+
+
 def require(minimum: str, below: str) -> None:
     """Stop with an ImportError unless minimum <= this version < below, naming both and where `common` came from."""
 

@@ -34,6 +34,8 @@ def list_pairs(
     fixed: str | None = None,
     moving_label: str | None = None,
     fixed_label: str | None = None,
+    moving_mask: str | None = None,
+    fixed_mask: str | None = None,
     pairs: str | None = None,
     dataset_dir: str | None = None,
     output_dir: str = ".",
@@ -41,7 +43,8 @@ def list_pairs(
     """The pairs to register: of a CSV, two paths, a dataset's `registration_pairs` or the phantom, in that order.
 
     Args:
-        moving, fixed, moving_label, fixed_label: paths of one pair; the labels are optional.
+        moving, fixed, moving_label, fixed_label, moving_mask, fixed_mask: paths of one pair; labels and masks are
+            optional.
         pairs: CSV with columns fixed, moving and optionally id, fixed_label, ... ; paths relative to the CSV.
         dataset_dir: folder with a dataset.json.
         output_dir: where the phantom's files go if nothing else is given.
@@ -53,6 +56,7 @@ def list_pairs(
         InputError: contradictory or incomplete options, a missing file, an empty or faulty CSV.
     """
     row = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
+    row |= {"moving_mask": moving_mask, "fixed_mask": fixed_mask}
     sources = {"--pairs": pairs, "--dataset_dir": dataset_dir, "--moving and --fixed": any(row.values())}
     if len(used := [name for name, value in sources.items() if value]) > 1:
         raise InputError(f"{pairs or dataset_dir}: give only one of {' or '.join(used)}")

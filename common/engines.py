@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from monai.metrics import CumulativeIterationMetric
 from monai.utils import set_determinism
 from torch import Tensor, nn
 
-from common import progress
+from common import RegistrationWarning, progress
 from common.io import InputError, output_folder, write_table
 from common.metrics import label_overlap, mean_over_labels
-from common.refine import refine
+from common.refine import SIMILARITIES, refine
 
 
 def one_sentence_errors() -> None:
@@ -75,24 +76,53 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None, device: tor
 class RegistrationInferer(Inferer):
     """Run a network on the packed image and, if asked, improve its displacement for this pair.
 
+    What network and refinement warn of is kept for the pair's row.
+
     Args:
         refine_steps: steps of `common.refine.refine`; 0 leaves the network's displacement.
+        similarity: of the refinement; "features" takes the network's own, `network.features(scan)`.
         options: further keyword arguments of `refine`.
     """
 
-    def __init__(self, refine_steps: int = 0, **options: Any) -> None:
+    def __init__(self, refine_steps: int = 0, *, similarity: str = "lncc", **options: Any) -> None:
         if not isinstance(refine_steps, int) or refine_steps < 0:
             raise InputError(f"--refine_steps must be a whole number >= 0, got {refine_steps}")
-        self.refine_steps, self.options = refine_steps, options
+        if similarity not in SIMILARITIES:
+            raise InputError(f"--refine_similarity must be one of {', '.join(SIMILARITIES)}, got {similarity}")
+        self.refine_steps, self.similarity, self.options = refine_steps, similarity, options
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(
+        self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         progress.stage("network")
         image = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
-        disp = network(image, *args, **kwargs).float()
-        if self.refine_steps:
-            progress.stage("refining")
-            disp = refine(disp, image, self.refine_steps, **self.options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            disp = network(image, *args, **kwargs).float()
+            if self.refine_steps:
+                progress.stage("refining")
+                features = getattr(network, "features", None) if self.similarity == "features" else None
+                if self.similarity == "features" and features is None:
+                    raise InputError(
+                        f"--refine_similarity features: {type(network).__name__} has no features of its own"
+                    )
+                options = {"similarity": self.similarity, "features": features, "mask": mask} | self.options
+                disp = refine(disp, image, self.refine_steps, **options)
+        for warning in caught:
+            if issubclass(warning.category, RegistrationWarning):
+                progress.note(str(warning.message))
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return disp
+
+
+def prepare_masked(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> tuple:
+    """Input of a pair and no target; the "mask" (B, 2, I, J, K), if there is one, for the inferer."""
+    image = batch["image"].to(device, non_blocking=non_blocking, **kwargs)
+    if "mask" not in batch:
+        return image, None, (), {}
+    mask = torch.as_tensor(batch["mask"]).to(device, non_blocking=non_blocking, **kwargs)
+    return image, None, (), {"mask": mask}
 
 
 class LabelDice(CumulativeIterationMetric):
@@ -174,8 +204,14 @@ class PairTable:
             if after == after:
                 lines.append(f"  {text}: {before:.3f} after pre-alignment, {after:.3f} after registration")
         lines.append(f"  folding: {self._mean('folding_pct'):.3f} % of the voxels, SDlogJ {self._mean('sdlogj'):.3f}")
+        warned = [row["id"] for row in self.rows if row.get("warnings")]
+        if warned:
+            lines.append(f"  warnings for {len(warned)} of the pairs, first {warned[0]}: {self._warning(warned[0])}")
         lines.append(f"  displacement: mean {self._mean('disp_mean_mm'):.1f} mm; {self._mean('seconds'):.1f} s a pair")
         return "\n".join(lines)
+
+    def _warning(self, name: str) -> str:
+        return next(row["warnings"] for row in self.rows if row["id"] == name)
 
     def _mean(self, name: str) -> float:
         values = torch.tensor([row[name] for row in self.rows if row.get(name) is not None], dtype=torch.float64)

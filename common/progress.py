@@ -1,10 +1,24 @@
-"""One progress bar for a run over pairs, on which any step can say what it is doing."""
+"""One progress bar for a run over pairs, on which any step can say what it is doing, and what it warns of."""
 
 import sys
 
 from tqdm import tqdm
 
 _bar: tqdm | None = None
+_notes: list[str] = []
+
+
+def note(text: str) -> None:
+    """Keep a warning about the present pair for its row."""
+    if text not in _notes:
+        _notes.append(text)
+
+
+def take_notes() -> str:
+    """The warnings kept since the last call, in one string."""
+    text = "; ".join(_notes)
+    _notes.clear()
+    return text
 
 
 def stage(text: str) -> None:

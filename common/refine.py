@@ -1,14 +1,18 @@
 """Instance optimisation: improve any method's displacement for one pair, by the images alone."""
 
 import sys
+import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
+from common import RegistrationWarning
 from common.fields import resize_disp, unfold
 from common.losses import box_sum, diffusion, lncc
+from common.mind import mind_ssc
 from common.ops import warp
 
 
@@ -19,32 +23,49 @@ def smooth(disp: Tensor, *, times: int = 2) -> Tensor:
     return disp
 
 
+SIMILARITIES = ("lncc", "mind", "features")
+SMOOTHNESS = {"lncc": 0.5, "mind": 0.5, "features": 0.5}  # weights of the diffusion term, chosen on training pairs
+
+
 @torch.enable_grad()
 def refine(
     disp: Tensor,
     image: Tensor,
     steps: int,
     *,
+    similarity: str = "lncc",
+    features: Callable[[Tensor], Tensor] | None = None,
+    mask: Tensor | None = None,
     window: int = 7,
-    smoothness: float = 0.5,
+    smoothness: float | None = None,
     learning_rate: float = 0.5,
     shrink: int = 2,
     coarse_share: float = 0.2,
     progress: bool = True,
 ) -> Tensor:
-    """Minimise -LNCC(moving(x + disp(x)), fixed) + smoothness * diffusion(disp) over the displacement, by Adam.
+    """Minimise dissimilarity(moving(x + disp(x)), fixed) + smoothness * diffusion(disp) over the displacement, by Adam.
 
-    disp = disp_0 + smooth(update), `update` starting at 0. The first `coarse_share` of the steps work on scans and
-    displacement reduced `shrink` times, the rest on the full grid: coarse to fine. Last, `common.fields.unfold` smooths
-    the few places where the result folds.
+    disp = disp_0 + smooth(update), `update` starting at 0, whose box means make it nearly a cubic B-spline. Last,
+    `common.fields.unfold` smooths the few places where the result folds.
+
+    The dissimilarity is one of
+      "lncc"      -LNCC of the scans. The first `coarse_share` of the steps work on scans and displacement reduced
+                  `shrink` times, the rest on the full grid.
+      "mind"      mean squared distance of MIND-SSC, averaged onto a grid of half resolution: for any two modalities.
+      "features"  mean squared distance of what `features` makes of either scan, on its own grid.
+    With features, they are taken once and warped, and the update lives on their grid.
 
     Args:
         disp: (B, 3, I, J, K) displacement to start from, in voxels.
         image: (B, 2C, I, J, K) moving and fixed scan, intensities near [0, 1].
         steps: number of Adam steps in all; 0 returns `disp`.
+        similarity: see above.
+        features: (B, C, I, J, K) -> (B, F, i, j, k), corners aligned.
+        mask: (B, 2, I, J, K) weights >= 0 of the voxels of the moving and of the fixed scan in the similarity; the moving
+            ones are carried along by `disp`. Without any weight left, the mask is ignored with a warning.
         window: of the LNCC, in voxels.
-        smoothness: weight of the diffusion term.
-        learning_rate: of Adam, in voxels.
+        smoothness: weight of the diffusion term; None takes SMOOTHNESS[similarity].
+        learning_rate: of Adam, in voxels of the grid of the update.
         shrink: reduction of the coarse stage.
         coarse_share: share of the steps spent there.
         progress: show a bar.
@@ -53,46 +74,97 @@ def refine(
         (B, 3, I, J, K) displacement: the better of start and end by the loss, unfolded.
 
     Raises:
-        ValueError: steps < 0.
+        ValueError: steps < 0, an unknown similarity, "features" without `features`, a mask of another shape.
 
-    Source: instance optimisation as in ConvexAdam and uniGradICON, with SACB-Net's loss (eq. 1).
+    Source: instance optimisation as in ConvexAdam (MIND) and SAMConvex section 2.5 (SAM features, dot product, which
+    for unit vectors is half the squared distance away from 1); LNCC with SACB-Net's loss (eq. 1).
     """
     if steps < 0:
         raise ValueError(f"refine() 'steps' must be >= 0, got {steps}")
+    if similarity not in SIMILARITIES or (similarity == "features") != (features is not None):
+        wanted = f"one of {', '.join(SIMILARITIES)}, with 'features' for the last only"
+        raise ValueError(f"refine() 'similarity' must be {wanted}, got {similarity!r}")
+    if mask is not None and mask.shape != (len(image), 2, *image.shape[2:]):
+        shape = (len(image), 2, *image.shape[2:])
+        raise ValueError(f"refine() 'mask' must have shape {shape}, moving then fixed, got {tuple(mask.shape)}")
     if steps == 0:
         return disp
-    image, start = image.detach().float(), disp.detach().float()
+    image, result = image.detach().float(), disp.detach().float()
+    weight = None if mask is None else _weight(mask.detach().float(), result)
+    smoothness = SMOOTHNESS[similarity] if smoothness is None else smoothness
+    stages = []
+    if similarity == "lncc":
+        size = image.shape[2:]
+        coarse = tuple(max(-(-n // shrink), 8) for n in size)
+        counts = [(coarse, round(steps * coarse_share)), (size, steps - round(steps * coarse_share))]
+        stages = [(_lncc_fit(_resize(image, at), _resize(weight, at), window), at, n) for at, n in counts if n]
+    else:
+        fit, size = _feature_fit(image, weight, _mind if similarity == "mind" else features)
+        stages = [(fit, size, steps)]
     bar = trange(steps, desc="refine", unit="step", file=sys.stderr, leave=False, disable=not progress)
-    size = start.shape[2:]
-    coarse = tuple(max(-(-n // shrink), 8) for n in size)
-    result = start
-    coarse_steps = round(steps * coarse_share)
-    if coarse_steps:
-        low = F.interpolate(image, size=coarse, mode="trilinear", align_corners=True)
-        begin = resize_disp(start, coarse)
-        change = _descend(begin, low, coarse_steps, window, smoothness, learning_rate, bar) - begin
-        result = start + resize_disp(change, size)
-    if steps > coarse_steps:
-        result = _descend(result, image, steps - coarse_steps, window, smoothness, learning_rate, bar)
+    start = result
+    for fit, at, count in stages:
+        change = _descend(fit, resize_disp(result, at), count, smoothness, learning_rate, bar)
+        result = result + resize_disp(change, result.shape[2:])
     bar.close()
     with torch.no_grad():
-        before, after = (_loss(d, image, window, smoothness) for d in (start, result))
+        before, after = (fit(d) + smoothness * diffusion(d) for d in (resize_disp(d, at) for d in (start, result)))
     return unfold(result if after <= before else start)
 
 
-def _loss(disp: Tensor, image: Tensor, window: int, smoothness: float) -> Tensor:
+def _weight(mask: Tensor, disp: Tensor) -> Tensor | None:
+    """(B, 1, I, J, K) weights on the fixed grid, or None if nothing is left of them."""
+    moving, fixed = mask.chunk(2, dim=1)
+    weight = warp(moving, disp, padding="zeros") * fixed
+    if not (weight > 0).any():
+        text = "the masks leave no voxel to compare, so the refinement ignores them"
+        warnings.warn(text, RegistrationWarning, stacklevel=3)
+        return None
+    return weight
+
+
+def _resize(image: Tensor | None, size: tuple[int, ...]) -> Tensor | None:
+    if image is None or image.shape[2:] == size:
+        return image
+    return F.interpolate(image, size=tuple(size), mode="trilinear", align_corners=True)
+
+
+def _mind(scan: Tensor) -> Tensor:
+    """MIND-SSC of each channel, averaged over 2x2x2 voxels."""
+    found = torch.cat([mind_ssc(channel) for channel in scan.split(1, 1)], 1)
+    return F.avg_pool3d(found, 2, ceil_mode=True, count_include_pad=False)
+
+
+def _lncc_fit(image: Tensor, weight: Tensor | None, window: int) -> Callable[[Tensor], Tensor]:
     moving, fixed = image.chunk(2, dim=1)
-    return lncc(warp(moving, disp), fixed, window=window) + smoothness * diffusion(disp)
+    return lambda disp: lncc(warp(moving, disp), fixed, window=window, mask=weight)
 
 
-def _descend(start: Tensor, image: Tensor, steps: int, window: int, smoothness: float, rate: float, bar) -> Tensor:
+def _feature_fit(
+    image: Tensor, weight: Tensor | None, features: Callable[[Tensor], Tensor]
+) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
+    """Mean over voxels of |features(moving)(x + disp) - features(fixed)|^2, and the grid of the features."""
+    with torch.no_grad():
+        moving, fixed = (features(scan).float() for scan in image.chunk(2, dim=1))
+    weight = _resize(weight, fixed.shape[2:])
+
+    def fit(disp: Tensor) -> Tensor:
+        distance = (warp(moving, disp) - fixed).square().sum(1, keepdim=True)
+        return distance.mean() if weight is None else (distance * weight).sum() / weight.sum()
+
+    return fit, tuple(fixed.shape[2:])
+
+
+def _descend(fit: Callable[[Tensor], Tensor], start: Tensor, steps: int, smoothness: float, rate: float, bar) -> Tensor:
+    """Smoothed update of `start` after so many steps of Adam."""
     update = torch.zeros_like(start, requires_grad=True)
     optimizer = torch.optim.Adam([update], lr=rate)
     for _ in range(steps):
-        loss = _loss(start + smooth(update), image, window, smoothness)
+        disp = start + smooth(update)
+        loss = fit(disp) + smoothness * diffusion(disp)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         bar.update()
         bar.set_postfix_str(f"loss {loss.item():.4f}")
-    return (start + smooth(update)).detach()
+    return smooth(update).detach()

@@ -35,10 +35,11 @@ def _spacing(value: float | None) -> float | None:
 
 
 class LoadScansd(Transform):
-    """Replace the paths under `keys` and KEY_label by (C, I, J, K) MetaTensors in their own space; absent keys stay so.
+    """Replace the paths under `keys`, KEY_label and KEY_mask by (C, I, J, K) MetaTensors in their own space; absent
+    keys stay so.
 
     Raises:
-        InputError: what `io.read_scan` refuses, a constant scan, or a label map of another shape than its scan.
+        InputError: what `io.read_scan` refuses, a constant scan, a label map or mask of another shape than its scan.
     """
 
     def __init__(self, keys: tuple[str, ...] = ("moving", "fixed"), label_keys: tuple[str, ...] | None = None) -> None:
@@ -56,27 +57,31 @@ class LoadScansd(Transform):
                     which = f"channel {number} " if len(array) > 1 else ""
                     raise InputError(f"{path}: {which}is constant, every voxel is {channel.min():g}")
             data[key] = _meta(array, affine, path)
-            if label_key in data:
-                label_path = str(data[label_key])
-                label, label_affine = io.read_scan(label_path)
-                if len(label) > 1 or not (label == np.rint(label)).all():
-                    found = f"{len(label)} channels" if len(label) > 1 else "values that are not whole numbers"
-                    raise InputError(
-                        f"{label_path}: a label map has one channel of whole numbers, this one has {found}"
-                    )
-                if label.shape[1:] != array.shape[1:]:
-                    sizes = f"shape {label.shape[1:]}, its scan {path} has {array.shape[1:]}"
-                    raise InputError(f"{label_path}: the label map has {sizes}")
-                if not np.allclose(label_affine, affine, atol=1e-2):
-                    raise InputError(f"{label_path}: the label map lies elsewhere in space than its scan {path}")
-                data[label_key] = _meta(label, affine, label_path)
+            for name, kind in ((label_key, "label map"), (f"{key}_mask", "mask")):
+                if name in data:
+                    data[name] = _load_beside(str(data[name]), kind, path, array, affine)
         return data
+
+
+def _load_beside(path: str, kind: str, scan_path: str, scan: np.ndarray, scan_affine: np.ndarray) -> MetaTensor:
+    """A label map or mask, checked against its scan."""
+    label, affine = io.read_scan(path)
+    if len(label) > 1 or not (label == np.rint(label)).all():
+        found = f"{len(label)} channels" if len(label) > 1 else "values that are not whole numbers"
+        raise InputError(f"{path}: a {kind} has one channel of whole numbers, this one has {found}")
+    if label.shape[1:] != scan.shape[1:]:
+        sizes = f"shape {label.shape[1:]}, its scan {scan_path} has {scan.shape[1:]}"
+        raise InputError(f"{path}: the {kind} has {sizes}")
+    if not np.allclose(affine, scan_affine, atol=1e-2):
+        raise InputError(f"{path}: the {kind} lies elsewhere in space than its scan {scan_path}")
+    return _meta(label, scan_affine, path)
 
 
 class AlignAndGridd(Transform):
     """Pre-align the pair and resample both scans onto the working grid of the fixed one.
 
-    Adds "matrix" (4x4, RAS mm, fixed space -> moving space), "moving_work" and "fixed_work".
+    Adds "matrix" (4x4, RAS mm, fixed space -> moving space), "moving_work" and "fixed_work"; with masks also "mask"
+    (2, I, J, K), 0 or 1 on the working grid, moving then fixed, all 1 for a scan without.
 
     Args:
         spacing: voxel size of the working grid in mm; None or 0 keeps the fixed scan's.
@@ -126,6 +131,13 @@ class AlignAndGridd(Transform):
         if apart:
             hint = "" if self.prealign != "none" else "; try --prealign affine"
             raise InputError(f"{names[0]}: does not overlap the fixed scan {names[1]} at all{hint}")
+        if "moving_mask" in data or "fixed_mask" in data:
+            masks = [np.ones((1, *size), np.float32)] * 2
+            for number, (key, onto_moving) in enumerate((("moving_mask", matrix), ("fixed_mask", None))):
+                if key in data:
+                    mask, mask_affine = _numpy(data[key])
+                    masks[number] = geometry.to_working_grid(mask, mask_affine, size, onto, onto_moving, nearest=True)
+            data["mask"] = _meta((np.concatenate(masks) > 0).astype(np.float32), onto, names[1])
         data["matrix"] = torch.from_numpy(matrix)
         data["moving_work"], data["fixed_work"] = (_meta(x, onto, n) for x, n in zip((moving_work, fixed_work), names))
         return data
@@ -303,6 +315,8 @@ class DeliverPaird(Transform):
         if self.save:
             progress.stage("writing")
             io.write_folder(self.output_dir / data["id"], writers)
+        if notes := progress.take_notes():
+            row["warnings"] = notes
         row["seconds"] = time.time() - float(data["started"])
         return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
 

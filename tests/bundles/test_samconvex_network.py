@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from samconvex import MIND, SAMConvex
 from samconvex.convex import THETAS, coupled_convex, inverse_consistent
-from samconvex.mind import box_mean, mind_ssc
 from torch import Tensor, nn
 
 from common.fields import identity, resize_disp
+from common.mind import box_mean, mind_ssc
 from common.ops import cost_volume, warp
 
 TWICE = tuple(2 * theta for theta in THETAS)  # the authors' cost is half of the squared differences

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from common.mind import box_mean
 from common.ops.match.reference import offsets
 from common.ops.warp import warp
-from samconvex.mind import box_mean
 
 THETAS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SLAB = 1 << 22  # scores looked at together

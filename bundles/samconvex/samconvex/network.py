@@ -1,15 +1,18 @@
 """SAMConvex (Li et al., MICCAI 2023): image pyramid, cost volume, coupled convex optimisation, composition."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from samconvex.convex import THETAS, coupled_convex, inverse_consistent
+from samconvex.sam import SAM
 from torch import Tensor, nn
 
+from common import RegistrationWarning
 from common.fields import compose, resize_disp
+from common.mind import box_mean, mind_ssc
 from common.ops import cost_volume, warp
-from samconvex.convex import THETAS, coupled_convex, inverse_consistent
-from samconvex.mind import box_mean, mind_ssc
 
 COUPLINGS = ("voxel", "normalised")
 
@@ -26,7 +29,7 @@ class MIND(nn.Module):
         super().__init__()
         self.radius, self.dilation, self.stride = radius, dilation, stride
 
-    def forward(self, image: Tensor, finest: bool) -> Tensor:
+    def forward(self, image: Tensor, finest: bool = True) -> Tensor:
         """(B, C, I, J, K) -> (B, 12 C, I/2, J/2, K/2); every channel of the scan has its own descriptor."""
         feats = [mind_ssc(channel, radius=self.radius, dilation=self.dilation) for channel in image.split(1, 1)]
         return F.avg_pool3d(torch.cat(feats, 1), self.stride, ceil_mode=True, count_include_pad=False)
@@ -40,7 +43,8 @@ class SAMConvex(nn.Module):
 
     Args:
         channels: C of each scan.
-        features: module (image, finest) -> (B, F, i, j, k) features on a coarser grid of the same field of view.
+        features: "sam" (`samconvex.sam.SAM`, needs weights), "mind" (`MIND`, training-free) or a module
+            (image, finest) -> (B, F, i, j, k) features on a coarser grid of the same field of view.
         radii: half width of the window at each level, coarse to fine; level number l of n works on scans reduced
             2^(n-1-l) times.
         thetas, smoothing: of `coupled_convex`, for the sum of squared differences as cost. The released code takes half
@@ -58,7 +62,7 @@ class SAMConvex(nn.Module):
         self,
         channels: int = 1,
         *,
-        features: nn.Module | None = None,
+        features: str | nn.Module = "mind",
         radii: Sequence[int] = (2, 3, 3),
         thetas: Sequence[float] = THETAS,
         smoothing: int = 1,
@@ -72,7 +76,10 @@ class SAMConvex(nn.Module):
             raise ValueError(f"SAMConvex() 'radii' must be one number >= 1 a level, got {tuple(radii)}")
         if coupling not in COUPLINGS:
             raise ValueError(f"SAMConvex() 'coupling' must be one of {COUPLINGS}, got {coupling!r}")
-        self.channels, self.features = channels, MIND() if features is None else features
+        if isinstance(features, str) and features not in ("sam", "mind"):
+            raise ValueError(f"SAMConvex() 'features' must be 'sam', 'mind' or a module, got {features!r}")
+        named = {"sam": lambda: SAM(channels), "mind": MIND}
+        self.channels, self.features = channels, named[features]() if isinstance(features, str) else features
         self.radii, self.thetas, self.smoothing = tuple(radii), tuple(thetas), smoothing
         self.coupling, self.consistent = coupling, consistent
         self.padding, self.cost_smoothing = padding, cost_smoothing
@@ -85,31 +92,60 @@ class SAMConvex(nn.Module):
             raise ValueError(f"SAMConvex() 'image' must have shape {shape}, got {tuple(image.shape)}")
         levels = [image]
         for _ in self.radii[1:]:
-            levels.append(F.avg_pool3d(levels[-1], 3, stride=2, padding=1, count_include_pad=False))
+            levels.append(halve(levels[-1]))
         disp = None
         for radius in self.radii:
             moving, fixed = levels.pop().chunk(2, dim=1)
             start = None if disp is None else resize_disp(disp, fixed.shape[2:])
             moved = moving if start is None else warp_onto_background(moving, start)
-            update = self.step(moved, fixed, radius, finest=not levels)
+            feat_moving, feat_fixed = (self.features(scan, not levels) for scan in (moved, fixed))
+            update = self.solve(feat_fixed, feat_moving, radius)
+            if start is None and not _traced():
+                _warn_of_constants(feat_moving, feat_fixed)
+                _warn_of_range(update, fixed, radius)
+            update = box_mean(resize_disp(update, fixed.shape[2:]), times=3)
             disp = update if start is None else compose(start, update)
         return box_mean(disp, times=3)
 
-    def step(self, moving: Tensor, fixed: Tensor, radius: int, *, finest: bool) -> Tensor:
-        """One level: features, cost, coupled convex, and the result on the grid of the scans."""
-        feat_moving, feat_fixed = self.features(moving, finest), self.features(fixed, finest)
-        disp = self.solve(feat_fixed, feat_moving, radius)
-        if self.consistent:
-            disp, _ = inverse_consistent(disp, self.solve(feat_moving, feat_fixed, radius))
-        return box_mean(resize_disp(disp, fixed.shape[2:]), times=3)
-
     def solve(self, feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Tensor:
-        """Displacement on the grid of the features."""
+        """One level: displacement on the grid of the features, by both directions if `consistent`."""
+        disp = self.direction(feat_fixed, feat_moving, radius)
+        if self.consistent:
+            disp, _ = inverse_consistent(disp, self.direction(feat_moving, feat_fixed, radius))
+        return disp
+
+    def direction(self, feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Tensor:
+        """Cost volume and coupled convex optimisation."""
         cost = cost_volume(feat_fixed, feat_moving, radius, similarity="ssd", padding=self.padding)
         cost = box_mean(cost, times=self.cost_smoothing)
         size = torch.tensor(feat_fixed.shape[2:], device=cost.device)
         step = 2 / (size - 1).clamp(min=1) if self.coupling == "normalised" else None
         return coupled_convex(cost, radius, thetas=self.thetas, smoothing=self.smoothing, step=step)
+
+
+def _traced() -> bool:
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting()
+
+
+def _warn_of_constants(feat_moving: Tensor, feat_fixed: Tensor) -> None:
+    for name, feat in (("moving", feat_moving), ("fixed", feat_fixed)):
+        if bool((feat.amax((2, 3, 4)) - feat.amin((2, 3, 4)) < 1e-6).all()):
+            text = f"the features of the {name} scan are the same everywhere, so nothing says where to move"
+            warnings.warn(text, RegistrationWarning, stacklevel=3)
+
+
+def _warn_of_range(disp: Tensor, fixed: Tensor, radius: int, *, share: float = 0.05) -> None:
+    """Say so if the coarsest level's displacement reaches the edge of its window in more than `share` of the scan."""
+    inside = F.interpolate((fixed > fixed.amin()).float().amax(1, keepdim=True), size=disp.shape[2:]) > 0
+    found = float(((disp.abs().amax(1, keepdim=True) >= radius - 0.5) & inside).sum() / inside.sum().clamp(min=1))
+    if found > share:
+        text = f"{100 * found:.0f} % of the fixed scan moves to the edge of the search range, or farther"
+        warnings.warn(f"{text}; align the scans first or widen network_def::radii", RegistrationWarning, stacklevel=3)
+
+
+def halve(image: Tensor) -> Tensor:
+    """The next level of the image pyramid: voxel v of it is the 3x3x3 mean around voxel 2 v."""
+    return F.avg_pool3d(image, 3, stride=2, padding=1, count_include_pad=False)
 
 
 def warp_onto_background(image: Tensor, disp: Tensor) -> Tensor:
