@@ -61,8 +61,8 @@ def refine(
         steps: number of Adam steps in all; 0 returns `disp`.
         similarity: see above.
         features: (B, C, I, J, K) -> (B, F, i, j, k), corners aligned.
-        mask: (B, 2, I, J, K) weights >= 0 of the voxels of the moving and of the fixed scan in the similarity; the moving
-            ones are carried along by `disp`. Without any weight left, the mask is ignored with a warning.
+        mask: (B, 2, I, J, K) weights >= 0 of the voxels of the moving and of the fixed scan in the similarity; the
+            moving ones are carried along by `disp`. Without any weight left, the mask is ignored with a warning.
         window: of the LNCC, in voxels.
         smoothness: weight of the diffusion term; None takes SMOOTHNESS[similarity].
         learning_rate: of Adam, in voxels of the grid of the update.

@@ -1,10 +1,6 @@
 """SACB-Net through the commands that a user types: training, inference, evaluation, several processes, bad input."""
 
-import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import itk
@@ -12,91 +8,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, SPACING, bundle_configs, centred, command, succeeded, table, write
 
-from common import io, phantom
+from common import phantom
 
-ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / "bundles" / "sacb_net"
-SPACING = 4.5
 OUTPUTS = "warped.nii.gz transform.h5 displacement.nii.gz warped_label.nii.gz inverse_transform.h5"
 
 
-def command(*arguments: object, launcher: tuple[str, ...] = (), cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """`python -m monai.bundle run ARGUMENTS`, one thread. Outside the root `common` is importable as if installed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    if cwd != ROOT:
-        environment["PYTHONPATH"] = str(ROOT)
-    line = [sys.executable, *launcher, "-m", "monai.bundle", "run", *map(str, arguments)]
-    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
-
-
 def from_root(*configs: str) -> tuple[str, ...]:
-    files = [f"bundles/sacb_net/configs/{name}" for name in configs]
-    return "--config_file", str(files) if len(files) > 1 else files[0], "--bundle_root", "bundles/sacb_net"
-
-
-def succeeded(done: subprocess.CompletedProcess) -> str:
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
-def table(path: Path) -> list[dict]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(folder: Path, name: str, size: tuple[int, int, int], affine: np.ndarray, seed: int, person=None) -> None:
-    image, label = phantom.sample(size, affine, person, seed=seed)
-    io.write_scan(image, affine, folder / f"{name}.nii.gz")
-    io.write_label(label, affine, folder / f"{name}_label.nii.gz")
-
-
-def centred(size: tuple[int, int, int], linear: np.ndarray) -> np.ndarray:
-    return nib.affines.from_matvec(linear, -linear @ ((np.array(size) - 1) / 2))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five people on one grid: three to train, two to validate in both directions."""
-    folder = tmp_path_factory.mktemp("dataset")
-    size = (32, 40, 32)
-    for seed in range(5):
-        person = phantom.Deformation(seed, amplitude=12)
-        person.matrix, person.shift = np.eye(3), np.zeros(3)
-        write(folder, f"p{seed}", size, centred(size, np.diag([SPACING] * 3)), seed, person)
-    cases = [{"id": f"p{n}", "image": f"p{n}.nii.gz", "label": f"p{n}_label.nii.gz"} for n in range(5)]
-    pairs = [{"moving": f"p{a}", "fixed": f"p{b}", "kind": "inter-subject"} for a, b in ((3, 4), (4, 3))]
-    content = {"training": cases[:3], "validation": cases[3:], "registration_pairs": pairs}
-    (folder / "dataset.json").write_text(json.dumps(content))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An oblique, anisotropic moving and a flipped fixed scan with labels, and the ways to get it wrong."""
-    folder = tmp_path_factory.mktemp("raw")
-    turned = nib.eulerangles.euler2mat(0.3, -0.2, 0.15) @ np.diag([4.0, 4.5, 5])
-    write(folder, "moving", (46, 44, 36), centred((46, 44, 36), turned), 1, phantom.Deformation(0))
-    write(folder, "fixed", (40, 46, 36), centred((40, 46, 36), np.diag([-4.0, -4, 4.2])), 0)
-    (folder / "pairs.csv").write_text(
-        "fixed,moving,fixed_label,moving_label\n"
-        "fixed.nii.gz,moving.nii.gz,fixed_label.nii.gz,moving_label.nii.gz\n"
-        "moving.nii.gz,fixed.nii.gz,,\n"
-    )
-    (folder / "empty.csv").write_text("fixed,moving\n")
-    io.write_scan(np.full((20, 20, 20), 3, np.float32), np.eye(4), folder / "constant.nii.gz")
-    torch.save(torch.nn.Conv3d(2, 3, 3).state_dict(), folder / "other.pt")
-    colour = np.random.default_rng(0).random((3, 20, 20, 20), dtype=np.float32)
-    io.write_scan(colour, np.eye(4), folder / "colour.nrrd")
-    io.write_scan(colour[:1], np.eye(4), folder / "plain.nii.gz")
-    io.write_label(np.ones((10, 20, 20)), np.eye(4), folder / "smaller.nii.gz")
-    io.write_scan(np.where(colour[:1] > 2, 0, np.nan), np.eye(4), folder / "nan.nii.gz")
-    nib.save(nib.Nifti1Image(colour.transpose(1, 2, 3, 0), np.eye(4)), folder / "film.nii.gz")
-    away = nib.affines.from_matvec(np.eye(3), [900, 0, 0])
-    io.write_scan(colour[:1], away, folder / "away.nii.gz")
-    (folder / "text.nii.gz").write_text("no image")
-    return folder
+    return bundle_configs("sacb_net", *configs)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

@@ -5,5 +5,6 @@ from common import require
 require("0.1.0", "0.2.0")
 
 from samconvex.network import MIND, SAMConvex  # noqa: E402
+from samconvex.sam import SAM  # noqa: E402
 
-__all__ = ["MIND", "SAMConvex"]
+__all__ = ["MIND", "SAM", "SAMConvex"]

@@ -1,4 +1,4 @@
-"""Self-supervised training of SAM: two views of each scan, and a contrast between places that are and are not the same."""
+"""Self-supervised training of SAM: two views of each scan, and a contrast between same and other places."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -32,8 +32,8 @@ class TwoViews:
         rotation: of each view about each axis, up to so many degrees.
         scale: of each view, between exp(-scale) and exp(scale).
         shift: of the second view against the first, up to this share of its size.
-        gamma, noise: change of the grey values: exponent between exp(-gamma) and exp(gamma), standard deviation of the
-            noise. A third of the views is blurred by a 3x3x3 mean.
+        gamma, noise, blur: change of the grey values: exponent between exp(-gamma) and exp(gamma), standard deviation
+            of the noise, share of the views that are blurred by a 3x3x3 mean.
 
     Returns (when called with a batch, as `prepare_batch` of a trainer):
         views (2B, C, I, J, K), the first views of all scans before the second ones, and `Matches`.
@@ -51,11 +51,12 @@ class TwoViews:
         shift: float = 0.25,
         gamma: float = 0.3,
         noise: float = 0.03,
+        blur: float = 0.3,
     ) -> None:
         if not sizes or min(sizes) < 8:
             raise ValueError(f"TwoViews() 'sizes' must be one number >= 8 a level, got {tuple(sizes)}")
         self.sizes, self.points, self.rotation, self.scale = tuple(sizes), points, rotation, scale
-        self.shift, self.gamma, self.noise = shift, gamma, noise
+        self.shift, self.gamma, self.noise, self.blur = shift, gamma, noise, blur
 
     def __call__(
         self, batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any
@@ -85,13 +86,13 @@ class TwoViews:
         return pose * ((torch.rand(batch, 1, 1) * 2 - 1) * self.scale).exp()
 
     def _view(self, scans: Tensor, pose: Tensor, centre: Tensor, size: int) -> Tensor:
-        """The scans at pose (y - middle) + centre for the voxels y of a (size, size, size) grid, grey values changed."""
+        """The scans at pose (y - middle) + centre for voxels y of a (size, size, size) grid, grey values changed."""
         grid = identity((size,) * 3, like=scans)  # (1, 3, I, J, K)
         pose, centre = pose.to(scans), centre.to(scans)
         middle = (size - 1) / 2
         places = torch.einsum("bij,bjxyz->bixyz", pose, (grid - middle).expand(len(scans), -1, -1, -1, -1))
         view = warp_onto_background(scans, places + centre.view(-1, 3, 1, 1, 1) - grid)
-        blurred = torch.rand(len(view)) < 1 / 3
+        blurred = torch.rand(len(view)) < self.blur
         if blurred.any():
             view[blurred] = F.avg_pool3d(view[blurred], 3, stride=1, padding=1, count_include_pad=False)
         exponent = ((torch.rand(len(view), 1, 1, 1, 1) * 2 - 1) * self.gamma).exp().to(view)

@@ -1,5 +1,7 @@
 """Coupled convex optimisation: the displacement that a cost volume wants, made smooth by turns."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,9 @@ def coupled_convex(
     scaled = table if step is None else table * step.to(table)
     square = scaled.square().sum(1)
     length = max(SLAB // count, 1)
-    order = table.square().sum(1).argsort(stable=True)  # of equal costs the shortest offset: background stays put
+    lengths = [i * i + j * j + k * k for i, j, k in itertools.product(range(-radius, radius + 1), repeat=3)]
+    shortest = sorted(range(count), key=lengths.__getitem__)  # of equal costs the shortest: background stays put
+    order = torch.tensor(shortest, device=cost.device)
     best = torch.cat([order[part[..., order].argmin(2)] for part in rows.split(length, dim=1)], 1)
     disp = box_mean(_field(best, table, size))
     for theta in thetas:

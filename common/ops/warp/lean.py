@@ -21,7 +21,8 @@ def warp_lean(image: Tensor, disp: Tensor, mode: str, padding: str) -> Tensor:
     name = "bilinear" if mode == "linear" else "nearest"
     if image.shape[1] >= 8 and image.device.type == "cpu":  # a corner is then one stretch of memory: a third faster
         image = image.contiguous(memory_format=torch.channels_last_3d)
-    return F.grid_sample(image, _sampling_grid(disp.to(dtype), size), mode=name, padding_mode=padding, align_corners=True)
+    grid = _sampling_grid(disp.to(dtype), size)
+    return F.grid_sample(image, grid, mode=name, padding_mode=padding, align_corners=True)
 
 
 def _sampling_grid(disp: Tensor, size: list[int]) -> Tensor:

@@ -1,0 +1,51 @@
+"""What the tests of the bundles' commands share: run a command, read its table, write synthetic scans."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from common import io, phantom
+
+ROOT = Path(__file__).resolve().parents[2]
+SPACING = 4.5  # mm, of the synthetic dataset
+
+
+def command(*arguments: object, launcher: tuple[str, ...] = (), cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """`python -m monai.bundle run ARGUMENTS`, one thread. Outside the root `common` is importable as if installed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    if cwd != ROOT:
+        environment["PYTHONPATH"] = str(ROOT)
+    line = [sys.executable, *launcher, "-m", "monai.bundle", "run", *map(str, arguments)]
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def bundle_configs(name: str, *configs: str) -> tuple[str, ...]:
+    """Options that name configs of a bundle, from the repository's root."""
+    files = [f"bundles/{name}/configs/{config}" for config in configs]
+    return "--config_file", str(files) if len(files) > 1 else files[0], "--bundle_root", f"bundles/{name}"
+
+
+def succeeded(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def table(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(folder: Path, name: str, size: tuple[int, int, int], affine: np.ndarray, seed: int, person=None) -> None:
+    image, label = phantom.sample(size, affine, person, seed=seed)
+    io.write_scan(image, affine, folder / f"{name}.nii.gz")
+    io.write_label(label, affine, folder / f"{name}_label.nii.gz")
+
+
+def centred(size: tuple[int, int, int], linear: np.ndarray) -> np.ndarray:
+    return nib.affines.from_matvec(linear, -linear @ ((np.array(size) - 1) / 2))
