@@ -124,7 +124,8 @@ def test_loss_of_vectors_told_apart() -> None:
 
     def ball(stride: tuple[int, int, int], radius: float) -> torch.Tensor:
         size = tuple(32 // s for s in stride)
-        away = (identity(size, torch.zeros(1)) * torch.tensor(stride).view(1, 3, 1, 1, 1) - 16).norm(dim=1, keepdim=True)
+        voxels = identity(size, torch.zeros(1)) * torch.tensor(stride).view(1, 3, 1, 1, 1)
+        away = (voxels - 16).norm(dim=1, keepdim=True)
         return torch.where(away < radius, 1.0, -1.0).expand(2, 2, -1, -1, -1)
 
     loss = ContrastiveLoss(1.0, hard=10, diverse=0, distance=(4.0, 12.0))

@@ -35,7 +35,7 @@ def _ssd(fixed: Tensor, sample: Tensor) -> Tensor:
 
 
 def _shifted(fixed: Tensor, moving: Tensor, radius: int, padding: str, score: Callable[..., Tensor]) -> Tensor:
-    """Whole steps of the grid: shifts of the padded features along i and j, the window of k at once (shorter graphs)."""
+    """Whole steps of the grid: shifts of the padded features along i and j, all of k at once (for a shorter graph)."""
     mode = "replicate" if padding == "border" else "constant"
     padded = F.pad(moving, (radius,) * 6, mode=mode)
     width, (size_i, size_j) = 2 * radius + 1, fixed.shape[2:4]
