@@ -137,6 +137,9 @@ def _mind(scan: Tensor) -> Tensor:
 
 def _lncc_fit(image: Tensor, weight: Tensor | None, window: int) -> Callable[[Tensor], Tensor]:
     moving, fixed = image.chunk(2, dim=1)
+    if weight is not None:  # a window that touches a masked voxel says nothing about its middle
+        touched = box_sum((weight <= 0).float(), window) > 0
+        weight = weight if touched.all() else weight * ~touched
     return lambda disp: lncc(warp(moving, disp), fixed, window=window, mask=weight)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from common import RegistrationWarning
 from common.fields import identity, jacobian_determinant
 from common.losses import lncc
 from common.ops import warp
@@ -56,3 +57,73 @@ def test_works_under_no_grad_and_repeats_itself() -> None:
 def test_smooth_keeps_constants() -> None:
     constant = torch.full((1, 3, 6, 7, 8), 2.0)
     torch.testing.assert_close(smooth(constant), constant)
+
+
+def error(found: torch.Tensor, truth: torch.Tensor, part: tuple = (slice(6, -6),) * 3) -> float:
+    return float((truth - found).norm(dim=1)[:, *part].mean())
+
+
+@pytest.mark.parametrize("similarity", ("mind", "features"))
+def test_features_find_it_in_other_contrast(similarity: str) -> None:
+    """The fixed scan inverted: MIND does not see that, nor do features that forget the sign."""
+    image, truth = pair()
+    moving, fixed = image.chunk(2, dim=1)
+    image = torch.cat([moving, 1 - fixed], dim=1)
+    features = {"mind": None, "features": lambda scan: 4 * (scan - 0.5).square()}[similarity]
+    start = torch.zeros_like(truth)
+    options = {"similarity": similarity, "features": features, "smoothness": 0.02, "progress": False}
+    found = refine(start, image, 60, **options)
+    assert error(found, truth) < 0.6 * error(start, truth)
+
+
+def test_features_may_live_on_a_coarser_grid() -> None:
+    image, truth = pair()
+    found = refine(
+        torch.zeros_like(truth),
+        image,
+        30,
+        similarity="features",
+        features=lambda scan: torch.nn.functional.interpolate(
+            scan, size=(16, 16, 16), mode="trilinear", align_corners=True
+        ),
+        smoothness=0.01,
+        progress=False,
+    )
+    assert found.shape == truth.shape and error(found, truth) < 0.7 * error(torch.zeros_like(truth), truth)
+
+
+def test_mask_leaves_a_lesion_out() -> None:
+    """A texture that only the moving scan has drags the field; with its voxels masked it does not."""
+    image, truth = pair()
+    place = (slice(10, 20),) * 3
+    image[0, 0][place] = torch.rand(10, 10, 10)
+    mask = torch.ones(1, 2, 32, 32, 32)
+    mask[0, 0][place] = 0
+    start = torch.zeros_like(truth)
+    with_mask, without = (refine(start, image, 60, mask=m, progress=False, smoothness=0.1) for m in (mask, None))
+    assert error(with_mask, truth, place) < 0.8 * error(without, truth, place)
+
+
+def test_empty_mask_is_ignored_with_a_warning() -> None:
+    image, truth = pair()
+    start = torch.zeros_like(truth)
+    with pytest.warns(RegistrationWarning, match="the masks leave no voxel to compare"):
+        found = refine(start, image, 3, mask=torch.zeros(1, 2, 32, 32, 32), progress=False)
+    assert torch.equal(found, refine(start, image, 3, progress=False))
+
+
+@pytest.mark.parametrize("similarity", ("lncc", "mind"))
+def test_constant_scans_stay_finite(similarity: str) -> None:
+    found = refine(
+        torch.zeros(1, 3, 12, 12, 12), torch.ones(1, 2, 12, 12, 12), 3, similarity=similarity, progress=False
+    )
+    assert found.abs().max() < 1e-3
+
+
+def test_rejects_contradictions() -> None:
+    image, truth = pair()
+    for options in ({"similarity": "mi"}, {"similarity": "features"}, {"features": torch.abs}):
+        with pytest.raises(ValueError, match="'similarity' must be one of lncc, mind, features"):
+            refine(truth, image, 1, **options)
+    with pytest.raises(ValueError, match="'mask' must have shape .1, 2, 32, 32, 32., moving then fixed, got"):
+        refine(truth, image, 1, mask=torch.ones(1, 1, 32, 32, 32))

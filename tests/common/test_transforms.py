@@ -357,6 +357,23 @@ def test_load_refuses_what_does_not_belong(small: dict[str, str]) -> None:
     refused("is constant, every voxel is 7", "moving")
 
 
+def test_masks_come_onto_the_working_grid(small: dict[str, str], tmp_path: Path) -> None:
+    """Moving then fixed, 0 or 1; a scan without a mask counts everywhere; without any there is none."""
+    mask = np.zeros((12, 12, 12), np.float32)
+    mask[4:8, 2:6, 3:9] = 3
+    io.write_label(mask, np.eye(4), tmp_path / "mask.nii.gz")
+    align = AlignAndGridd(spacing=None, prealign="none", divisor=4, crop=False)
+    packed = align(LoadScansd()(small | {"fixed_mask": str(tmp_path / "mask.nii.gz")}))["mask"]
+    np.testing.assert_array_equal(packed[0], np.ones((12, 12, 12)))
+    np.testing.assert_array_equal(packed[1], mask > 0)
+    packed = align(LoadScansd()(small | {"moving_mask": str(tmp_path / "mask.nii.gz")}))["mask"]
+    np.testing.assert_array_equal(packed, np.stack([mask > 0, np.ones((12, 12, 12))]))
+    assert "mask" not in align(LoadScansd()(small))
+    io.write_label(mask[:6], np.eye(4), tmp_path / "mask.nii.gz")
+    with pytest.raises(io.InputError, match="the mask has shape"):
+        LoadScansd()(small | {"fixed_mask": str(tmp_path / "mask.nii.gz")})
+
+
 def test_align_refuses_modes_and_channels(small: dict[str, str]) -> None:
     with pytest.raises(io.InputError, match="--prealign must be one of affine, rigid, none, got warp"):
         AlignAndGridd(spacing=None, prealign="warp")

@@ -1,0 +1,245 @@
+"""SAMConvex on the validation pairs of a dataset: Dice, CPU seconds, memory, beside convexAdam; its capture range.
+
+    python tests/bench/bench_samconvex.py accuracy DATA --output tests/bench/results/samconvex_accuracy.json
+    python tests/bench/bench_samconvex.py capture DATA --output tests/bench/results/samconvex_capture.json
+    python tests/bench/bench_samconvex.py size 192,160,256
+
+DATA is a folder with dataset.json whose scans share one grid. Every pair of every variant runs on one thread in a
+process of its own. "package" is convexAdam from PyPI with its defaults, where it is installed. "capture" turns and
+shifts the moving scan, pads both and registers without pre-alignment or refinement. "size" runs one phantom pair.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import fire
+
+ROOT = Path(__file__).parents[2]
+BUNDLE = ROOT / "bundles" / "samconvex"
+sys.path[:0] = [str(ROOT), str(BUNDLE)]
+VARIANTS = {  # options of the network, steps and similarity of the refinement
+    "start": None,
+    "package": None,
+    "convexadam.json": ({"features": "convexadam"}, 0, "lncc"),
+    "mind": ({"features": "mind"}, 0, "lncc"),
+    "mind + 50 steps on MIND": ({"features": "mind"}, 50, "mind"),
+    "mind + 50 steps on LNCC": ({"features": "mind"}, 50, "lncc"),
+    "sam": ({"features": "sam"}, 0, "lncc"),
+    "sam + 50 steps on SAM": ({"features": "sam"}, 50, "features"),
+    "sam + 50 steps on LNCC": ({"features": "sam"}, 50, "lncc"),
+}
+TABLE3 = {"Pym1 N=3": [3], "Pym1 N=6": [6], "Pym2": [3, 3], "Pym3": [2, 3, 3]}
+for name, radii in TABLE3.items():
+    VARIANTS[f"sam, {name}"] = ({"features": "sam", "radii": radii}, 0, "lncc")
+
+
+def load(case):
+    """Scan in [0, 1] and labels of one case, (1, 1, I, J, K)."""
+    import torch
+
+    from common.transforms import LoadScansd, ScaleForegroundd, ToTrainingGridd
+
+    for transform in (LoadScansd(("image",), ("label",)), ToTrainingGridd(None), ScaleForegroundd(("image",))):
+        case = transform(case)
+    return [torch.as_tensor(case[key])[None].float() for key in ("image", "label")]
+
+
+def pairs_of(data, limit=None):
+    from common.data import list_scans, validation_pairs
+
+    scans = {scan["id"]: scan for scan in list_scans(data, "validation")}
+    return [(scans[moving], scans[fixed]) for moving, fixed in validation_pairs(data, limit=limit)]
+
+
+def network(options):
+    import torch
+    from samconvex import MIND, SAMConvex
+
+    if options["features"] == "convexadam":
+        options = {
+            "features": MIND(stride=6),
+            "radii": [4],
+            "padding": "zeros",
+            "cost_smoothing": 2,
+            "consistent": True,
+        }
+    net = SAMConvex(**options).eval()
+    if options["features"] == "sam":
+        net.load_state_dict(torch.load(BUNDLE / "models" / "model.pt", weights_only=True))
+    return net
+
+
+def register(name, image):
+    """Displacement of one pair by a variant."""
+    import torch
+
+    from common.refine import refine
+
+    if name == "start":
+        return torch.zeros(1, 3, *image.shape[2:])
+    if name == "package":
+        from convexAdam.convex_adam_MIND import convex_adam_pt
+
+        moving, fixed = (255 * image[0]).numpy()
+        return torch.as_tensor(convex_adam_pt(fixed, moving)).permute(3, 0, 1, 2)[None].float()
+    options, steps, similarity = VARIANTS[name]
+    net = network(options)
+    with torch.no_grad():
+        disp = net(image)
+    features = net.features if similarity == "features" else None
+    return refine(disp, image, steps, similarity=similarity, features=features, progress=False)
+
+
+def measure(disp, image, fixed_label, moving_label):
+    from common.metrics import label_overlap, mean_over_labels, regularity
+    from common.ops import warp
+
+    fixed, moving = fixed_label[0, 0].long(), moving_label[0, 0].long()
+    warped = warp(moving_label, disp, mode="nearest", padding="zeros")[0, 0].round().long()
+    row = {"dice": mean_over_labels(label_overlap(fixed, warped, moving, minimum=100), "dice")}
+    return row | regularity(disp, image[0, 1] > 0)
+
+
+def in_a_process(work):
+    """The dictionary that `work()` returns, with the CPU seconds it counted and the peak memory of its own process."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.close(read)
+        row = work() | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        with os.fdopen(write, "w") as file:
+            file.write(json.dumps(row))
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as file:
+        text = file.read()
+    os.wait()
+    if not text:
+        raise SystemExit("a process ended without a result, see above")
+    return json.loads(text)
+
+
+def one_pair(name, moving, fixed):
+    import torch
+
+    torch.set_num_threads(1)
+    (moving, moving_label), (fixed, fixed_label) = load(moving), load(fixed)
+    image = torch.cat([moving, fixed], 1)
+    begin = time.process_time()
+    disp = register(name, image)
+    seconds = time.process_time() - begin
+    return measure(disp, image, fixed_label, moving_label) | {"cpu_s": seconds}
+
+
+def report(rows, output):
+    if output:
+        hardware = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        Path(output).write_text(json.dumps({"rows": rows, "hardware": hardware}, indent=1) + "\n")
+
+
+def accuracy(data, variants=None, limit=None, output=None):
+    """Every variant on every validation pair, and the means."""
+    names = variants.split(";") if variants else list(VARIANTS)
+    if importlib.util.find_spec("convexAdam") is None and "package" in names:
+        names.remove("package")
+        print("convexAdam is not installed: no row for it")
+    rows = []
+    for name in names:
+        found = [in_a_process(lambda m=m, f=f: one_pair(name, m, f)) for m, f in pairs_of(data, limit)]
+        rows.append({"variant": name} | {key: sum(row[key] for row in found) / len(found) for key in found[0]})
+        row = rows[-1] | {"n": len(found)}
+        text = "{variant:26s} {n} pairs  dice {dice:.4f}  folding {folding_pct:.3f} %  sdlogj {sdlogj:.3f}"
+        print((text + "  {cpu_s:.1f} CPU-s  {peak_gib:.2f} GiB").format(**row), flush=True)
+        report(rows, output)
+
+
+def turned(scan, label, degrees, shift, pad):
+    """Scan and label, padded, turned about the first axis by `degrees` and shifted diagonally by `shift` voxels."""
+    import math
+
+    import torch
+    import torch.nn.functional as F
+
+    from common.fields import identity
+    from common.ops import warp
+
+    scan, label = (F.pad(x, (pad,) * 6) for x in (scan, label))
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    pose = torch.tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
+    grid = identity(tuple(scan.shape[2:]), like=scan)
+    middle = (torch.tensor(scan.shape[2:]) - 1).view(1, 3, 1, 1, 1) / 2
+    disp = torch.einsum("ij,bjxyz->bixyz", pose, grid - middle) + middle - shift / 3**0.5 - grid
+    return warp(scan, disp, padding="zeros"), warp(label, disp, mode="nearest", padding="zeros")
+
+
+def moved_pair(features, moving, fixed, degrees, shift):
+    import torch
+    import torch.nn.functional as F
+
+    torch.set_num_threads(1)
+    pad = 16
+    (moving, moving_label), (fixed, fixed_label) = load(moving), load(fixed)
+    moving, moving_label = turned(moving, moving_label, degrees, shift, pad)
+    fixed, fixed_label = (F.pad(x, (pad,) * 6) for x in (fixed, fixed_label))
+    image = torch.cat([moving, fixed], 1)
+    rows = {"start": measure(torch.zeros(1, 3, *image.shape[2:]), image, fixed_label, moving_label)["dice"]}
+    for name in features:
+        with torch.no_grad():
+            rows[name] = measure(network({"features": name})(image), image, fixed_label, moving_label)["dice"]
+    return rows
+
+
+def capture(data, limit=4, spacing=2.0, output=None):
+    """Dice of SAM and MIND features against a turn about the first axis, and a shift along the diagonal, of the moving
+    scan."""
+    rows = []
+    for degrees, shift in ((0, 0), (10, 0), (20, 0), (30, 0), (0, 10), (0, 20), (0, 30)):
+        found = [
+            in_a_process(lambda m=m, f=f: moved_pair(("mind", "sam"), m, f, degrees, shift / spacing))
+            for m, f in pairs_of(data, limit)
+        ]
+        means = {key: sum(row[key] for row in found) / len(found) for key in ("start", "mind", "sam")}
+        rows.append({"degrees": degrees, "shift_mm": shift} | means)
+        print("{degrees:3d} deg {shift_mm:3d} mm  start {start:.3f}  mind {mind:.3f}  sam {sam:.3f}".format(**rows[-1]))
+        sys.stdout.flush()
+        report(rows, output)
+
+
+def size(voxels, features="sam,mind", output=None):
+    """CPU seconds and peak memory of one pair of so many voxels along each axis: the phantom."""
+    import numpy as np
+    import torch
+
+    from common import phantom
+
+    affine = np.diag([160.0 / voxels[0]] * 3 + [1.0])
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(voxels) - 1) / 2)
+    scans = [phantom.sample(voxels, affine, d)[0] / 1000 for d in (phantom.Deformation(0), None)]
+    image, rows = torch.from_numpy(np.stack(scans))[None].float(), []
+
+    def work(name):
+        torch.set_num_threads(1)
+        begin = time.process_time()
+        with torch.no_grad():
+            disp = network({"features": name})(image)
+        return {
+            "features": name,
+            "size": list(voxels),
+            "cpu_s": time.process_time() - begin,
+            "mean": float(disp.mean()),
+        }
+
+    for name in features.split(",") if isinstance(features, str) else features:
+        rows.append(in_a_process(lambda name=name: work(name)))
+        print("{features:5s} {size}  {cpu_s:.1f} CPU-s  {peak_gib:.2f} GiB".format(**rows[-1]), flush=True)
+        report(rows, output)
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    fire.Fire({"accuracy": accuracy, "capture": capture, "size": size})
