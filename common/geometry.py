@@ -67,6 +67,13 @@ def is_stripped(channel: np.ndarray) -> bool:
     return bool((channel == 0).mean() >= 0.05)
 
 
+def foreground_floor(channel: np.ndarray) -> float:
+    """Value above which a scan shows something: 0, or the smallest value of a scan that has values below 0 and no
+    background of exactly 0 (CT in Hounsfield units: air)."""
+    lowest = float(channel.min())
+    return lowest if lowest < 0 and not is_stripped(channel) else 0.0
+
+
 def foreground_box(channel: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """First and last voxel of the foreground of a scan with background 0; None for any other scan."""
     if not is_stripped(channel) or not (channel > 0).any():

@@ -144,24 +144,36 @@ class AlignAndGridd(Transform):
 
 
 class ScaleForegroundd(Transform):
-    """Scale each channel to [0, 1]: x / (99.5th percentile of the voxels > 0), clipped.
+    """Scale each channel to [0, 1]: (x - low) / (high - low), clipped.
 
-    The rule that the shipped weights were trained with; for skull-stripped scans, whose background is 0.
+    Without a range, low is `geometry.foreground_floor` (0 for skull-stripped MR, air for CT) and high the 99.5th
+    percentile of the voxels above it: the rule that the shipped weights were trained with.
+
+    Args:
+        keys: scans to scale.
+        intensity_range: (low, high) for scans whose values have a unit, as [-1000, 1000] for CT.
     """
 
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        self.keys = tuple(keys)
+    def __init__(self, keys: tuple[str, ...], intensity_range: tuple[float, float] | None = None) -> None:
+        if intensity_range is not None and not (len(intensity_range) == 2 and intensity_range[0] < intensity_range[1]):
+            raise InputError(f"--intensity_range must be [low, high] with low < high, got {intensity_range}")
+        self.keys, self.range = tuple(keys), intensity_range
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
         for key in self.keys:
             scan = data[key].float()
             for channel in scan:
-                inside = channel[channel > 0]
-                top = np.percentile(inside.numpy(), 99.5) if len(inside) else 1.0
-                channel.copy_((channel / max(float(top), 1e-12)).clamp(0, 1))
+                low, high = self.range or self._range(channel.numpy())
+                channel.copy_(((channel - low) / max(high - low, 1e-12)).clamp(0, 1))
             data[key] = scan
         return data
+
+    @staticmethod
+    def _range(channel: np.ndarray) -> tuple[float, float]:
+        low = geometry.foreground_floor(channel)
+        inside = channel[channel > low]
+        return low, float(np.percentile(inside, 99.5)) if len(inside) else low + 1.0
 
 
 class PackPaird(Transform):
@@ -324,8 +336,8 @@ class DeliverPaird(Transform):
         outside = io.background(moving[0])
         start = io.resample(moving[0], moving_affine, fixed.shape[1:], fixed_affine, affine, outside=outside)
         f, s, w = (torch.from_numpy(np.ascontiguousarray(x)) for x in (fixed[0], start, warped[0]))
-        inside = f > 0
-        overlap = 2 * float(((s > 0) & inside).sum()) / max(float((s > 0).sum() + inside.sum()), 1.0)
+        inside, there = f > geometry.foreground_floor(fixed[0]), s > geometry.foreground_floor(moving[0])
+        overlap = 2 * float((there & inside).sum()) / max(float(there.sum() + inside.sum()), 1.0)
         row = {"overlap": overlap, "ncc_before": ncc(s, f, inside), "ncc_after": ncc(w, f, inside)}
         if self.surface:
             row |= {"ssim_before": ssim(_scaled(s), _scaled(f)), "ssim_after": ssim(_scaled(w), _scaled(f))}

@@ -395,6 +395,17 @@ def test_scale_foreground_known_values() -> None:
     assert not scaled[1].any(), "an empty channel stays empty"
 
 
+def test_scale_of_scans_with_a_unit() -> None:
+    """CT: air is 0 whatever its value; a range asked for is obeyed; a few values below 0 do not move MR's background."""
+    scan = torch.linspace(-1000, 1000, 1000).view(1, 10, 10, 10)
+    by_rule = ScaleForegroundd(("a",))({"a": MetaTensor(scan.clone())})["a"].as_tensor().flatten()
+    assert by_rule[0] == 0 and by_rule[-1] == 1 and by_rule[500] == pytest.approx(0.5, abs=0.01)
+    asked = ScaleForegroundd(("a",), [-500, 500])({"a": MetaTensor(scan.clone())})["a"].as_tensor().flatten()
+    torch.testing.assert_close(asked, ((scan.flatten() + 500) / 1000).clamp(0, 1))
+    with pytest.raises(io.InputError, match="--intensity_range must be .low, high. with low < high"):
+        ScaleForegroundd(("a",), [5, 5])
+
+
 def test_pack_puts_moving_first() -> None:
     space = torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0], dtype=torch.float64))
     moving = MetaTensor(torch.ones(1, 4, 5, 6), meta={"filename_or_obj": "m"})
