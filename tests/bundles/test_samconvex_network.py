@@ -140,6 +140,16 @@ def test_levels_of_table_3(radii: tuple[int, ...]) -> None:
     assert disp.shape == (1, 3, 33, 40, 37) and torch.isfinite(disp).all() and disp[:, 0].mean() < -0.5
 
 
+@pytest.mark.parametrize("options", ({}, {"cost_smoothing": 2, "padding": "zeros", "consistent": True}))
+def test_budget_changes_nothing(options: dict) -> None:
+    """Slabs of three planes give what the whole volume gives."""
+    image = torch.cat([smooth_scan((44, 32, 36)), smooth_scan((44, 32, 36), 1)], 1)
+    whole = SAMConvex(radii=(2, 3), **options)(image)
+    budget = 3 * 4 * 343 * 16 * 18 / 2**30
+    torch.testing.assert_close(SAMConvex(radii=(2, 3), budget=budget, **options)(image), whole, rtol=0, atol=1e-5)
+    assert whole.abs().mean() > 0.1
+
+
 def test_batch_and_channels() -> None:
     scans = torch.cat([smooth_scan((24, 24, 24), seed) for seed in range(8)]).view(2, 4, 24, 24, 24)
     net = SAMConvex(channels=2, radii=(2, 2))

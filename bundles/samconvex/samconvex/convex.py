@@ -1,6 +1,7 @@
 """Coupled convex optimisation: the displacement that a cost volume wants, made smooth by turns."""
 
 import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +15,12 @@ SLAB = 1 << 22  # scores looked at together
 
 
 def coupled_convex(
-    cost: Tensor, radius: int, *, thetas: tuple[float, ...] = THETAS, smoothing: int = 3, step: Tensor | None = None
+    cost: Tensor | Sequence[Callable[[], Tensor]],
+    radius: int,
+    *,
+    thetas: tuple[float, ...] = THETAS,
+    smoothing: int = 3,
+    step: Tensor | None = None,
 ) -> Tensor:
     """Alternate between the best offset of each voxel and a smooth field.
 
@@ -22,7 +28,8 @@ def coupled_convex(
     v_t = argmin_d cost(d) + theta_t |s (d - u_{t-1})|^2,  u_t = box^n(v_t),  t = 1..6
 
     Args:
-        cost: (B, (2r+1)^3, I, J, K) cost of every offset, smaller is better; offsets i slowest, k fastest.
+        cost: (B, (2r+1)^3, I, J, K) cost of every offset, smaller is better; offsets i slowest, k fastest. Or its slabs
+            along axis I, each a function that gives one: a volume too large to be kept is computed in every round.
         radius: r.
         thetas: weights of the coupling, growing.
         smoothing: n, number of 3x3x3 box means after each round (zeros outside counted).
@@ -35,32 +42,49 @@ def coupled_convex(
     Source: SAMConvex eq. 3-5, after Heinrich et al., MICCAI 2014; six rounds as in the released code (the paper says
     five and lists six weights). Ours: of equal costs the shortest offset wins v_0, not the first.
     """
-    batch, count, *size = cost.shape
-    rows = cost.permute(0, 2, 3, 4, 1).reshape(batch, -1, count)
-    table = offsets(radius, cost)
-    scaled = table if step is None else table * step.to(table)
-    square = scaled.square().sum(1)
-    length = max(SLAB // count, 1)
-    lengths = [i * i + j * j + k * k for i, j, k in itertools.product(range(-radius, radius + 1), repeat=3)]
-    shortest = sorted(range(count), key=lengths.__getitem__)  # of equal costs the shortest: background stays put
-    order = torch.tensor(shortest, device=cost.device)
-    best = torch.cat([order[part[..., order].argmin(2)] for part in rows.split(length, dim=1)], 1)
-    disp = box_mean(_field(best, table, size))
+    slabs = [lambda: cost] if isinstance(cost, Tensor) else cost
+    disp = box_mean(torch.cat([_shortest(slab(), radius) for slab in slabs], 2))
     for theta in thetas:
-        pull = disp if step is None else disp * step.to(disp).view(1, 3, 1, 1, 1)
-        pull = pull.permute(0, 2, 3, 4, 1).reshape(batch, -1, 3)
-        best = torch.empty(rows.shape[:2], dtype=torch.int64, device=cost.device)
-        for b in range(batch):
-            for at in range(0, rows.shape[1], length):
-                part = slice(at, at + length)
-                # |d - u|^2 without its |u|^2, which is the same for every d
-                coupled = torch.addmm(square, pull[b, part], scaled.t(), beta=theta, alpha=-2 * theta)
-                best[b, part] = coupled.add_(rows[b, part]).argmin(1)
-        disp = box_mean(_field(best, table, size), times=smoothing)
+        parts, at = [], 0
+        for slab in slabs:
+            part = slab()
+            parts.append(_coupled(part, disp[:, :, at : at + part.shape[2]], radius, theta, step))
+            at += part.shape[2]
+        disp = box_mean(torch.cat(parts, 2), times=smoothing)
     return disp
 
 
-def _field(index: Tensor, table: Tensor, size: list[int]) -> Tensor:
+def _shortest(cost: Tensor, radius: int) -> Tensor:
+    """v_0 as a field: of equal costs the shortest offset, so that a background of nothing stays where it is."""
+    lengths = [i * i + j * j + k * k for i, j, k in itertools.product(range(-radius, radius + 1), repeat=3)]
+    order = torch.tensor(sorted(range(len(lengths)), key=lengths.__getitem__), device=cost.device)
+    rows = cost.flatten(2).transpose(1, 2)
+    best = torch.cat([order[part[..., order].argmin(2)] for part in rows.split(_length(cost), dim=1)], 1)
+    return _field(best, offsets(radius, cost), cost.shape[2:])
+
+
+def _coupled(cost: Tensor, disp: Tensor, radius: int, theta: float, step: Tensor | None) -> Tensor:
+    """v_t as a field, given u_{t-1}."""
+    table = offsets(radius, cost)
+    scaled = table if step is None else table * step.to(table)
+    square = scaled.square().sum(1)
+    pull = disp if step is None else disp * step.to(disp).view(1, 3, 1, 1, 1)
+    rows, pull = (x.permute(0, 2, 3, 4, 1).flatten(1, 3) for x in (cost, pull))
+    best = torch.empty(rows.shape[:2], dtype=torch.int64, device=cost.device)
+    for b, at in itertools.product(range(len(cost)), range(0, rows.shape[1], _length(cost))):
+        part = slice(at, at + _length(cost))
+        # |d - u|^2 without its |u|^2, which is the same for every d
+        coupled = torch.addmm(square, pull[b, part], scaled.t(), beta=theta, alpha=-2 * theta)
+        best[b, part] = coupled.add_(rows[b, part]).argmin(1)
+    return _field(best, table, cost.shape[2:])
+
+
+def _length(cost: Tensor) -> int:
+    """Voxels whose scores are looked at together."""
+    return max(SLAB // cost.shape[1], 1)
+
+
+def _field(index: Tensor, table: Tensor, size: Sequence[int]) -> Tensor:
     """Offsets number `index` (B, V) as a field (B, 3, I, J, K)."""
     return table[index].view(len(index), *size, 3).permute(0, 4, 1, 2, 3)
 

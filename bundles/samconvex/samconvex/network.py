@@ -1,5 +1,6 @@
 """SAMConvex (Li et al., MICCAI 2023): image pyramid, cost volume, coupled convex optimisation, composition."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 
@@ -52,6 +53,8 @@ class SAMConvex(nn.Module):
         coupling: "voxel" couples in voxels of the features, so that it regularises; "normalised" as the released code.
         padding: of `cost_volume`, outside the moving features.
         cost_smoothing: number of 3x3x3 box means of the cost in space (ConvexAdam takes 2).
+        budget: GiB that a cost volume may take. A larger one is never held: its slabs are computed anew in each of the
+            seven rounds, which is slower. The other buffers are those of `cost_volume` and the features.
         consistent: also register fixed to moving at each level, and make the two inverses of each other.
 
     Source: SAMConvex section 3; Table 3 varies `radii`. The released code takes features of the warped scan anew at
@@ -70,6 +73,7 @@ class SAMConvex(nn.Module):
         padding: str = "border",
         cost_smoothing: int = 0,
         consistent: bool = False,
+        budget: float = 4.0,
     ) -> None:
         super().__init__()
         if not radii or min(radii) < 1:
@@ -81,7 +85,7 @@ class SAMConvex(nn.Module):
         named = {"sam": lambda: SAM(channels), "mind": MIND}
         self.channels, self.features = channels, named[features]() if isinstance(features, str) else features
         self.radii, self.thetas, self.smoothing = tuple(radii), tuple(thetas), smoothing
-        self.coupling, self.consistent = coupling, consistent
+        self.coupling, self.consistent, self.budget = coupling, consistent, budget
         self.padding, self.cost_smoothing = padding, cost_smoothing
 
     @torch.no_grad()
@@ -115,12 +119,28 @@ class SAMConvex(nn.Module):
         return disp
 
     def direction(self, feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Tensor:
-        """Cost volume and coupled convex optimisation."""
-        cost = cost_volume(feat_fixed, feat_moving, radius, similarity="ssd", padding=self.padding)
-        cost = box_mean(cost, times=self.cost_smoothing)
-        size = torch.tensor(feat_fixed.shape[2:], device=cost.device)
+        """Cost volume and coupled convex optimisation; a volume above `budget` in slabs, computed in every round."""
+        size = torch.tensor(feat_fixed.shape[2:], device=feat_fixed.device)
         step = 2 / (size - 1).clamp(min=1) if self.coupling == "normalised" else None
+        per_plane = 4 * (2 * radius + 1) ** 3 * feat_fixed[:, 0, 0].numel()
+        planes = max(int(self.budget * 2**30 / per_plane), 1)
+        cost = [
+            functools.partial(self.cost, feat_fixed, feat_moving, radius, slice(begin, begin + planes))
+            for begin in range(0, feat_fixed.shape[2], planes)
+        ]
+        cost = cost if len(cost) > 1 else cost[0]()
         return coupled_convex(cost, radius, thetas=self.thetas, smoothing=self.smoothing, step=step)
+
+    def cost(self, feat_fixed: Tensor, feat_moving: Tensor, radius: int, planes: slice) -> Tensor:
+        """Costs of the planes begin..end along axis I, from these planes and as many beside them as they look at."""
+        halo = radius + self.cost_smoothing
+        begin, end, _ = planes.indices(feat_fixed.shape[2])
+        first = max(begin - halo, 0)
+        near = slice(first, end + halo)
+        similarity = {"similarity": "ssd", "padding": self.padding}
+        cost = cost_volume(feat_fixed[:, :, near], feat_moving[:, :, near], radius, **similarity)
+        cost = box_mean(cost, times=self.cost_smoothing)
+        return cost[:, :, begin - first : end - first]
 
 
 def _traced() -> bool:
