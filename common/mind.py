@@ -55,6 +55,12 @@ def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 2) -> Tensor:
 def box_mean(x: Tensor, *, radius: int = 1, padding: str = "zeros", times: int = 1) -> Tensor:
     """`times` means over the (2r+1)^3 cube of (B, C, I, J, K): zeros outside counted, or the border repeated."""
     width = 2 * radius + 1
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # the same in a few nodes of the graph, but slower
+        for _ in range(times):
+            x = F.pad(x, (radius,) * 6, mode="replicate" if padding == "border" else "constant")
+            for kernel in ((width, 1, 1), (1, width, 1), (1, 1, width)):
+                x = F.avg_pool3d(x, kernel, stride=1)
+        return x
     for _ in range(times):
         for axis in (2, 3, 4):
             sides = [0] * 6

@@ -33,6 +33,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped elsewhere")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU the kernels' tests run on it, and so are chosen by `-m gpu` too."""
+    for item in items if KERNEL_DEVICE == "cuda" else ():
+        values = getattr(getattr(item, "callspec", None), "params", {}).values()
+        if "triton" in values or "kernel_device" in getattr(item, "fixturenames", ()) or "kernel" in item.name:
+            item.add_marker(pytest.mark.gpu)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and KERNEL_DEVICE != "cuda":
         pytest.skip("needs a CUDA device")
