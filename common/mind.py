@@ -57,9 +57,14 @@ def box_mean(x: Tensor, *, radius: int = 1, padding: str = "zeros", times: int =
     width = 2 * radius + 1
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # the same in a few nodes of the graph, but slower
         for _ in range(times):
-            x = F.pad(x, (radius,) * 6, mode="replicate" if padding == "border" else "constant")
-            for kernel in ((width, 1, 1), (1, width, 1), (1, 1, width)):
-                x = F.avg_pool3d(x, kernel, stride=1)
+            for axis in range(3):
+                kernel, sides = [1, 1, 1], [0, 0, 0]
+                kernel[axis], sides[axis] = width, radius
+                if padding == "border":
+                    around = [n for side in reversed(sides) for n in (side, side)]
+                    x = F.avg_pool3d(F.pad(x, around, mode="replicate"), kernel, stride=1)
+                else:
+                    x = F.avg_pool3d(x, kernel, stride=1, padding=sides)
         return x
     for _ in range(times):
         for axis in (2, 3, 4):

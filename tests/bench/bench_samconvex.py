@@ -29,12 +29,14 @@ VARIANTS = {  # options of the network, steps and similarity of the refinement
     "convexadam.json": ({"features": "convexadam"}, 0, "lncc"),
     "mind": ({"features": "mind"}, 0, "lncc"),
     "mind + 50 steps on MIND": ({"features": "mind"}, 50, "mind"),
+    "mind + 25 steps on LNCC": ({"features": "mind"}, 25, "lncc"),
     "mind + 50 steps on LNCC": ({"features": "mind"}, 50, "lncc"),
     "sam": ({"features": "sam"}, 0, "lncc"),
     "sam + 50 steps on SAM": ({"features": "sam"}, 50, "features"),
+    "sam + 20 steps on LNCC": ({"features": "sam"}, 20, "lncc"),
     "sam + 50 steps on LNCC": ({"features": "sam"}, 50, "lncc"),
 }
-TABLE3 = {"Pym1 N=3": [3], "Pym1 N=6": [6], "Pym2": [3, 3], "Pym3": [2, 3, 3]}
+TABLE3 = {"Pym1 N=3": [3], "Pym1 N=6": [6], "Pym2": [3, 3]}  # Pym3 is the default
 for name, radii in TABLE3.items():
     VARIANTS[f"sam, {name}"] = ({"features": "sam", "radii": radii}, 0, "lncc")
 
