@@ -60,7 +60,7 @@ def test_smooth_keeps_constants() -> None:
 
 
 def error(found: torch.Tensor, truth: torch.Tensor, part: tuple = (slice(6, -6),) * 3) -> float:
-    return float((truth - found).norm(dim=1)[:, *part].mean())
+    return float((truth - found).norm(dim=1)[(slice(None), *part)].mean())
 
 
 @pytest.mark.parametrize("similarity", ("mind", "features"))
