@@ -65,11 +65,11 @@ def list_pairs(
     if pairs:
         rows = read_pairs(pairs)
     elif moving:
-        rows = [{name: str(Path(value).absolute()) for name, value in row.items() if value}]
+        rows = [{name: os.path.abspath(value) for name, value in row.items() if value}]
     elif dataset_dir:
         rows = dataset_pairs(dataset_dir)
     else:
-        return [write_phantom(Path(output_dir) / "phantom_input")]
+        return [write_phantom(Path(os.path.abspath(output_dir)) / "phantom_input")]
     taken: set[str] = set()
     for row in rows:
         for name, value in row.items():
@@ -128,7 +128,8 @@ def read_pairs(path: str) -> list[dict[str, str]]:
             if "fixed" not in row or "moving" not in row:
                 raise InputError(f"{path}: line {reader.line_num} lacks fixed or moving")
             folder = Path(path).absolute().parent
-            rows.append({name: value if name == "id" else str(folder / value) for name, value in row.items()})
+            paths = {name: os.path.abspath(folder / value) for name, value in row.items() if name != "id"}
+            rows.append({name: paths.get(name, value) for name, value in row.items()})
     if not rows:
         raise InputError(f"{path}: holds no pairs")
     return rows

@@ -1,7 +1,11 @@
 """Glue between the pair transforms and MONAI's engines: weights, inferer, metric, tables, one-sentence errors."""
 
+import ast
+import difflib
+import inspect
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,6 +16,8 @@ import ignite.distributed
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
+from monai.bundle import ConfigParser
+from monai.bundle import run as bundle_run
 from monai.data import DistributedSampler
 from monai.engines import Evaluator
 from monai.handlers import CheckpointLoader, IgniteMetricHandler
@@ -25,18 +31,21 @@ from common.io import InputError, output_folder, write_table
 from common.metrics import label_overlap, mean_over_labels
 from common.refine import SIMILARITIES, refine
 
+OUR_WORDS = re.compile(r"\w+\(\) '\w+' must ")  # how our argument checks begin
+
 
 def one_sentence_errors() -> None:
     """From now on an InputError that nobody catches ends the program with its sentence instead of a traceback.
 
-    For command lines: it replaces sys.excepthook, which looks through the causes that MONAI wraps around an error.
+    So does a ValueError in the words of our own argument checks. For command lines: it replaces sys.excepthook, which
+    looks through the causes that MONAI wraps around an error.
     """
     usual = sys.excepthook
 
     def hook(kind, error, traceback) -> None:
         cause, seen = error, set()
         while cause is not None and id(cause) not in seen:
-            if isinstance(cause, InputError):
+            if isinstance(cause, InputError) or (isinstance(cause, ValueError) and OUR_WORDS.match(str(cause))):
                 print(f"error: {cause}", file=sys.stderr)
                 return
             seen.add(id(cause))
@@ -47,11 +56,40 @@ def one_sentence_errors() -> None:
         sys.excepthook = hook
 
 
+def refuse_unknown_options() -> None:
+    """Stop at an option on the command line of `monai.bundle run` that no config has; MONAI would take it silently.
+
+    Raises:
+        InputError: naming the option, and the nearest one that exists.
+    """
+    options = dict(_options_of(sys.argv[1:]))
+    files = options.get("config_file")
+    if "run" not in sys.argv[1:3] or not files:
+        return
+    files = ast.literal_eval(files) if files.startswith("[") else files.split(",")
+    known = set(ConfigParser.load_config_files(files)) | set(inspect.signature(bundle_run).parameters)
+    for option in options:
+        name = re.split("::|#", option)[0]
+        if name not in known | {"bundle_root", "help"}:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise InputError(f"--{option}: there is no such option" + (f", did you mean --{near[0]}?" if near else ""))
+
+
+def _options_of(words: list[str]) -> list[tuple[str, str]]:
+    """--name value, --name=value and --name as pairs."""
+    found = []
+    for n, word in enumerate(words):
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            found.append((name, value if equals else words[n + 1] if n + 1 < len(words) else ""))
+    return found
+
+
 def load_weights(network: nn.Module, path: str | os.PathLike | None, device: torch.device | str = "cpu") -> nn.Module:
     """Load a plain state dict into `network`, strictly, and move it to `device`; `path` None or "" leaves it untrained.
 
     Raises:
-        InputError: missing file, not a state dict, or weights of another network.
+        InputError: missing file, not a state dict, weights of another network, or a device that is not there.
     """
     if path:
         if not os.path.isfile(path):
@@ -70,7 +108,10 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None, device: tor
                 f"{path}: these weights do not fit the network {type(network).__name__}, first at {wrong[0]!r}"
             )
         network.load_state_dict(state)
-    return network.to(device)
+    try:
+        return network.to(device)
+    except (RuntimeError, AssertionError) as error:  # no CUDA in this torch, or no such device
+        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
 class RegistrationInferer(Inferer):
@@ -99,6 +140,9 @@ class RegistrationInferer(Inferer):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             disp = network(image, *args, **kwargs).float()
+            if mask is not None and not self.refine_steps:
+                text = "masks act in the refinement only, and --refine_steps is 0"
+                warnings.warn(text, RegistrationWarning, stacklevel=2)
             if self.refine_steps:
                 progress.stage("refining")
                 features = getattr(network, "features", None) if self.similarity == "features" else None
@@ -182,6 +226,11 @@ class PairTable:
 
     def _fail(self, engine: Engine, error: BaseException) -> None:
         progress.close()
+        if self.rows:
+            done = f"{len(self.rows)} of {len(engine.state.dataloader)} pairs are finished"
+            print(f"stopped at a bad pair; {done} and kept in {self.path.parent}", file=sys.stderr)
+        elif self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
         raise error
 
     def summary(self) -> str:
@@ -203,7 +252,8 @@ class PairTable:
             before, after = (self._mean(f"{name}_{when}") for when in ("before", "after"))
             if after == after:
                 lines.append(f"  {text}: {before:.3f} after pre-alignment, {after:.3f} after registration")
-        lines.append(f"  folding: {self._mean('folding_pct'):.3f} % of the voxels, SDlogJ {self._mean('sdlogj'):.3f}")
+        folding = f"{self._mean('folding_pct'):.3f} % of the fixed foreground"
+        lines.append(f"  folding: {folding}, SDlogJ {self._mean('sdlogj'):.3f}")
         warned = [row["id"] for row in self.rows if row.get("warnings")]
         if warned:
             lines.append(f"  warnings for {len(warned)} of the pairs, first {warned[0]}: {self._warning(warned[0])}")

@@ -189,9 +189,8 @@ class PackPaird(Transform):
             grids = f"has grid {tuple(moving.shape[1:])}, {fixed.meta['filename_or_obj']} has {tuple(fixed.shape[1:])}"
             hint = "align them to one grid (--prealign affine)"
             raise InputError(f"{moving.meta['filename_or_obj']}: {grids}; {hint}")
-        image = MetaTensor(
-            torch.cat([moving.as_tensor(), fixed.as_tensor()]), affine=fixed.affine, meta=dict(fixed.meta)
-        )
+        meta = {name: value for name, value in fixed.meta.items() if name != "affine"}
+        image = MetaTensor(torch.cat([moving.as_tensor(), fixed.as_tensor()]), affine=fixed.affine, meta=meta)
         return data | {"image": image}
 
 
@@ -327,8 +326,7 @@ class DeliverPaird(Transform):
         if self.save:
             progress.stage("writing")
             io.write_folder(self.output_dir / data["id"], writers)
-        if notes := progress.take_notes():
-            row["warnings"] = notes
+        row["warnings"] = progress.take_notes()
         row["seconds"] = time.time() - float(data["started"])
         return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
 

@@ -26,10 +26,10 @@ sys.path[:0] = [str(ROOT), str(BUNDLE)]
 VARIANTS = {  # options of the network, steps and similarity of the refinement
     "start": None,
     "package": None,
-    "convexadam.json": ({"features": "convexadam"}, 0, "lncc"),
+    "convexadam.json": ({"features": "convexadam"}, 80, "mind"),
     "mind": ({"features": "mind"}, 0, "lncc"),
     "mind + 50 steps on MIND": ({"features": "mind"}, 50, "mind"),
-    "mind + 25 steps on LNCC": ({"features": "mind"}, 25, "lncc"),
+    "mind + 20 steps on LNCC": ({"features": "mind"}, 20, "lncc"),
     "mind + 50 steps on LNCC": ({"features": "mind"}, 50, "lncc"),
     "sam": ({"features": "sam"}, 0, "lncc"),
     "sam + 50 steps on SAM": ({"features": "sam"}, 50, "features"),
@@ -132,6 +132,7 @@ def one_pair(name, moving, fixed):
     torch.set_num_threads(1)
     (moving, moving_label), (fixed, fixed_label) = load(moving), load(fixed)
     image = torch.cat([moving, fixed], 1)
+    register(name, image[..., 16:48, 16:48, 16:48].contiguous())  # what a process loads and builds once is not counted
     begin = time.process_time()
     disp = register(name, image)
     seconds = time.process_time() - begin

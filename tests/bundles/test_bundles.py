@@ -224,8 +224,8 @@ def test_onnx_export(bundle: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = net(image)
     assert expected.abs().mean() > 0.05
-    # Not every voxel: where two k-means clusters or two offsets of a cost volume are equally good, rounding decides, and
-    # smoothing carries that to the neighbourhood.
+    # Not every voxel: where two k-means clusters or two offsets of a cost volume are equally good, rounding decides,
+    # and smoothing carries that to the neighbourhood.
     error = (torch.from_numpy(found) - expected).abs()
     assert error.mean() <= 3e-3 * expected.abs().mean()
     assert (error <= 1e-3).double().mean() >= (0.95 if bundle.name == "samconvex" else 0.99)

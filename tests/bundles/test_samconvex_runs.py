@@ -98,9 +98,35 @@ def test_what_it_warns_of_is_in_the_table(raw: Path, tmp_path: Path) -> None:
         assert part in row["warnings"] and part in text
 
 
-def test_unknown_choices_are_refused(raw: Path, tmp_path: Path) -> None:
+REFUSED = {
+    "similarity": (
+        "--refine_similarity",
+        "mi",
+        "error: --refine_similarity must be one of lncc, mind, features, got mi",
+    ),
+    "features": ("--features", "SAM", "error: SAMConvex() 'features' must be 'sam', 'mind' or a module, got 'SAM'"),
+    "option": ("--moving_lable", "x", "error: --moving_lable: there is no such option, did you mean --moving_label?"),
+    "device": ("--device", "cuda:99", "error: --device cuda:99: "),
+}
+
+
+@pytest.mark.parametrize("name, value, sentence", REFUSED.values(), ids=REFUSED)
+def test_wrong_options_are_refused(raw: Path, tmp_path: Path, name: str, value: str, sentence: str) -> None:
     pair = "--moving", raw / "moving.nii.gz", "--fixed", raw / "fixed.nii.gz", "--output_dir", tmp_path / "out"
-    done = command(*from_root("inference.json"), *pair, "--refine_similarity", "mi")
+    done = command(*from_root("inference.json"), *pair, name, value)
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "error: --refine_similarity must be one of lncc, mind, features, got mi" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(sentence), done.stderr[-2000:]
     assert not (tmp_path / "out").exists()
+
+
+def test_masks_without_refinement_are_not_ignored_silently(raw: Path, tmp_path: Path) -> None:
+    pair = (
+        "--moving",
+        raw / "moving.nii.gz",
+        "--fixed",
+        raw / "fixed.nii.gz",
+        "--fixed_mask",
+        raw / "fixed_label.nii.gz",
+    )
+    options = "--spacing", 4.0, "--save", "False", "--output_dir", tmp_path
+    assert "masks act in the refinement only" in succeeded(command(*from_root("inference.json"), *pair, *options))
