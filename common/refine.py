@@ -153,7 +153,7 @@ def _feature_fit(
 
     def fit(disp: Tensor) -> Tensor:
         distance = (warp(moving, disp) - fixed).square().sum(1, keepdim=True)
-        return distance.mean() if weight is None else (distance * weight).sum() / weight.sum()
+        return distance.mean() if weight is None else (distance * weight).sum() / weight.sum().clamp(min=1)
 
     return fit, tuple(fixed.shape[2:])
 

@@ -127,3 +127,13 @@ def test_rejects_contradictions() -> None:
             refine(truth, image, 1, **options)
     with pytest.raises(ValueError, match="'mask' must have shape .1, 2, 32, 32, 32., moving then fixed, got"):
         refine(truth, image, 1, mask=torch.ones(1, 1, 32, 32, 32))
+
+
+def test_mask_too_small_for_the_grid_of_the_features() -> None:
+    """One voxel that the coarser grid steps over: nothing to compare there, and no NaN."""
+    image, truth = pair()
+    mask = torch.zeros(1, 2, 32, 32, 32)
+    mask[:, :, 15, 16, 15] = 1
+    mask[:, 0] = 1
+    found = refine(torch.zeros_like(truth), image, 3, similarity="mind", mask=mask, progress=False)
+    assert torch.isfinite(found).all()
