@@ -52,6 +52,12 @@ def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 2) -> Tensor:
     return distance.div_(spread).neg_().exp_()
 
 
+def mind_features(image: Tensor, *, radius: int = 1, dilation: int = 2, stride: int = 2) -> Tensor:
+    """(B, C, I, J, K) -> (B, 12 C, I/stride, ...): MIND-SSC of each channel, averaged over stride^3 voxels."""
+    found = torch.cat([mind_ssc(channel, radius=radius, dilation=dilation) for channel in image.split(1, 1)], 1)
+    return F.avg_pool3d(found, stride, ceil_mode=True, count_include_pad=False)
+
+
 def box_mean(x: Tensor, *, radius: int = 1, padding: str = "zeros", times: int = 1) -> Tensor:
     """`times` means over the (2r+1)^3 cube of (B, C, I, J, K): zeros outside counted, or the border repeated."""
     width = 2 * radius + 1

@@ -12,7 +12,7 @@ from tqdm import trange
 from common import RegistrationWarning
 from common.fields import resize_disp, unfold
 from common.losses import box_sum, diffusion, lncc
-from common.mind import mind_ssc
+from common.mind import mind_features
 from common.ops import warp
 
 
@@ -99,7 +99,7 @@ def refine(
         counts = [(coarse, round(steps * coarse_share)), (size, steps - round(steps * coarse_share))]
         stages = [(_lncc_fit(_resize(image, at), _resize(weight, at), window), at, n) for at, n in counts if n]
     else:
-        fit, size = _feature_fit(image, weight, _mind if similarity == "mind" else features)
+        fit, size = _feature_fit(image, weight, mind_features if similarity == "mind" else features)
         stages = [(fit, size, steps)]
     bar = trange(steps, desc="refine", unit="step", file=sys.stderr, leave=False, disable=not progress)
     start = result
@@ -127,12 +127,6 @@ def _resize(image: Tensor | None, size: tuple[int, ...]) -> Tensor | None:
     if image is None or image.shape[2:] == size:
         return image
     return F.interpolate(image, size=tuple(size), mode="trilinear", align_corners=True)
-
-
-def _mind(scan: Tensor) -> Tensor:
-    """MIND-SSC of each channel, averaged over 2x2x2 voxels."""
-    found = torch.cat([mind_ssc(channel) for channel in scan.split(1, 1)], 1)
-    return F.avg_pool3d(found, 2, ceil_mode=True, count_include_pad=False)
 
 
 def _lncc_fit(image: Tensor, weight: Tensor | None, window: int) -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common import RegistrationWarning
 from common.fields import compose, resize_disp
-from common.mind import box_mean, mind_ssc
+from common.mind import box_mean, mind_features
 from common.ops import cost_volume, warp
 
 COUPLINGS = ("voxel", "normalised")
@@ -32,8 +32,7 @@ class MIND(nn.Module):
 
     def forward(self, image: Tensor, finest: bool = True) -> Tensor:
         """(B, C, I, J, K) -> (B, 12 C, I/2, J/2, K/2); every channel of the scan has its own descriptor."""
-        feats = [mind_ssc(channel, radius=self.radius, dilation=self.dilation) for channel in image.split(1, 1)]
-        return F.avg_pool3d(torch.cat(feats, 1), self.stride, ceil_mode=True, count_include_pad=False)
+        return mind_features(image, radius=self.radius, dilation=self.dilation, stride=self.stride)
 
 
 class SAMConvex(nn.Module):
