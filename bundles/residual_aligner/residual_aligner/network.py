@@ -151,8 +151,9 @@ class RAN(nn.Module):
                 before, factor = g.pool[k - 1], g.pool[k - 1] // g.pool[k]
                 feat = torch.cat([modules[-1].feat, enlarge(shortcuts[4 - k], 2 ** (5 - k) // before)], 1)
                 last = enlarge(modules[-1].disp * factor, factor), enlarge(modules[-1].attributes, factor)
-            moving, fixed = self.run(block, feat).chunk(2)
-            own, other = torch.cat([moving, fixed]), torch.cat([fixed, moving])
+            feat = self.run(block, feat)
+            moving, fixed = feat.chunk(2)
+            own, other = feat, torch.cat([fixed, moving])
             if fixed_only and k == 4:
                 own, other, last = fixed, moving, tuple(x.chunk(2)[1] for x in last)
             modules.append(self.run(aligner, self.shared, own, other, last))
