@@ -1,5 +1,6 @@
 """Weights published by the authors (TensorFlow), under our names."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -52,7 +53,7 @@ def from_official(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     state = {}
     for name, array in arrays.items():
         layer, _, kind = name.rpartition("/")
-        stem = layer if layer in NAMES else layer.rpartition("_")[0]
+        stem = re.sub(r"^(.+_\d+)_\d+$", r"\1", layer)
         if stem not in NAMES or kind not in PARAMETERS:
             raise ValueError(f"from_official() 'arrays' must hold the variables of RAN only, got {name!r}")
         value = torch.from_numpy(np.array(array))
