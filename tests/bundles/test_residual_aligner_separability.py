@@ -1,10 +1,13 @@
 """Motion separability: eq. 4-9 worked out by hand, and the measured pairs counted by brute force."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
+from PIL import Image
 
 from residual_aligner import separability as sep
 from residual_aligner.network import VARIANTS
@@ -95,3 +98,23 @@ def test_density() -> None:
     smooth = sep.density(counts)
     assert smooth.sum() == pytest.approx(1) and smooth.argmax() == counts.argmax() and 0.1 < smooth.max() < 0.3
     assert sep.density(counts, sigma=0).max() == 1
+
+
+def test_handler_and_picture(tmp_path: Path) -> None:
+    """Counts add up over the pairs of a run; the picture has a square a bin, and the curve in red."""
+    label = torch.ones(1, 8, 8, 8)
+    disp = torch.zeros(3, 8, 8, 8)
+    disp[1, 4:] = 5.0
+    item = {"pred": disp, "warped_label": label, "target_label": torch.cat([label, label])}
+    engine = Engine(lambda engine, batch: [item, {"pred": disp}])
+    sep.MotionPairs(str(tmp_path / "out"), "ran3", distance=6, difference=8, pairs=5000).attach(engine)
+    engine.run([0, 1])
+    counts = np.load(tmp_path / "out" / "motion_pairs.npy")
+    expected = 2 * sep.motion_pairs(disp[None], label[0], label[0], distance=6, difference=8, pairs=5000)
+    np.testing.assert_array_equal(counts, expected)
+    assert set(np.nonzero(counts.sum(0))[0]) == {0, 5}
+    pixels = np.asarray(Image.open(tmp_path / "out" / "motion_pairs.png"))
+    assert pixels.shape == (8 * 16, 6 * 16, 3)
+    assert (pixels == (200, 0, 0)).all(-1).any()
+    dark = pixels[..., 1].astype(int)
+    assert dark[-8, 40] < dark[8, 40], "most neighbours move alike"

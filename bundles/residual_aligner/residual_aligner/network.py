@@ -5,6 +5,7 @@ does not describe the released code. Different from the released code: any input
 directions and both scans run as one batch; the fields of all modules are there for training.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -122,12 +123,13 @@ class RAN(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 2C, I, J, K), first C channels moving, last C fixed -> displacement (B, 3, I, J, K) in voxels."""
-        modules = self.align(self.both(image), fixed_only=True)
-        return self.displacement(modules[-1], image)
+        for module in self.align(self.both(image), fixed_only=True):
+            last = module  # the earlier ones are let go
+        return self.displacement(last, image)
 
     def register(self, image: Tensor) -> Registration:
         """Both directions of the same pair, with the outputs of every RA module, for training and analysis."""
-        modules = self.align(self.both(image))
+        modules = list(self.align(self.both(image)))
         back, disp = self.displacement(modules[-1], image).chunk(2)
         return Registration(disp, back, modules)
 
@@ -140,24 +142,26 @@ class RAN(nn.Module):
         padded = F.pad(image, [p for n in reversed(padding) for p in (0, n)])
         return torch.cat(padded.chunk(2, dim=1))
 
-    def align(self, streams: Tensor, *, fixed_only: bool = False) -> list[Aligned]:
-        """Sections 2.3 and 3 for scans whose sizes the encoder divides; `fixed_only` spares the last module half."""
+    def align(self, streams: Tensor, *, fixed_only: bool = False) -> Iterator[Aligned]:
+        """Sections 2.3 and 3, module by module, for scans whose sizes the encoder divides.
+
+        `fixed_only` leaves out half of the last module, which the displacement on the fixed grid does not need.
+        """
         shortcuts, g = self.extract(streams), self.geometry
-        modules: list[Aligned] = []
+        aligned, last = None, None
         feat = torch.cat([enlarge(x, 2**n // g.pool[0]) for n, x in enumerate(shortcuts, 1) if n > 4 - g.start], 1)
-        last = None
         for k, (block, aligner) in enumerate(zip(self.decoder, self.aligners)):
             if k > 0:
                 before, factor = g.pool[k - 1], g.pool[k - 1] // g.pool[k]
-                feat = torch.cat([modules[-1].feat, enlarge(shortcuts[4 - k], 2 ** (5 - k) // before)], 1)
-                last = enlarge(modules[-1].disp * factor, factor), enlarge(modules[-1].attributes, factor)
+                feat = torch.cat([aligned.feat, enlarge(shortcuts[4 - k], 2 ** (5 - k) // before)], 1)
+                last = enlarge(aligned.disp * factor, factor), enlarge(aligned.attributes, factor)
             feat = self.run(block, feat)
             moving, fixed = feat.chunk(2)
             own, other = feat, torch.cat([fixed, moving])
             if fixed_only and k == 4:
                 own, other, last = fixed, moving, tuple(x.chunk(2)[1] for x in last)
-            modules.append(self.run(aligner, self.shared, own, other, last))
-        return modules
+            aligned = self.run(aligner, self.shared, own, other, last)
+            yield aligned
 
     def extract(self, streams: Tensor) -> list[Tensor]:
         """The motion-aware extractor's encoder: shortcuts at 1/2, 1/4, 1/8 and 1/16 of the resolution."""

@@ -1,9 +1,12 @@
 """How different the motions of two neighbouring points can be: the paper's section 2, predicted and measured."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from ignite.engine import Engine, Events
+from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
@@ -124,3 +127,62 @@ def apart_share(counts: np.ndarray, *, distance: int = 4, difference: int = 4) -
     """Share of the pairs up to `distance` apart that move at least `difference` voxels unlike: Fig. 7's upper left."""
     near = counts[:distance]
     return float(near[:, difference:].sum() / max(near.sum(), 1))
+
+
+def picture(counts: np.ndarray, variant: str | None = None, *, pixels: int = 16) -> Image.Image:
+    """Fig. 7 (a): distance to the right, difference of the motions upwards, dark where pairs are many.
+
+    Shares of each column's own pairs, square root; with a variant, its separability curve (eq. 9) as a red line.
+    """
+    share = density(counts)
+    share = np.sqrt(share / share.sum(1, keepdims=True).clip(1e-12)).T[::-1]
+    grey = np.repeat(np.repeat(255 - 255 * share / share.max(), pixels, 0), pixels, 1)
+    image = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if variant:
+        curve = separability(np.arange(1, len(counts) + 1), VARIANTS[variant].pool, dilation_sums(variant))
+        heights = (counts.shape[1] - curve).clip(0) * pixels
+        steps = [(pixels * (n + end), float(y)) for n, y in enumerate(heights) for end in (0, 1)]
+        ImageDraw.Draw(image).line(steps, fill=(200, 0, 0), width=2)
+    return image
+
+
+class MotionPairs:
+    """Handler of a validation: `motion_pairs` added up over its pairs, written as motion_pairs.npy and .png.
+
+    Args:
+        output_dir: where the two files go.
+        variant: whose curve the picture shows.
+        distance, difference, pairs: of `motion_pairs`.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        variant: str | None = None,
+        *,
+        distance: int = 16,
+        difference: int = 16,
+        pairs: int = 200_000,
+    ) -> None:
+        self.folder, self.variant = Path(output_dir), variant
+        self.options = {"distance": distance, "difference": difference, "pairs": pairs}
+        self.counts = np.zeros((distance, difference), np.int64)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _add(self, engine: Engine) -> None:
+        for item in engine.state.output:
+            if "warped_label" in item:
+                fixed, warped = (torch.as_tensor(item[key])[0].cpu() for key in ("target_label", "warped_label"))
+                disp = torch.as_tensor(item["pred"])[None]
+                self.counts += motion_pairs(disp, fixed, warped, **self.options)
+
+    def _write(self, engine: Engine) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        np.save(self.folder / "motion_pairs.npy", self.counts)
+        if self.counts.any():
+            picture(self.counts, self.variant).save(self.folder / "motion_pairs.png")
+        share = f"{100 * apart_share(self.counts):.2f} % of those up to 4 voxels apart move 4 voxels or more unlike"
+        print(f"{self.counts.sum()} pairs of correct voxels, {share}; in {self.folder}", flush=True)
