@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import ROOT, SPACING, bundle_configs, command, succeeded, table
@@ -136,3 +137,11 @@ def test_bad_input_ends_in_one_sentence(raw: Path, tmp_path: Path, options: dict
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith(f"error: {raw}/{sentence}"), done.stderr[-3000:]
     assert "Traceback" not in done.stderr and "registered" not in done.stdout
+
+
+def test_separability_of_a_dataset(dataset: Path, tmp_path: Path) -> None:
+    options = "--dataset_dir", dataset, "--output_dir", tmp_path, "--spacing", COARSE, "--minimum", 0
+    text = succeeded(command(*from_root("train.json", "separability.json"), *options))
+    assert "pairs of correct voxels" in text
+    assert np.load(tmp_path / "motion_pairs.npy").sum() > 1000 and (tmp_path / "motion_pairs.png").exists()
+    assert not (tmp_path / "models").exists(), "nothing is trained"

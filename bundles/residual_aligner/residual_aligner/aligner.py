@@ -42,14 +42,15 @@ def lrelu(x: Tensor) -> Tensor:
 
 
 class SharedLayers(nn.Module):
-    """The convolutions that all RA modules of a network have in common."""
+    """The convolutions that all RA modules of a network have in common; `attributes` if anything asks for those."""
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, attributes: bool = True) -> None:
         super().__init__()
         self.heads_in, self.heads_out = conv(HIDDEN, HEAD_HIDDEN), conv(HEAD_HIDDEN, 3 * heads, 1)
-        self.increment_in, self.increment_out = conv(HIDDEN, HIDDEN), conv(HIDDEN, heads, 1)
         self.semantic = conv(HIDDEN, heads, 1)
-        self.attributes_out = conv(HIDDEN, heads)
+        if attributes:
+            self.increment_in, self.increment_out = conv(HIDDEN, HIDDEN), conv(HIDDEN, heads, 1)
+            self.attributes_out = conv(HIDDEN, heads)
         self.disp_out = conv(HIDDEN, 1)
 
 
@@ -57,7 +58,7 @@ class Aligned(NamedTuple):
     """What one RA module passes on; all (B, channels, I, J, K) on the grid of the module."""
 
     disp: Tensor  # phi_k, in voxels of that grid, pull-back of the other stream onto the own one
-    attributes: Tensor  # theta_k, one channel a head
+    attributes: Tensor | None  # theta_k, one channel a head; None where nothing asks for them
     feat: Tensor  # own features with the aligned ones of the other stream fed back
 
 
@@ -69,6 +70,7 @@ class ResidualAligner(nn.Module):
         dilation: of the regressor's first two convolutions (section 2.3).
         heads: m.
         first: no displacement and attributes come in.
+        final: no module follows, so that the attributes serve its own masks only.
         confidence: weigh the fields by confidences C^1 (eq. 12).
         multi_head: weigh the heads by masks.
         mask: "softmax" of the attributes (eq. 12), or the attributes themselves ("raw"), which is what the authors'
@@ -82,25 +84,33 @@ class ResidualAligner(nn.Module):
         *,
         heads: int = 6,
         first: bool = False,
+        final: bool = False,
         confidence: bool = True,
         multi_head: bool = True,
         mask: str = "softmax",
     ) -> None:
         super().__init__()
-        self.multi_head, self.mask = multi_head, mask
+        self.heads, self.multi_head, self.mask = heads, multi_head, mask
+        self.increments = multi_head or confidence
+        self.attributes = multi_head or (confidence and not final)
         self.resample = conv(channels, channels, 1)
         self.norm_own, self.norm_other = ScalarNorm(), ScalarNorm()
         self.regress_in = conv(2 * channels, HIDDEN, dilation=dilation)
         self.regress_mid = conv(HIDDEN, HIDDEN, dilation=dilation)
         self.regress_out = conv(HIDDEN, HIDDEN)
-        self.norm_increment, self.norm_semantic, self.norm_attributes = ScalarNorm(), ScalarNorm(), ScalarNorm()
+        self.norm_semantic = ScalarNorm()
         inputs = 1 if first else 2  # the new field and attributes, and those that came in
-        self.attributes_in = conv(inputs * heads, HIDDEN)
+        if self.increments:
+            self.norm_increment = ScalarNorm()
+        if self.attributes:
+            self.attributes_in, self.norm_attributes = conv(inputs * heads, HIDDEN), ScalarNorm()
         self.disp_in = conv(inputs * (heads + 1), HIDDEN)
         self.confidence = conv(heads, 1, 1) if confidence else None
         self.feedback = conv(channels + heads, channels, 1)
 
-    def forward(self, shared: SharedLayers, own: Tensor, other: Tensor, last: tuple[Tensor, Tensor] | None) -> Aligned:
+    def forward(
+        self, shared: SharedLayers, own: Tensor, other: Tensor, last: tuple[Tensor, Tensor | None] | None
+    ) -> Aligned:
         """Align `other` to `own`, both (B, C, I, J, K); `last` = (phi_(k-1), theta_(k-1)) on this grid."""
         fields, increment, semantic = self.regress(shared, own, other, last)
         disp, attributes = self.accumulate(shared, fields, increment, last)
@@ -108,45 +118,51 @@ class ResidualAligner(nn.Module):
         feat = own + lrelu(self.feedback(torch.cat([aligned.to(semantic.dtype), semantic], 1)))
         return Aligned(disp, attributes, feat)
 
-    def regress(self, shared: SharedLayers, own: Tensor, other: Tensor, last: tuple[Tensor, Tensor] | None) -> tuple:
+    def regress(
+        self, shared: SharedLayers, own: Tensor, other: Tensor, last: tuple[Tensor, Tensor | None] | None
+    ) -> tuple:
         """R_k, section 3.1: residual fields (B, 3m, ...) head by head, incremental attributes, semantic attributes."""
         other = self.resample(other)
         if last is not None:
             other = warp(other, last[0], padding="zeros")
         x = lrelu(self.regress_in(torch.cat([self.norm_own(own), self.norm_other(other)], 1)))
         x = lrelu(self.regress_out(lrelu(self.regress_mid(x))) + x)
-        fields = shared.heads_out(lrelu(shared.heads_in(x)))
-        increment = shared.increment_out(lrelu(self.norm_increment(shared.increment_in(x))))
+        fields, increment = shared.heads_out(lrelu(shared.heads_in(x))), None
+        if self.increments:
+            increment = shared.increment_out(lrelu(self.norm_increment(shared.increment_in(x))))
         return fields, increment, lrelu(self.norm_semantic(shared.semantic(x)))
 
     def accumulate(
-        self, shared: SharedLayers, fields: Tensor, increment: Tensor, last: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+        self, shared: SharedLayers, fields: Tensor, increment: Tensor, last: tuple[Tensor, Tensor | None] | None
+    ) -> tuple[Tensor, Tensor | None]:
         """T_k, section 3.2: eq. 11 and 12.
 
         C^2 and C^4 are one pair of convolutions, applied to each component of the fields alike, and no composition or
         sum follows: their output is the new displacement, limited to twice the grid. Both as in the released code.
         """
-        known = [increment] if last is None else [increment, last[1]]
-        attributes = shared.attributes_out(lrelu(self.norm_attributes(self.attributes_in(torch.cat(known, 1)))))
+        attributes = None
+        if self.attributes:
+            known = torch.cat([increment] if last is None else [increment, last[1]], 1)
+            attributes = shared.attributes_out(lrelu(self.norm_attributes(self.attributes_in(known))))
         with torch.autocast(fields.device.type, enabled=False):  # displacements are float32 whatever the autocast type
             fields = fields.to(torch.promote_types(fields.dtype, torch.float32)).unflatten(1, (-1, 3))
             stack = [fields * self.weights(attributes, increment), fields.mean(1, keepdim=True)]
             if last is not None:
                 old = last[0].unsqueeze(1)
-                stack += [old * self.weights(attributes, last[1]), old]
+                weighted = old * self.weights(attributes, last[1])
+                stack += [weighted.expand(-1, self.heads, -1, -1, -1, -1), old]
             each = torch.cat(stack, 1).transpose(1, 2).flatten(0, 1)  # one component a sample
             disp = shared.disp_out(lrelu(self.disp_in(each))).view(-1, 3, *fields.shape[3:])
             limit = disp.new_tensor([2 * int(n) - 1 for n in disp.shape[2:]]).view(1, 3, 1, 1, 1)
             return torch.minimum(torch.maximum(disp, -limit), limit), attributes
 
-    def weights(self, attributes: Tensor, reliable: Tensor) -> Tensor:
-        """Head masks times confidence of eq. 12, as (B, m, 1, I, J, K); the confidence is that of `reliable`."""
-        attributes, reliable = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (attributes, reliable))
-        if not self.multi_head:
-            weight = torch.ones_like(attributes)
-        else:
-            weight = attributes.softmax(1) if self.mask == "softmax" else attributes
+    def weights(self, attributes: Tensor | None, reliable: Tensor | None) -> Tensor | float:
+        """Head masks times confidence of eq. 12, (B, m or 1, 1, I, J, K) or 1; the confidence is that of `reliable`."""
+        weight: Tensor | float = 1.0
+        if self.multi_head:
+            weight = attributes.to(torch.promote_types(attributes.dtype, torch.float32))
+            weight = (weight.softmax(1) if self.mask == "softmax" else weight).unsqueeze(2)
         if self.confidence is not None:
-            weight = weight * F.relu(self.confidence(F.leaky_relu(reliable, 0.01)))
-        return weight.unsqueeze(2)
+            reliable = reliable.to(torch.promote_types(reliable.dtype, torch.float32))
+            weight = weight * F.relu(self.confidence(F.leaky_relu(reliable, 0.01))).unsqueeze(2)
+        return weight

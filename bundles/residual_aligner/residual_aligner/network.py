@@ -111,11 +111,11 @@ class RAN(nn.Module):
         options = {"heads": heads, "confidence": confidence, "multi_head": multi_head, "mask": mask}
         self.aligners = nn.ModuleList(
             [
-                ResidualAligner(width, dilation, first=k == 0, **options)
+                ResidualAligner(width, dilation, first=k == 0, final=k == 4, **options)
                 for k, (width, dilation) in enumerate(zip(g.decoder, g.dilation))
             ]
         )
-        self.shared = SharedLayers(heads)
+        self.shared = SharedLayers(heads, multi_head or confidence)
         self.flow = nn.Conv3d(g.decoder[-1] + 3, 3, 3, padding=1)
         nn.init.xavier_uniform_(self.flow.weight)
         nn.init.zeros_(self.flow.bias)
@@ -159,7 +159,7 @@ class RAN(nn.Module):
             moving, fixed = feat.chunk(2)
             own, other = feat, torch.cat([fixed, moving])
             if fixed_only and k == 4:
-                own, other, last = fixed, moving, tuple(x.chunk(2)[1] for x in last)
+                own, other, last = fixed, moving, tuple(None if x is None else x.chunk(2)[1] for x in last)
             aligned = self.run(aligner, self.shared, own, other, last)
             yield aligned
 
@@ -184,6 +184,6 @@ class RAN(nn.Module):
         return module(*inputs)
 
 
-def enlarge(x: Tensor, factor: int) -> Tensor:
-    """Nearest up-sampling of (B, C, I, J, K)."""
-    return x if factor == 1 else F.interpolate(x, scale_factor=factor, mode="nearest")
+def enlarge(x: Tensor | None, factor: int) -> Tensor | None:
+    """Nearest up-sampling of (B, C, I, J, K); None stays None."""
+    return x if x is None or factor == 1 else F.interpolate(x, scale_factor=factor, mode="nearest")
