@@ -77,8 +77,8 @@ class RAN(nn.Module):
         confidence: confidence weights (CW of Table 2).
         multi_head: head masks (MH of Table 2); without them every head counts alike.
         mask: what the masks are: "softmax" of the attributes, or the "raw" attributes, for the authors' weights.
-        recompute: in training, keep the inputs of the blocks only and compute them again on the way back: less than
-            half of the memory for about a third more time.
+        recompute: in training, keep the inputs of the blocks only and compute their insides again on the way back: less
+            memory, one more forward pass.
     """
 
     def __init__(
