@@ -7,6 +7,7 @@ followed by a smooth displacement, and the truth T(x) that a registration should
 
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -154,3 +155,51 @@ def write_phantom(folder: Path) -> dict[str, str]:
     if writers:
         write_folder(folder, writers)
     return row
+
+
+class SlidingPair(NamedTuple):
+    """Two organs that slide along each other, and the truth; all on one grid."""
+
+    image: np.ndarray  # (2, I, J, K) float32, moving then fixed, in [0, 1]
+    disp: np.ndarray  # (3, I, J, K) float32, voxels; known inside the organs, 0 elsewhere
+    moving_label: np.ndarray  # (I, J, K) uint8: 1 and 2, the organs below and above the interface
+    fixed_label: np.ndarray
+    depth: np.ndarray  # (I, J, K) float32, distance of a voxel centre from the interface, voxels
+
+
+def sliding_pair(
+    size: tuple[int, int, int] = (32, 48, 32), seed: int = 0, *, shift: float = 4.0, noise: float = 0.01
+) -> SlidingPair:
+    """Two textured half ellipsoids that meet in the plane i = (I - 1) / 2 and move in opposite directions along it.
+
+    disp = +t in organ 1, -t in organ 2, with t in the plane of the interface, |t| in [shift / 2, shift]
+
+    The displacement jumps by 2 t at the interface. Texture, direction and length depend on the seed.
+    """
+    rng = np.random.default_rng(seed)
+    angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1) * shift
+    motion = length * np.array([0, np.cos(angle), np.sin(angle)])
+    waves = rng.normal(size=(2, 6, 3))
+    waves *= rng.uniform(0.5, 1.1, (2, 6, 1)) / np.linalg.norm(waves, axis=-1, keepdims=True)
+    phases = rng.uniform(0, 2 * np.pi, (2, 6))
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in size], indexing="ij"), -1).astype(np.float64)
+    centred = grid - (np.array(size) - 1) / 2
+    radii = 0.42 * np.array(size) - np.array([0, shift, shift])
+
+    def scan(sign: float) -> tuple[np.ndarray, np.ndarray]:
+        image, label = np.full(size, 0.1), np.zeros(size, np.uint8)
+        for organ, side in enumerate((centred[..., 0] < 0, centred[..., 0] >= 0)):
+            own = centred + sign * (1 - 2 * organ) * motion  # where in the organ a voxel lies
+            inside = side & (((own / radii) ** 2).sum(-1) < 1)
+            texture = np.sin(own @ waves[organ].T + phases[organ]).sum(-1) / 12
+            image[inside], label[inside] = (0.4 + 0.25 * organ + texture)[inside], organ + 1
+        image = image + noise * rng.normal(size=size)
+        return np.clip(image, 0, 1).astype(np.float32), label
+
+    # Fixed organs lie half a motion to one side, moving ones half to the other.
+    (moving, moving_label), (fixed, fixed_label) = scan(-0.5), scan(0.5)
+    sign = np.select([fixed_label == 1, fixed_label == 2], [1.0, -1.0], 0.0)
+    disp = (motion[:, None, None, None] * sign).astype(np.float32)
+    return SlidingPair(
+        np.stack([moving, fixed]), disp, moving_label, fixed_label, np.abs(centred[..., 0]).astype(np.float32)
+    )

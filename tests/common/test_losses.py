@@ -1,5 +1,6 @@
 """Losses against dense formulas, MONAI, and values worked out by hand."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,6 +163,46 @@ def test_diffusion_gradcheck() -> None:
     assert torch.autograd.gradcheck(losses.diffusion, (disp,))
 
 
+@pytest.mark.parametrize("sharpness", (0.0, 1.0, 25.0))
+def test_edge_weighted_diffusion_formula(sharpness: float) -> None:
+    """Voxel by voxel, in float64; without edges or sharpness it is the plain diffusion."""
+    disp, fixed = torch.randn(2, 3, 4, 5, 3, dtype=torch.float64), torch.rand(2, 2, 4, 5, 3, dtype=torch.float64)
+    total = 0.0
+    for axis in range(3):
+        terms = []
+        for x in np.ndindex(4, 5, 3):
+            ahead = [tuple(n + (a == b) for b, n in enumerate(x)) for a in range(3)]
+            inside = [all(n < m for n, m in zip(y, (4, 5, 3))) for y in ahead]
+            if not inside[axis]:
+                continue
+            steps = [fixed[(..., *y)] - fixed[(..., *x)] for y, known in zip(ahead, inside) if known]
+            weight = torch.exp(-sharpness * sum(step.square().sum(1, keepdim=True) for step in steps))
+            terms.append((weight * (disp[(..., *ahead[axis])] - disp[(..., *x)])).square().mean())
+        total += sum(terms) / len(terms) / 3
+    torch.testing.assert_close(losses.edge_weighted_diffusion(disp, fixed, sharpness=sharpness), total)
+    if sharpness == 0:
+        torch.testing.assert_close(total, losses.diffusion(disp))
+    flat = losses.edge_weighted_diffusion(disp, torch.full_like(fixed, 0.4), sharpness=sharpness)
+    torch.testing.assert_close(flat, losses.diffusion(disp))
+
+
+def test_edge_weighted_diffusion_lets_organs_slide() -> None:
+    """A jump of the field costs exp(-2 k) of its price where the scan jumps by 1 in the same place, all elsewhere."""
+    disp, fixed = torch.zeros(1, 3, 6, 6, 6), torch.zeros(1, 1, 6, 6, 6)
+    disp[:, 1, 3:] = 2.0
+    fixed[:, :, 3:] = 1.0
+    price = losses.diffusion(disp)
+    found = losses.edge_weighted_diffusion(disp, fixed, sharpness=1.5)
+    torch.testing.assert_close(found, price * torch.tensor(-3.0).exp())
+    torch.testing.assert_close(losses.edge_weighted_diffusion(disp, fixed.roll(2, 2), sharpness=1.5), price)
+
+
+def test_edge_weighted_diffusion_gradcheck() -> None:
+    disp = torch.randn(1, 3, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    fixed = torch.rand(1, 1, 3, 2, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda d: losses.edge_weighted_diffusion(d, fixed, sharpness=3.0), (disp,))
+
+
 def test_dice() -> None:
     """Channel 0: 2 of 4 and 2 voxels shared by 1, 2 * 1 / 4; channel 1: equal; channel 2: empty in both, left out."""
     a, b = torch.zeros(1, 3, 1, 2, 2), torch.zeros(1, 3, 1, 2, 2)
@@ -173,6 +214,17 @@ def test_dice() -> None:
     assert losses.dice(a, b).item() == pytest.approx(1 - (0.5 + 1 + 0) / 3, abs=1e-4)
     half = torch.full((1, 1, 2, 2, 2), 0.5)
     assert losses.dice(half, torch.ones_like(half)).item() == pytest.approx(1 - 2 * 4 / 12, abs=1e-4)
+
+
+def test_registration_loss_with_edges() -> None:
+    """The fixed scan is the one whose edges count."""
+    moving, fixed = pair((8, 9, 7))
+    disp, image = 0.7 * torch.randn(2, 3, 8, 9, 7), torch.cat([moving, fixed], 1)
+    plain = losses.RegistrationLoss("mse", smoothness=0.0)(disp, image)
+    loss = losses.RegistrationLoss("mse", smoothness=0.25, edges=2.0)(disp, image)
+    expected = losses.edge_weighted_diffusion(disp, fixed, sharpness=2.0)
+    torch.testing.assert_close(loss - plain, 0.25 * expected)
+    assert (losses.edge_weighted_diffusion(disp, moving, sharpness=2.0) - expected).abs() > 1e-3
 
 
 @pytest.mark.parametrize("similarity", ("lncc", "mse"))
@@ -189,3 +241,5 @@ def test_registration_loss(similarity: str) -> None:
 def test_registration_loss_rejects() -> None:
     with pytest.raises(ValueError, match=r"'similarity' must be one of \('lncc', 'mse'\), got 'mi'"):
         losses.RegistrationLoss("mi")
+    with pytest.raises(ValueError, match=r"'edges' must be >= 0, got -1"):
+        losses.RegistrationLoss(edges=-1)

@@ -5,9 +5,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from scipy import ndimage
 
 from common import phantom
 from common.io import InputError
+from common.ops import warp
 
 FIXED = ((32, 40, 30), nib.affines.from_matvec(np.diag([4.0, 4, 4]), [-62, -78, -58]))
 
@@ -92,3 +95,41 @@ def test_written_files_are_kept_and_named(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         phantom.write_phantom(tmp_path / "file")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sliding_pair_truth(seed: int) -> None:
+    """Sampling the moving scan at x + disp(x) gives the fixed one inside the organs, label for label."""
+    pair = phantom.sliding_pair(seed=seed, noise=0.0)
+    disp, image = torch.from_numpy(pair.disp)[None], torch.from_numpy(pair.image)
+    for label in (1, 2):
+        own = torch.from_numpy((pair.moving_label == label).astype(np.float32))[None, None]
+        again = warp(own, disp, mode="nearest", padding="zeros")[0, 0].numpy()
+        inner = ndimage.binary_erosion(pair.fixed_label == label)  # at the rim, rounding may meet the background
+        assert inner.sum() > 1000 and (again[inner] == 1).all()
+    core = ndimage.binary_erosion(pair.fixed_label == 1, iterations=3)
+    core |= ndimage.binary_erosion(pair.fixed_label == 2, iterations=3)
+    error = (warp(image[None, :1], disp)[0, 0] - image[1]).abs().numpy()
+    start = (image[0] - image[1]).abs().numpy()
+    assert error[core].mean() < 0.15 * start[core].mean() and core.sum() > 500
+    assert (pair.disp[:, pair.fixed_label == 0] == 0).all()
+
+
+def test_sliding_pair_geometry() -> None:
+    """The organs touch in the plane between the halves, move against each other in it, and are of some size."""
+    pair = phantom.sliding_pair((20, 32, 24), seed=1, shift=3.0)
+    assert pair.image.shape == (2, 20, 32, 24) and 0 <= pair.image.min() < pair.image.max() <= 1
+    one, two = (pair.disp[:, pair.fixed_label == n] for n in (1, 2))
+    np.testing.assert_array_equal(one[:, :1], -two[:, :1])
+    assert (one == one[:, :1]).all() and one[0, 0] == 0 and 1.5 <= np.linalg.norm(one[:, 0]) <= 3
+    for label in (pair.moving_label, pair.fixed_label):
+        assert set(np.unique(label)) == {0, 1, 2}
+        assert set(np.unique(label[:10])) == {0, 1} and set(np.unique(label[10:])) == {0, 2}
+        assert ((label[9] == 1) & (label[10] == 2)).sum() > 80, "the organs share a face"
+    np.testing.assert_array_equal(pair.depth[:, 0, 0], np.abs(np.arange(20) - 9.5))
+
+
+def test_sliding_pair_depends_on_its_seed() -> None:
+    first, again, other = (phantom.sliding_pair((16, 24, 16), seed).image for seed in (4, 4, 5))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).mean() > 0.02

@@ -1,0 +1,69 @@
+"""CPU seconds and peak memory of RAN's forward pass and training step, a variant a process.
+
+    python tests/bench/bench_residual_aligner.py                          # all variants, 80x96x80, one thread
+    python tests/bench/bench_residual_aligner.py --size 96,80,128 --variants ran3 --training False
+
+The training step is forward, squared LNCC with edge-weighted diffusion, backward and Adam, with `recompute` where the
+variant has all modules at full resolution. Input: random.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fire
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "bundles" / "residual_aligner")]
+
+
+def peak_gib():
+    """Largest resident memory of this program (Linux)."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def child(variant, size, training):
+    import torch
+
+    from common.losses import RegistrationLoss
+    from residual_aligner import RAN
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net, image = RAN(variant=variant, recompute=variant.startswith("ran4")), torch.rand(1, 2, *size)
+    begin = time.process_time()
+    if training:
+        optimizer = torch.optim.Adam(net.parameters())
+        RegistrationLoss(edges=1.0)(net(image), image).backward()
+        optimizer.step()
+    else:
+        with torch.no_grad():
+            net(image)
+    print(json.dumps({"cpu_s": time.process_time() - begin, "peak_gib": peak_gib()}))
+
+
+def main(size=(80, 96, 80), variants=("ran0", "ran3", "ran4", "ran4plus"), training=True, output=None):
+    """Print a line a variant and kind; `output` also writes them as JSON."""
+    rows = []
+    for variant in [variants] if isinstance(variants, str) else variants:
+        for kind in ("forward", "training step")[: 1 + training]:
+            call = [sys.executable, __file__, "child", variant, json.dumps(size), str(int(kind != "forward"))]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            done = subprocess.run(call, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            row = {"variant": variant, "kind": kind, "size": list(size)} | json.loads(done.stdout)
+            rows.append(row)
+            print("{variant:9s} {kind:14s} {cpu_s:7.1f} CPU-s {peak_gib:6.2f} GiB peak".format(**row), flush=True)
+    if output:
+        Path(output).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1] == "child":
+        child(sys.argv[2], json.loads(sys.argv[3]), bool(int(sys.argv[4])))
+    else:
+        fire.Fire(main)
