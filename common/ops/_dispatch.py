@@ -38,6 +38,22 @@ def outside_autocast(op: Callable) -> Callable:
     return run
 
 
+def scripted_as(plain: Callable) -> Callable:
+    """Decorator of an operator's face: torch.jit.script compiles `plain`, a
+    function of the same name and arguments, in its place.
+
+    A face checks its arguments and chooses a layer in Python that TorchScript cannot read. The two attributes are those
+    of torch.jit.script_if_tracing, which would also script, and so lose, what is traced.
+    """
+
+    def mark(face: Callable) -> Callable:
+        setattr(face, "__script_if_tracing_wrapper", True)
+        setattr(face, "__original_fn", plain)
+        return face
+
+    return mark
+
+
 def why_not_triton(op: str, tensor: Tensor) -> str:
     """The reason why `op` cannot run its Triton kernel on `tensor`, or "" if it can."""
     if op not in KERNELS:

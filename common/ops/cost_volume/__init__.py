@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.ops import _checks
-from common.ops._dispatch import choose, outside_autocast
+from common.ops._dispatch import choose, outside_autocast, scripted_as
+from common.ops.cost_volume import reference
 from common.ops.cost_volume.lean import cost_volume_lean
 from common.ops.cost_volume.reference import cost_volume_reference
 from common.ops.warp.reference import voxel_coords
@@ -15,6 +16,7 @@ SIMILARITIES = ("dot", "ssd")
 PADDINGS = ("border", "zeros")
 
 
+@scripted_as(reference.cost_volume)
 @outside_autocast
 def cost_volume(
     feat_fixed: Tensor,

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from common.ops import _checks
-from common.ops._dispatch import choose, outside_autocast
+from common.ops._dispatch import choose, outside_autocast, scripted_as
+from common.ops.kmeans import reference
 from common.ops.kmeans.lean import assign_lean
-from common.ops.kmeans.reference import Assign, assign_reference, even_start, lloyd, spread_start
+from common.ops.kmeans.reference import FULL_PASSES, Assign, assign_reference, even_start, lloyd, spread_start
 
 STARTS = ("spread", "even")
-FULL_PASSES = 2  # Lloyd steps on all points after those on the sample
 
 
+@scripted_as(reference.kmeans)
 @outside_autocast
 @torch.no_grad()
 def kmeans(

@@ -1,4 +1,4 @@
-"""Lloyd's algorithm and its deterministic starts, in plain torch."""
+"""Lloyd's algorithm and its deterministic starts, in plain torch. TorchScript compiles `kmeans` below."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 FIXED_POINT_CAP = 10_000
+FULL_PASSES = 2  # Lloyd steps on all points after those on the sample
 Assign = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -25,12 +26,21 @@ def lloyd(points: Tensor, centroids: Tensor, iterations: int | None, assign: Ass
     """`iterations` Lloyd steps, or to the fixed point for None; labels belong to the returned centroids."""
     for _ in range(FIXED_POINT_CAP if iterations is None else iterations):
         _, sums, counts = assign(points, centroids)
-        updated = sums / counts.clamp(min=1)  # an empty cluster has sum 0: the zero vector
-        still = iterations is None and bool((updated - centroids).square().sum() <= 1e-10)
+        updated = means(sums, counts)
+        still = iterations is None and unmoved(updated, centroids)
         centroids = updated
         if still:
             break
     return assign(points, centroids)[0], centroids
+
+
+def means(sums: Tensor, counts: Tensor) -> Tensor:
+    """Centroids of the clusters; that of an empty one, whose sum is 0, is the zero vector."""
+    return sums / counts.clamp(min=1)
+
+
+def unmoved(centroids: Tensor, before: Tensor) -> bool:
+    return bool((centroids - before).square().sum() <= 1e-10)
 
 
 def even_start(points: Tensor, clusters: int) -> Tensor:
@@ -57,3 +67,31 @@ def spread_start(points: Tensor, clusters: int) -> Tensor:
         starts.append(points[rows, index])
         distance = torch.minimum(distance, (points - starts[-1].unsqueeze(1)).square().sum(2))
     return torch.stack(starts, 1)
+
+
+def kmeans(
+    points: Tensor,
+    clusters: int,
+    iterations: int | None = 20,
+    init: str = "spread",
+    sample: int | None = 8192,
+    backend: str | None = None,
+    cap: int = FIXED_POINT_CAP,
+    full_passes: int = FULL_PASSES,
+) -> tuple[Tensor, Tensor]:
+    """What `common.ops.kmeans` is in TorchScript, which takes no function and reads no global; `init` by name only."""
+    with torch.no_grad():
+        work = points.to(torch.promote_types(points.dtype, torch.float32))
+        stride = 1 if sample is None or iterations is None else max(work.shape[1] // sample, 1)
+        subset = work[:, ::stride]
+        centroids = spread_start(subset, clusters) if init == "spread" else even_start(work, clusters)
+        passes = [(subset, cap if iterations is None else iterations)]
+        if stride > 1:
+            passes.append((work, full_passes))
+        for chosen, steps in passes:
+            for _ in range(steps):
+                _, sums, counts = assign_reference(chosen, centroids)
+                before, centroids = centroids, means(sums, counts)
+                if iterations is None and unmoved(centroids, before):
+                    break
+        return assign_reference(work, centroids)[0], centroids.to(points.dtype)

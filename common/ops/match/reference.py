@@ -1,6 +1,4 @@
-"""The formula of match, with the neighbourhood unfolded."""
-
-import itertools
+"""The formula of match, with the neighbourhood unfolded. For TorchScript too."""
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +7,13 @@ from torch import Tensor
 
 def offsets(radius: int, like: Tensor) -> Tensor:
     """((2r+1)^3, 3) integer offsets as floats, i slowest and k fastest."""
-    steps = list(itertools.product(range(-radius, radius + 1), repeat=3))
-    return torch.tensor(steps, device=like.device, dtype=like.dtype)
+    step = torch.arange(-radius, radius + 1, device=like.device, dtype=like.dtype)
+    return torch.stack(torch.meshgrid([step, step, step], indexing="ij"), 3).view(-1, 3)
+
+
+def match(feat_fixed: Tensor, feat_moving: Tensor, radius: int = 1, backend: str | None = None) -> Tensor:
+    """What `common.ops.match` is in TorchScript."""
+    return match_reference(feat_fixed, feat_moving, radius)
 
 
 def match_reference(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Tensor:
@@ -18,7 +21,7 @@ def match_reference(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Ten
     dtype = torch.promote_types(feat_fixed.dtype, torch.float32)
     feat_fixed, feat_moving = feat_fixed.to(dtype), feat_moving.to(dtype)
     width = 2 * radius + 1
-    padded = F.pad(feat_moving, (radius,) * 6)
+    padded = F.pad(feat_moving, [radius] * 6)
     windows = padded.unfold(2, width, 1).unfold(3, width, 1).unfold(4, width, 1)  # (B, C, I, J, K, w, w, w)
     patches = windows.flatten(5).permute(0, 5, 1, 2, 3, 4).contiguous()  # (B, w^3, C, I, J, K)
     score = (feat_fixed.unsqueeze(1) * patches).sum(2)

@@ -1,4 +1,4 @@
-"""The formula of norm_act in torch's own terms."""
+"""The formula of norm_act in torch's own terms. For TorchScript too."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,3 +9,8 @@ def norm_act_reference(x: Tensor, slope: float, eps: float) -> Tensor:
     mean = x.mean((2, 3, 4), keepdim=True)
     var = (x - mean).square().mean((2, 3, 4), keepdim=True)
     return F.leaky_relu((x - mean) / (var + eps).sqrt(), slope)
+
+
+def norm_act(x: Tensor, slope: float = 0.1, eps: float = 1e-5, backend: str | None = None) -> Tensor:
+    """What `common.ops.norm_act` is in TorchScript."""
+    return norm_act_reference(x, slope, eps)

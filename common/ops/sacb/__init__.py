@@ -7,15 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.ops import _checks
-from common.ops._dispatch import choose, outside_autocast
+from common.ops._dispatch import choose, outside_autocast, scripted_as
 from common.ops.kmeans import kmeans
 from common.ops.norm_act import norm_act
+from common.ops.sacb import reference
 from common.ops.sacb.lean import modulated_conv3d_lean
 from common.ops.sacb.reference import modulated_conv3d_reference
 
 MEAN_TYPES = ("s", "c", "mix")
 
 
+@scripted_as(reference.modulated_conv3d)
 @outside_autocast
 def modulated_conv3d(
     x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor, *, backend: str | None = None
@@ -101,6 +103,7 @@ class SACB(nn.Module):
         super().__init__()
         _checks.require(mean_type in MEAN_TYPES, "SACB", "mean_type", f"be one of {MEAN_TYPES}", repr(mean_type))
         self.clusters, self.mean_type, self.backend = clusters, mean_type, backend
+        self.norm_backend = None if backend == "triton" else backend  # norm_act has no kernel
         self.iterations, self.sample, self.init = iterations, sample, init
         points = {"s": channels, "c": 27, "mix": channels + 27}[mean_type]
         self.proj_in = nn.Conv3d(channels, channels, 3, padding=1)
@@ -110,31 +113,29 @@ class SACB(nn.Module):
 
     def forward(self, x: Tensor, clusters: Clusters | None = None) -> Tensor:
         """(B, C, I, J, K) -> the same shape. `clusters` replaces the k-means (for tests and studies)."""
-        layer = None if self.backend == "triton" else self.backend  # norm_act has no kernel
-        features = norm_act(self.proj_in(x), backend=layer)
-        labels, centroids = clusters or self.cluster(features)
+        features = norm_act(self.proj_in(x), backend=self.norm_backend)
+        labels, centroids = self.cluster(features) if clusters is None else clusters
         modulation = self.kernel_mlp(centroids).sigmoid()  # F_w of eq. 5
         bias = self.bias_mlp(centroids)  # F_b of eq. 6
         sac = modulated_conv3d(features, self.weight, bias, modulation, labels, backend=self.backend)
         return x + F.leaky_relu(sac, 0.1)  # eq. 7
 
-    @torch.no_grad()
-    @outside_autocast
     def cluster(self, features: Tensor) -> Clusters:
         """K-means of the patch means of (B, C, I, J, K) features (eq. 2-4)."""
-        batch, _, *size = features.shape
-        means = []
-        if self.mean_type in ("s", "mix"):
-            means.append(box_mean(features).permute(0, 2, 3, 4, 1).reshape(batch, -1, features.shape[1]))
-        if self.mean_type in ("c", "mix"):
-            padded = F.pad(features.mean(1), (1,) * 6)
-            means.append(padded.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1).reshape(batch, -1, 27))
-        points = means[0] if len(means) == 1 else torch.cat(means, 2)
-        clusters = min(self.clusters, points.shape[1])  # a grid of fewer voxels than clusters
-        labels, centroids = kmeans(
-            points, clusters, self.iterations, self.init, sample=self.sample, backend=self.backend
-        )
-        return Clusters(labels.view(batch, *size), centroids)
+        batch, channels, i, j, k = features.shape
+        means: list[Tensor] = []
+        with torch.no_grad():
+            if self.mean_type != "c":
+                means.append(box_mean(features).permute(0, 2, 3, 4, 1).reshape(batch, -1, channels))
+            if self.mean_type != "s":
+                padded = F.pad(features.mean(1), [1] * 6)
+                means.append(padded.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1).reshape(batch, -1, 27))
+            points = means[0] if len(means) == 1 else torch.cat(means, 2)
+            clusters = min(self.clusters, points.shape[1])  # a grid of fewer voxels than clusters
+            labels, centroids = kmeans(
+                points, clusters, self.iterations, self.init, sample=self.sample, backend=self.backend
+            )
+            return Clusters(labels.view(batch, i, j, k), centroids)
 
 
 def box_mean(x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from common.ops import _checks
-from common.ops._dispatch import choose, outside_autocast
+from common.ops._dispatch import choose, outside_autocast, scripted_as
+from common.ops.warp import reference
 from common.ops.warp.lean import warp_lean
 from common.ops.warp.reference import warp_reference
 
@@ -11,6 +12,7 @@ MODES = ("linear", "nearest")
 PADDINGS = ("border", "zeros")
 
 
+@scripted_as(reference.warp)
 @outside_autocast
 def warp(
     image: Tensor, disp: Tensor, mode: str = "linear", padding: str = "border", *, backend: str | None = None

@@ -1,6 +1,4 @@
-"""The formula of warp: a weighted sum over the eight corners of the cell that is hit."""
-
-import itertools
+"""The formula of warp: a weighted sum over the eight corners of the cell that is hit. For TorchScript too."""
 
 import torch
 from torch import Tensor
@@ -11,6 +9,13 @@ def voxel_coords(disp: Tensor) -> Tensor:
     dtype = torch.promote_types(disp.dtype, torch.float32)
     axes = [torch.arange(n, device=disp.device, dtype=dtype) for n in disp.shape[2:]]
     return torch.stack(torch.meshgrid(axes, indexing="ij")) + disp.to(dtype)
+
+
+def warp(
+    image: Tensor, disp: Tensor, mode: str = "linear", padding: str = "border", backend: str | None = None
+) -> Tensor:
+    """What `common.ops.warp` is in TorchScript."""
+    return warp_reference(image, disp, mode, padding)
 
 
 def warp_reference(image: Tensor, disp: Tensor, mode: str, padding: str) -> Tensor:
@@ -24,12 +29,12 @@ def warp_reference(image: Tensor, disp: Tensor, mode: str, padding: str) -> Tens
     cell = coords.floor()
     fraction = coords - cell
     out = torch.zeros_like(coords[:, :1])
-    for corner in itertools.product((0, 1), repeat=3):
-        weight = torch.ones_like(coords[:, :1])
-        for axis, side in enumerate(corner):
+    for corner in range(8):
+        weight, sides = torch.ones_like(coords[:, :1]), [corner // 4, corner // 2 % 2, corner % 2]
+        for axis, side in enumerate(sides):
             f = fraction[:, axis : axis + 1]
-            weight = weight * (f if side else 1 - f)
-        offset = torch.tensor(corner, device=image.device).view(1, 3, 1, 1, 1)
+            weight = weight * (f if side == 1 else 1 - f)
+        offset = torch.tensor(sides, device=image.device).view(1, 3, 1, 1, 1)
         out = out + weight * _gather(image, cell.long() + offset, size).to(coords.dtype)
     return out.to(image.dtype)
 
@@ -40,4 +45,4 @@ def _gather(image: Tensor, index: Tensor, size: Tensor) -> Tensor:
     i, j, k = torch.minimum(index.clamp(min=0), size - 1).unbind(1)
     flat = (i * image.shape[3] + j) * image.shape[4] + k
     values = image.flatten(2).gather(2, flat.flatten(1).unsqueeze(1).expand(-1, image.shape[1], -1))
-    return values.view(*image.shape[:2], *flat.shape[1:]) * inside
+    return values.view(image.shape[:2] + flat.shape[1:]) * inside

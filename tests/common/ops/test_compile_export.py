@@ -1,12 +1,13 @@
-"""The operators inside torch.compile and torch.export: one graph, the same numbers and gradients as without."""
+"""The operators inside torch.compile, torch.export and TorchScript: the same numbers and gradients as without."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from common.ops import cost_volume, match, modulated_conv3d, norm_act, warp
+from common.ops import SACB, cost_volume, match, modulated_conv3d, norm_act, warp
 
 
 class Registration(nn.Module):
@@ -89,3 +90,48 @@ def test_export() -> None:
     assert not ours
     for got, expected in zip(program.module()(*pair), net(*pair)):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("padding", ("border", "zeros"))
+def test_script(padding: str, tmp_path: Path) -> None:
+    """A scripted network holds the reference layer, keeps its gradients, and takes any size once saved and loaded."""
+
+    class Scripted(Registration):
+        def __init__(self, padding: str) -> None:
+            super().__init__(1)
+            self.padding = padding
+
+        def forward(self, moving: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            feat_moving, feat_fixed = self.features(moving), self.features(fixed)
+            disp = match(feat_fixed, feat_moving, 2, backend=self.backend)
+            near = cost_volume(feat_fixed, feat_moving, self.radius, disp, padding=self.padding)
+            far = cost_volume(feat_fixed, feat_moving, self.radius, similarity="ssd", padding=self.padding)
+            nearest = warp(moving, disp, mode="nearest", padding=self.padding)
+            return warp(moving, disp, padding=self.padding) + nearest, near, far
+
+    net = Scripted(padding).double()
+    torch.jit.script(net).save(tmp_path / "net.ts")
+    loaded = torch.jit.load(tmp_path / "net.ts")
+    assert "monai_registration" not in str(loaded.inlined_graph)
+    for size in ((3, 4, 5), (6, 5, 4)):
+        pair = tuple(torch.randn(2, 1, *size, dtype=torch.float64) for _ in range(2))
+        compare(outcome(loaded, loaded, pair), outcome(net, net, pair))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "options",
+    ({}, {"mean_type": "mix", "sample": 40}, {"mean_type": "c", "iterations": None, "init": "even"}),
+    ids=("default", "sampled", "fixed point"),
+)
+def test_script_sacb(options: dict) -> None:
+    """The block with its clustering, two scans a batch, on more than one size."""
+    block = SACB(4, clusters=3, **options).double()
+    scripted = torch.jit.script(block)
+    assert "monai_registration" not in str(scripted.inlined_graph)
+    for size in ((6, 5, 4), (4, 7, 6)):
+        x = torch.randn(2, 4, *size, dtype=torch.float64)
+        got, expected = scripted(x), block(x)
+        assert (expected - x).abs().max() > 1e-3
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
