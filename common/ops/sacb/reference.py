@@ -1,4 +1,4 @@
-"""The formula of the spatially adaptive convolution: one unfolded kernel a cluster, masked, summed. For TorchScript too."""
+"""The formula of the spatially adaptive convolution: one unfolded kernel a cluster, masked, summed. TorchScript too."""
 
 import torch
 import torch.nn.functional as F
