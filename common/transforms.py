@@ -348,10 +348,7 @@ class DeliverPaird(Transform):
             name: label_overlap(f, warped, m, spacing=spacing, minimum=self.minimum)
             for name, warped in (("before", b), ("after", a))
         }
-        row = {
-            "labels": len(scores["after"]),
-            "labels_lost": sum(n not in set(a.unique().tolist()) for n in scores["after"]),
-        }
+        row = {"labels": len(scores["after"]), "labels_lost": len(set(scores["after"]) - set(a.unique().tolist()))}
         for name, other, warped in (("before", "after", b), ("after", "before", a)):
             for kind in next(iter(scores[name].values()), {}):
                 row[f"{kind}_{name}"] = mean_over_labels(scores[name], kind, beside=scores[other])
