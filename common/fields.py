@@ -82,6 +82,23 @@ def resize_disp(disp: Tensor, size: tuple[int, int, int]) -> Tensor:
     return resampled * disp.new_tensor(scale).view(1, 3, 1, 1, 1)
 
 
+def pool_disp(disp: Tensor, factor: int) -> Tensor:
+    """Mean displacement of blocks of factor^3 voxels, in voxels of that coarser grid, whose faces are aligned.
+
+    (B, 3, I, J, K) -> (B, 3, ceil(I / factor), ...): the grid of features that are averaged over such blocks.
+    """
+    return F.avg_pool3d(disp, factor, ceil_mode=True, count_include_pad=False) / factor
+
+
+def unpool_disp(disp: Tensor, factor: int, size: tuple[int, int, int]) -> Tensor:
+    """From a grid of blocks of factor^3 voxels onto the voxels, (B, 3, *size): linear between the blocks' middles.
+
+    What reaches over the end of the scan is cut.
+    """
+    fine = F.interpolate(disp * factor, scale_factor=factor, mode="trilinear", align_corners=False)
+    return fine[:, :, : size[0], : size[1], : size[2]]
+
+
 def jacobian_determinant(disp: Tensor) -> Tensor:
     """Determinant of the Jacobian of x + disp(x) by central differences, one-sided at the border.
 

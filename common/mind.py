@@ -53,7 +53,10 @@ def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 2) -> Tensor:
 
 
 def mind_features(image: Tensor, *, radius: int = 1, dilation: int = 2, stride: int = 2) -> Tensor:
-    """(B, C, I, J, K) -> (B, 12 C, I/stride, ...): MIND-SSC of each channel, averaged over stride^3 voxels."""
+    """(B, C, I, J, K) -> (B, 12 C, I/stride, ...): MIND-SSC of each channel, averaged over blocks of stride^3 voxels.
+
+    The faces of the two grids are aligned, not their corners: `common.fields.pool_disp` and `unpool_disp` lead over.
+    """
     found = torch.cat([mind_ssc(channel, radius=radius, dilation=dilation) for channel in image.split(1, 1)], 1)
     return F.avg_pool3d(found, stride, ceil_mode=True, count_include_pad=False)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import trange
 
 from common import RegistrationWarning
-from common.fields import resize_disp, unfold
+from common.fields import pool_disp, resize_disp, unfold, unpool_disp
 from common.losses import box_sum, diffusion, lncc
 from common.mind import mind_features
 from common.ops import warp
@@ -24,6 +24,7 @@ def smooth(disp: Tensor, *, times: int = 2) -> Tensor:
 
 
 SIMILARITIES = ("lncc", "mind", "features")
+POOLED = 2  # voxels along each axis of the blocks that MIND-SSC is averaged over
 SMOOTHNESS = {"lncc": 0.5, "mind": 0.5, "features": 0.5}  # weights of the diffusion term, chosen on training pairs
 
 
@@ -92,23 +93,27 @@ def refine(
     image, result = image.detach().float(), disp.detach().float()
     weight = None if mask is None else _weight(mask.detach().float(), result)
     smoothness = SMOOTHNESS[similarity] if smoothness is None else smoothness
-    stages = []
+    size = tuple(image.shape[2:])
+
+    def to_grid(field: Tensor, at: tuple[int, ...]) -> Tensor:
+        return pool_disp(field, POOLED) if similarity == "mind" else resize_disp(field, at)
+
+    def to_scan(field: Tensor) -> Tensor:
+        return unpool_disp(field, POOLED, size) if similarity == "mind" else resize_disp(field, size)
+
     if similarity == "lncc":
-        size = image.shape[2:]
         coarse = tuple(max(-(-n // shrink), 8) for n in size)
         counts = [(coarse, round(steps * coarse_share)), (size, steps - round(steps * coarse_share))]
         stages = [(_lncc_fit(_resize(image, at), _resize(weight, at), window), at, n) for at, n in counts if n]
     else:
-        fit, size = _feature_fit(image, weight, mind_features if similarity == "mind" else features)
-        stages = [(fit, size, steps)]
+        stages = [(*_feature_fit(image, weight, features), steps)]
     bar = trange(steps, desc="refine", unit="step", file=sys.stderr, leave=False, disable=not progress)
     start = result
     for fit, at, count in stages:
-        change = _descend(fit, resize_disp(result, at), count, smoothness, learning_rate, bar)
-        result = result + resize_disp(change, result.shape[2:])
+        result = result + to_scan(_descend(fit, to_grid(result, at), count, smoothness, learning_rate, bar))
     bar.close()
     with torch.no_grad():
-        before, after = (fit(d) + smoothness * diffusion(d) for d in (resize_disp(d, at) for d in (start, result)))
+        before, after = (fit(d) + smoothness * diffusion(d) for d in (to_grid(d, at) for d in (start, result)))
     return unfold(result if after <= before else start)
 
 
@@ -138,12 +143,17 @@ def _lncc_fit(image: Tensor, weight: Tensor | None, window: int) -> Callable[[Te
 
 
 def _feature_fit(
-    image: Tensor, weight: Tensor | None, features: Callable[[Tensor], Tensor]
+    image: Tensor, weight: Tensor | None, features: Callable[[Tensor], Tensor] | None
 ) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
-    """Mean over voxels of |features(moving)(x + disp) - features(fixed)|^2, and the grid of the features."""
+    """Mean over voxels of |features(moving)(x + disp) - features(fixed)|^2, and their grid. None: MIND-SSC."""
     with torch.no_grad():
-        moving, fixed = (features(scan).float() for scan in image.chunk(2, dim=1))
-    weight = _resize(weight, fixed.shape[2:])
+        if features is None:
+            moving, fixed = (mind_features(scan, stride=POOLED) for scan in image.chunk(2, dim=1))
+            if weight is not None:
+                weight = F.avg_pool3d(weight, POOLED, ceil_mode=True, count_include_pad=False)
+        else:
+            moving, fixed = (features(scan).float() for scan in image.chunk(2, dim=1))
+            weight = _resize(weight, fixed.shape[2:])
 
     def fit(disp: Tensor) -> Tensor:
         distance = (warp(moving, disp) - fixed).square().sum(1, keepdim=True)

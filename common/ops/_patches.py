@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,6 +26,12 @@ def windows(padded: Tensor, radius: int) -> Tensor:
     size = [n - 2 * radius for n in padded.shape[:3]]
     stride = padded.stride()
     return padded.as_strided((*size, width, width, width, padded.shape[3]), (*stride[:3], *stride))
+
+
+def block_patches(view: Tensor, at: tuple[slice, slice]) -> Tensor:
+    """The windows of block `at` as (V, w^3, C), always a copy: reshape would keep them overlapping where J = K = 1."""
+    block = view[at].clone(memory_format=torch.contiguous_format)
+    return block.view(-1, view.shape[3] ** 3, view.shape[6])
 
 
 def blocks(size: tuple[int, int, int], per_voxel: int) -> Iterator[tuple[slice, slice]]:

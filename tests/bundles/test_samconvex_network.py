@@ -1,5 +1,6 @@
 """SAMConvex against the golden arrays of the authors' and ConvexAdam's code, and on cases with known answers."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from samconvex import MIND, SAMConvex
 from samconvex.convex import THETAS, coupled_convex, inverse_consistent
 from torch import Tensor, nn
 
+from common import RegistrationWarning
 from common.fields import identity, resize_disp
 from common.mind import box_mean, mind_ssc
 from common.ops import cost_volume, warp
@@ -65,6 +67,15 @@ def test_golden_convexadam_on_scans(development_data: Path) -> None:
         torch.testing.assert_close(net.solve(a, b, 3)[0], g[name], rtol=0, atol=1e-5)
 
 
+def test_golden_inverse_consistency(development_data: Path) -> None:
+    """The authors' fields: channels in the order of grid_sample, in units of half the volume."""
+    g = golden(development_data, "convex_parts")
+    half = torch.tensor(g["ic_in1"].shape[1:]).view(1, 3, 1, 1, 1) / 2
+    ends = inverse_consistent(*[g[name][None].flip(1) * half for name in ("ic_in1", "ic_in2")])
+    for end, name in zip(ends, ("ic_out1", "ic_out2")):
+        torch.testing.assert_close((end / half)[0].flip(0), g[name], rtol=0, atol=1e-6)
+
+
 def test_golden_mind(development_data: Path) -> None:
     g = golden(development_data, "convex_parts")
     torch.testing.assert_close(mind_ssc(g["mind_image"][None, None])[0], g["mind_r1d2"], rtol=0, atol=1e-5)
@@ -115,6 +126,24 @@ def test_shift_is_found() -> None:
     disp = SAMConvex()(torch.cat([moving, 1 - fixed], 1))  # contrast inverted
     inner = (slice(None), slice(None)) + (slice(12, -12),) * 3
     assert (disp - shift)[inner].abs().mean() < 0.5
+
+
+def test_pooled_features_keep_the_scale() -> None:
+    """Features averaged over blocks say how many blocks; a block is `stride` voxels, whatever the size of the scan."""
+    disp = SAMConvex(features=MIND(stride=3)).onto_scan(torch.full((1, 3, 7, 6, 5), 2.0), (20, 18, 13))
+    assert disp.shape == (1, 3, 20, 18, 13)
+    torch.testing.assert_close(disp, torch.full_like(disp, 6.0))
+
+
+@pytest.mark.parametrize("features", ("mind", "sam"))
+def test_constant_scan_is_said(features: str) -> None:
+    constant, image = torch.full((1, 1, 32, 32, 32), 0.7), smooth_scan((32, 32, 32))
+    with pytest.warns(RegistrationWarning, match="features of the moving scan are the same everywhere"):
+        disp = SAMConvex(features=features)(torch.cat([constant, image], 1))
+    assert torch.isfinite(disp).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RegistrationWarning)
+        SAMConvex(features=features)(torch.cat([image.roll(1, 2), image], 1))
 
 
 def test_coupling_in_voxels_smooths_more() -> None:

@@ -172,3 +172,18 @@ def test_a_few_steps_learn_places() -> None:
         loss_at(step).backward()
         optimizer.step()
     assert float(loss_at(77)) < before - 0.5
+
+
+def test_the_place_itself_is_no_negative() -> None:
+    """In a view too small for so many hard negatives, the vectors of the same place that fill up do not count."""
+    maps = F.normalize(torch.randn(2, 4, 3, 3, 3), dim=1)
+    at = torch.zeros(1, 1, 3)
+    few, many = (
+        ContrastiveLoss(hard=hard, diverse=0, distance=(2.5, 2.5))._head(maps, maps, (1, 1, 1), 2.5, Matches(at, at))
+        for hard in (27, 1000)
+    )
+    near = (identity((3, 3, 3), like=maps)[0].flatten(1).norm(dim=0) < 2.5).sum()
+    assert 0 < near < 27
+    exact = ContrastiveLoss(hard=27 - int(near), diverse=0)._head(maps, maps, (1, 1, 1), 2.5, Matches(at, at))
+    torch.testing.assert_close(few, exact)
+    torch.testing.assert_close(many, exact)

@@ -137,3 +137,13 @@ def test_mask_too_small_for_the_grid_of_the_features() -> None:
     mask[:, 0] = 1
     found = refine(torch.zeros_like(truth), image, 3, similarity="mind", mask=mask, progress=False)
     assert torch.isfinite(found).all()
+
+
+def test_mind_keeps_the_scale() -> None:
+    """A long shift stays what it is: the grid of the averaged features has aligned faces, not corners."""
+    scan = torch.nn.functional.interpolate(torch.rand(1, 1, 14, 9, 9), size=(48, 32, 32), mode="trilinear")
+    truth = torch.zeros(1, 3, 48, 32, 32)
+    truth[:, 0] = 10.0
+    image = torch.cat([scan, warp(scan, truth)], 1)
+    found = refine(truth, image, 20, similarity="mind", smoothness=1.0, progress=False)
+    assert (found - truth)[0, 0, 8:28, 6:-6, 6:-6].mean().abs() < 0.05

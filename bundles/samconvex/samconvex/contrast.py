@@ -176,8 +176,9 @@ class ContrastiveLoss(nn.Module):
             asks = sample(own, at, stride)
             logits = [(query * other).sum(-1, keepdim=True)]
             for part, judged, place in sides:
-                negatives = self._hard(part, asks, judged, place, stride, distance)
-                logits.append(torch.einsum("bne,bnhe->bnh", query, negatives))
+                negatives, same = self._hard(part, asks, judged, place, stride, distance)
+                likeness = torch.einsum("bne,bnhe->bnh", query, negatives)
+                logits.append(likeness.masked_fill(same, -torch.inf))
             drawn = everything[torch.randint(len(everything), (self.diverse,)).to(everything.device)]
             logits.append(query @ drawn.T)
             scores = torch.cat(logits, -1).flatten(0, 1) / self.temperature
@@ -186,15 +187,19 @@ class ContrastiveLoss(nn.Module):
 
     def _hard(
         self, maps: Tensor, asks: Tensor, judged: Tensor, place: Tensor, stride: Sequence[int], distance: float
-    ) -> Tensor:
-        """(B, N, hard, E) vectors of `maps` whose `judged` ones are most similar to `asks`, away from `place`."""
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N, hard, E) vectors of `maps` whose `judged` ones are most similar to `asks`, away from `place`.
+
+        Also (B, N, hard): which of them are of the place itself all the same, where a small view has too few others.
+        """
         voxels = identity(maps.shape[2:], like=maps)[0].flatten(1).T * torch.tensor(stride, device=maps.device)
         with torch.no_grad():
             similarity = asks @ judged.flatten(2)
-            similarity.masked_fill_(torch.cdist(place, voxels.expand(len(place), -1, -1)) < distance, -9.0)
-            best = similarity.topk(min(self.hard, similarity.shape[-1]), dim=-1).indices
+            near = torch.cdist(place, voxels.expand(len(place), -1, -1)) < distance
+            similarity.masked_fill_(near, -torch.inf)
+            best, index = similarity.topk(min(self.hard, similarity.shape[-1]), dim=-1)
         rows = maps.flatten(2).transpose(1, 2)
-        return torch.stack([row[index] for row, index in zip(rows, best)])
+        return torch.stack([row[at] for row, at in zip(rows, index)]), best == -torch.inf
 
 
 def sample(maps: Tensor, voxels: Tensor, stride: Sequence[int]) -> Tensor:

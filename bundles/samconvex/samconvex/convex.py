@@ -94,8 +94,7 @@ def inverse_consistent(forward: Tensor, backward: Tensor, *, iterations: int = 1
 
     f <- (f - b(x + f)) / 2,  b <- (b - f(x + b)) / 2, both from the previous pair
 
-    Source: ConvexAdam. Here in voxels with corner-aligned sampling and zeros outside; the authors align the outer faces
-    of the volume.
+    Source: ConvexAdam. Here in voxels, outside 0.
     """
     for _ in range(iterations):
         first = 0.5 * (forward - warp(backward, forward, padding="zeros"))

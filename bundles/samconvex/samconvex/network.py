@@ -11,9 +11,9 @@ from samconvex.sam import SAM
 from torch import Tensor, nn
 
 from common import RegistrationWarning
-from common.fields import compose, resize_disp
+from common.fields import compose, resize_disp, unpool_disp
 from common.mind import box_mean, mind_features
-from common.ops import cost_volume, warp
+from common.ops import CorrelationPyramid, warp
 
 COUPLINGS = ("voxel", "normalised")
 
@@ -28,11 +28,11 @@ class MIND(nn.Module):
 
     def __init__(self, radius: int = 1, dilation: int = 2, stride: int = 2) -> None:
         super().__init__()
-        self.radius, self.dilation, self.stride = radius, dilation, stride
+        self.radius, self.dilation, self.pooled = radius, dilation, stride
 
     def forward(self, image: Tensor, finest: bool = True) -> Tensor:
-        """(B, C, I, J, K) -> (B, 12 C, I/2, J/2, K/2); every channel of the scan has its own descriptor."""
-        return mind_features(image, radius=self.radius, dilation=self.dilation, stride=self.stride)
+        """(B, C, I, J, K) -> (B, 12 C, I/stride, J/stride, K/stride); every channel has its own descriptor."""
+        return mind_features(image, radius=self.radius, dilation=self.dilation, stride=self.pooled)
 
 
 class SAMConvex(nn.Module):
@@ -44,7 +44,8 @@ class SAMConvex(nn.Module):
     Args:
         channels: C of each scan.
         features: "sam" (`samconvex.sam.SAM`, needs weights), "mind" (`MIND`, training-free) or a module
-            (image, finest) -> (B, F, i, j, k) features on a coarser grid of the same field of view.
+            (image, finest) -> (B, F, i, j, k) features on a coarser grid, corners aligned as in the released code; or,
+            if it has an attribute `pooled`, averaged over blocks of so many voxels along each axis.
         radii: half width of the window at each level, coarse to fine; level number l of n works on scans reduced
             2^(n-1-l) times.
         thetas, smoothing: of `coupled_convex`, for the sum of squared differences as cost. The released code takes half
@@ -104,9 +105,9 @@ class SAMConvex(nn.Module):
             feat_moving, feat_fixed = (self.features(scan, not levels) for scan in (moved, fixed))
             update = self.solve(feat_fixed, feat_moving, radius)
             if start is None and not _traced():
-                _warn_of_constants(feat_moving, feat_fixed)
+                _warn_of_constants((moving, feat_moving), (fixed, feat_fixed))
                 _warn_of_range(update, fixed, radius)
-            update = box_mean(resize_disp(update, fixed.shape[2:]), times=3)
+            update = box_mean(self.onto_scan(update, fixed.shape[2:]), times=3)
             disp = update if start is None else compose(start, update)
         return box_mean(disp, times=3)
 
@@ -117,38 +118,50 @@ class SAMConvex(nn.Module):
             disp, _ = inverse_consistent(disp, self.direction(feat_moving, feat_fixed, radius))
         return disp
 
+    def onto_scan(self, disp: Tensor, size: tuple[int, int, int]) -> Tensor:
+        """From the grid of the features to that of the scan they were taken of, in its voxels."""
+        factor = getattr(self.features, "pooled", None)
+        return resize_disp(disp, size) if factor is None else unpool_disp(disp, factor, size)
+
     def direction(self, feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Tensor:
         """Cost volume and coupled convex optimisation; a volume above `budget` in slabs, computed in every round."""
-        size = torch.tensor(feat_fixed.shape[2:], device=feat_fixed.device)
-        step = 2 / (size - 1).clamp(min=1) if self.coupling == "normalised" else None
-        per_plane = 4 * (2 * radius + 1) ** 3 * feat_fixed[:, 0, 0].numel()
+        size = feat_fixed.shape[2:]
+        step = None
+        if self.coupling == "normalised":
+            step = 2 / (torch.tensor(size, device=feat_fixed.device) - 1).clamp(min=1)
+        pyramid = CorrelationPyramid(
+            [feat_fixed], [feat_moving], [radius], similarity="ssd", padding=self.padding, backend=None
+        )
+        volumes = 3 if self.cost_smoothing else 1  # a box mean holds two beside its result
+        per_plane = 4 * (2 * radius + 1) ** 3 * feat_fixed[:, 0, 0].numel() * volumes
         planes = max(int(self.budget * 2**30 / per_plane), 1)
-        cost = [
-            functools.partial(self.cost, feat_fixed, feat_moving, radius, slice(begin, begin + planes))
-            for begin in range(0, feat_fixed.shape[2], planes)
-        ]
-        cost = cost if len(cost) > 1 else cost[0]()
+        if planes >= size[0]:
+            cost = box_mean(pyramid(0), times=self.cost_smoothing)
+        else:
+            planes = max(planes - 2 * (radius + self.cost_smoothing), 1)  # what a slab looks at beside it
+            cost = [
+                functools.partial(self.slab, pyramid, begin, min(begin + planes, size[0]))
+                for begin in range(0, size[0], planes)
+            ]
         return coupled_convex(cost, radius, thetas=self.thetas, smoothing=self.smoothing, step=step)
 
-    def cost(self, feat_fixed: Tensor, feat_moving: Tensor, radius: int, planes: slice) -> Tensor:
-        """Costs of the planes begin..end along axis I, from these planes and as many beside them as they look at."""
-        halo = radius + self.cost_smoothing
-        begin, end, _ = planes.indices(feat_fixed.shape[2])
-        first = max(begin - halo, 0)
-        near = slice(first, end + halo)
-        similarity = {"similarity": "ssd", "padding": self.padding}
-        cost = cost_volume(feat_fixed[:, :, near], feat_moving[:, :, near], radius, **similarity)
-        cost = box_mean(cost, times=self.cost_smoothing)
-        return cost[:, :, begin - first : end - first]
+    def slab(self, pyramid: CorrelationPyramid, begin: int, end: int) -> Tensor:
+        """Costs of the planes begin..end along axis I."""
+        first = max(begin - self.cost_smoothing, 0)
+        last = min(end + self.cost_smoothing, pyramid.fixed[0].shape[2])
+        cost = box_mean(pyramid.planes(0, first, last), times=self.cost_smoothing)
+        return cost[:, :, begin - first : end - first].clone()  # the rest is let go
 
 
 def _traced() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting()
 
 
-def _warn_of_constants(feat_moving: Tensor, feat_fixed: Tensor) -> None:
-    for name, feat in (("moving", feat_moving), ("fixed", feat_fixed)):
-        if bool((feat.amax((2, 3, 4)) - feat.amin((2, 3, 4)) < 1e-6).all()):
+def _warn_of_constants(moving: tuple[Tensor, Tensor], fixed: tuple[Tensor, Tensor]) -> None:
+    """Say so if a scan, or what became of it, is the same everywhere up to rounding; each as (scan, features)."""
+    for name, found in (("moving", moving), ("fixed", fixed)):
+        spreads = [x.amax((2, 3, 4)) - x.amin((2, 3, 4)) <= 1e-5 * x.abs().amax((2, 3, 4)) for x in found]
+        if any(bool(same.all()) for same in spreads):
             text = f"the features of the {name} scan are the same everywhere, so nothing says where to move"
             warnings.warn(text, RegistrationWarning, stacklevel=3)
 

@@ -33,8 +33,8 @@ def cost_volume(
     dot: out[d](x) = <feat_fixed(x), feat_moving(x + disp(x) + d)>,  d in {-r..r}^3
     ssd: out[d](x) = |feat_fixed(x) - feat_moving(x + disp(x) + d)|^2
 
-    Beside the result, the lean layer holds at most `lean.BUDGET` (32 MiB) of buffers and the padded features, the
-    triton layer nothing.
+    Beside the result, the lean layer holds at most `lean.BUDGET` (32 MiB, or one plane of the grid) of buffers and the
+    padded features; with a `disp` and gradients, the result once more. The triton layer holds nothing.
 
     Args:
         feat_fixed: (B, C, I, J, K) features.
@@ -137,6 +137,17 @@ class CorrelationPyramid:
 
     def __len__(self) -> int:
         return len(self.radii)
+
+    def planes(self, level: int, begin: int, end: int) -> Tensor:
+        """The scores of the planes begin..end of axis I alone, of a level whose two grids are one and without `disp`.
+
+        Takes these planes and r beside them, so that a volume too large to be kept is had in slabs.
+        """
+        radius, size = self.radii[level], self.fixed[level].shape[2]
+        first = max(begin - radius, 0)
+        near = slice(first, min(end + radius, size))
+        part = self.fixed[level][:, :, near], self.moving[level][:, :, near]
+        return cost_volume(*part, radius, **self.options)[:, :, begin - first : end - first]
 
     def __call__(self, level: int, disp: Tensor | None = None) -> Tensor:
         """Scores (B, (2r+1)^3, I, J, K) at one level; `disp` is in voxels of that level's fixed grid."""

@@ -148,14 +148,20 @@ _cost_volume.register_autograd(_backward, setup_context=_setup)
 
 def _lookup(fixed: Tensor, moving: Tensor, disp: Tensor, radius: int, similarity: str, padding: str) -> Tensor:
     """Slabs along axis i; a slab's samples are computed again in the backward pass instead of being kept."""
-    per_plane = 4 * fixed[:, :, 0].numel() * fixed.element_size()
+    width = (2 * radius + 1) ** 3
+    per_plane = disp[:, :1, 0].numel() * (4 * fixed.shape[1] + 2 * width) * fixed.element_size()
     planes = max(BUDGET // per_plane, 1)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (fixed, moving, disp))
+    out = None if grad else fixed.new_empty(fixed.shape[0], width, *fixed.shape[2:])
     slabs = []
     for begin in range(0, fixed.shape[2], planes):
         start = disp[:, :, begin : begin + planes] + disp.new_tensor([begin, 0, 0]).view(1, 3, 1, 1, 1)
         arguments = fixed[:, :, begin : begin + planes], moving, start, radius, similarity, padding
-        slabs.append(checkpoint(_lookup_slab, *arguments, use_reentrant=False))
-    return torch.cat(slabs, 2)
+        if out is None:
+            slabs.append(checkpoint(_lookup_slab, *arguments, use_reentrant=False))
+        else:
+            out[:, :, begin : begin + planes] = _lookup_slab(*arguments)
+    return torch.cat(slabs, 2) if out is None else out
 
 
 def _lookup_slab(fixed: Tensor, moving: Tensor, start: Tensor, radius: int, similarity: str, padding: str) -> Tensor:

@@ -72,14 +72,16 @@ def match_bwd_kernel(
         a, b, d = n // (WIDTH * WIDTH) - RADIUS, (n // WIDTH) % WIDTH - RADIUS, n % WIDTH - RADIUS
         step = (a * J + b) * K + d
         inside = valid & (i + a >= 0) & (i + a < I) & (j + b >= 0) & (j + b < J) & (k + d >= 0) & (k + d < K)
-        other = tl.load(p_moving + here + step * C, mask=inside[:, None] & (c < C), other=0.0).to(tl.float32)
+        other = tl.load(p_moving + (v + step)[:, None] * C + c, mask=inside[:, None] & (c < C), other=0.0).to(
+            tl.float32
+        )
         weight = tl.exp(tl.sum(fixed * other, 1) - lse)
         grad_score = weight * (a * grad_i + b * grad_j + d * grad_k - mean)
         grad_fixed += grad_score[:, None] * other
 
         inside = valid & (i - a >= 0) & (i - a < I) & (j - b >= 0) & (j - b < J) & (k - d >= 0) & (k - d < K)
         u = v - step
-        other = tl.load(p_fixed + here - step * C, mask=inside[:, None] & (c < C), other=0.0).to(tl.float32)
+        other = tl.load(p_fixed + (v - step)[:, None] * C + c, mask=inside[:, None] & (c < C), other=0.0).to(tl.float32)
         weight = tl.exp(tl.sum(moving * other, 1) - tl.load(p_lse + u, mask=inside, other=0.0))
         dot = tl.load(p_grad + u * 3, mask=inside, other=0.0) * (a - tl.load(p_disp + u * 3, mask=inside, other=0.0))
         dot += tl.load(p_grad + u * 3 + 1, mask=inside, other=0.0) * (

@@ -7,7 +7,7 @@ d score_d = s_d * (d.g - g.disp), so that only disp and lse are kept.
 import torch
 from torch import Tensor
 
-from common.ops._patches import add_patches, blocks, channels_last, pad_grid, windows
+from common.ops._patches import add_patches, block_patches, blocks, channels_last, pad_grid, windows
 from common.ops.match.reference import offsets
 
 
@@ -62,7 +62,7 @@ def _match_backward(
         view, total = windows(padded, radius), torch.zeros_like(padded)
         for at in blocks(tuple(size), len(step) * channels):
             f, block_g, block_out = fixed[b][at], g[b][at].reshape(-1, 3), out[b][at].reshape(-1, 3)
-            patches = view[at].reshape(-1, len(step), channels)
+            patches = block_patches(view, at)
             query = f.reshape(-1, channels, 1)
             score = torch.bmm(patches, query).squeeze(2)
             weight = (score - lse[b][at].reshape(-1, 1)).exp()

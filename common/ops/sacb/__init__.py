@@ -139,7 +139,11 @@ class SACB(nn.Module):
 
 
 def box_mean(x: Tensor) -> Tensor:
-    """Mean over the 3x3x3 patch of each voxel of (B, C, I, J, K), zeros outside counted: separable shifted sums."""
+    """Mean over the 3x3x3 patch of each voxel of (B, C, I, J, K), zeros outside counted: separable shifted sums.
+
+    At least float32, since 27 values are summed.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     for axis in (2, 3, 4):
         total, size = x.clone(), x.shape[axis]
         total.narrow(axis, 1, size - 1).add_(x.narrow(axis, 0, size - 1))

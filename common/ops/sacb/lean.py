@@ -9,7 +9,7 @@ db[n] = sum_{v in n} g(v).
 import torch
 from torch import Tensor
 
-from common.ops._patches import add_patches, blocks, channels_last, pad_grid, windows
+from common.ops._patches import add_patches, block_patches, blocks, channels_last, pad_grid, windows
 
 
 def modulated_conv3d_lean(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor) -> Tensor:
@@ -66,8 +66,7 @@ def _modulated_conv3d_backward(
             grad_bias[b].index_add_(0, label, block_g)
             grad_matrix.addmm_(_scaled(view[at], modulation[b], label).flatten(1).t(), block_g)
             pulled = (block_g @ matrix.t()).view(-1, 27, channels)
-            patches = view[at].reshape(-1, 27, channels)
-            grad_modulation[b].index_add_(0, label, patches.mul_(pulled).sum(2))
+            grad_modulation[b].index_add_(0, label, block_patches(view, at).mul_(pulled).sum(2))
             pulled *= modulation[b].index_select(0, label).unsqueeze(2)
             add_patches(total, pulled.view(*view[at].shape[:3], 27, channels), at, 1)
         grad_x[b] = total[1:-1, 1:-1, 1:-1]

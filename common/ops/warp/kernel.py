@@ -82,11 +82,11 @@ def warp_bwd_kernel(
     valid = v < voxels
     c = tl.arange(0, C_PAD)[None, :]
     b, x, y, z = coords_of(p_disp, v, valid, GI, GJ, GK)
-    free_x, free_y, free_z = x == x, y == y, z == z  # where the coordinate may move: not where it is clamped
+    free_x, free_y, free_z = x == x, y == y, z == z  # where the coordinate may move: not at or past a border
     if BORDER:
-        free_x = (x >= 0) & (x <= I - 1)
-        free_y = (y >= 0) & (y <= J - 1)
-        free_z = (z >= 0) & (z <= K - 1)
+        free_x = (x > 0) & (x < I - 1)
+        free_y = (y > 0) & (y < J - 1)
+        free_z = (z > 0) & (z < K - 1)
         x, y, z = at_border(x, I), at_border(y, J), at_border(z, K)
     x0, y0, z0 = tl.floor(x), tl.floor(y), tl.floor(z)
     fx, fy, fz = x - x0, y - y0, z - z0

@@ -23,7 +23,9 @@ def warp_reference(image: Tensor, disp: Tensor, mode: str, padding: str) -> Tens
     coords = voxel_coords(disp)
     size = torch.tensor(image.shape[2:], device=image.device).view(1, 3, 1, 1, 1)
     if padding == "border":
-        coords = torch.minimum(coords.clamp(min=0), (size - 1).to(coords.dtype))
+        last = (size - 1).to(coords.dtype)
+        held = torch.minimum(coords.detach().clamp(min=0), last)  # no gradient at or past a border, as in grid_sample
+        coords = torch.where((coords > 0) & (coords < last), coords, held)
     if mode == "nearest":
         return _gather(image, coords.round().long(), size)
     cell = coords.floor()

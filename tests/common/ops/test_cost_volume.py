@@ -132,6 +132,22 @@ def test_lean_matches_reference_with_disp(
     assert_backends_agree(lambda **kw: cost_volume(**kw, **options), inputs, arrange, rtol=1e-4, atol=5e-5)
 
 
+def test_lookup_keeps_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients no buffer beside the result is larger than the budget."""
+    budget, size = 1 << 20, (24, 16, 16)
+    monkeypatch.setattr(lean, "BUDGET", budget)
+    given, disp = pair(size, batch=1), off_grid(size, batch=1)
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True, record_shapes=False) as profiler:
+        out = cost_volume(**given, radius=3, disp=disp, backend="lean")
+    held = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    result = out.numel() * out.element_size()
+    assert result > 4 * budget and result <= peak <= result + budget
+
+
 def test_lean_takes_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The budgets above mean what they say: counted by the products and slabs that are computed."""
     given, counts = pair((5, 6, 7), batch=1), {}

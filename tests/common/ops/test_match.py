@@ -72,7 +72,22 @@ def test_lean_matches_reference(
     assert_backends_agree(lambda **kw: match(**kw, radius=radius), inputs, arrange)
 
 
-@pytest.mark.parametrize(("size", "radius", "block"), (((5, 6, 7), 1, 128), ((4, 1, 5), 2, 256)))
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS.keys())
+@pytest.mark.parametrize("size", ((5, 1, 1), (1, 5, 1), (1, 1, 5), (2, 1, 3), (1, 1, 1)))
+def test_lean_on_thin_grids(size: tuple[int, int, int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The windows of a line of voxels overlap in memory, which a gradient must not write to."""
+    monkeypatch.setattr(_patches, "BLOCK_FLOATS", block)
+    inputs = [torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    grads = []
+    for backend in BACKENDS:
+        out = match(*inputs, backend=backend)
+        weight = torch.arange(1.0, out.numel() + 1).view(out.shape)
+        grads.append((out, *torch.autograd.grad((out * weight).sum(), inputs)))
+    for name, found, expected in zip(("disp", "feat_fixed", "feat_moving"), *grads):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize(("size", "radius", "block"), (((5, 6, 7), 1, 128), ((4, 1, 5), 2, 256), ((5, 1, 1), 1, 256)))
 def test_kernel_matches_reference(
     size: tuple[int, int, int],
     radius: int,

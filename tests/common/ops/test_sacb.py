@@ -75,6 +75,12 @@ def test_lean_matches_reference(
     assert_backends_agree(modulated_conv3d, arguments(), arrange)
 
 
+@pytest.mark.parametrize("size", ((5, 1, 1), (1, 5, 1), (1, 1, 5), (2, 1, 3), (1, 1, 1)))
+def test_lean_on_thin_grids(size: tuple[int, int, int], arrange: Callable, assert_backends_agree: Callable) -> None:
+    """The windows of a line of voxels overlap in memory, which a gradient must not write to."""
+    assert_backends_agree(modulated_conv3d, arguments(size), arrange)
+
+
 @pytest.mark.parametrize("clusters", (1, 9))
 def test_lean_matches_reference_clusters(clusters: int, arrange: Callable, assert_backends_agree: Callable) -> None:
     """One cluster; and more than occur in the labels, whose gradients are zero."""
@@ -87,6 +93,7 @@ def test_lean_matches_reference_clusters(clusters: int, arrange: Callable, asser
 KERNEL_CASES = {
     "several programs": ({"size": (3, 5, 4), "channels": 5, "out": 3}, 32),
     "one voxel wide, more outputs": ({"size": (4, 1, 5), "channels": 3, "out": 17, "clusters": 9}, 256),
+    "a line of voxels": ({"size": (5, 1, 1), "channels": 3, "out": 4}, 256),
     "one cluster": ({"size": (3, 2, 2), "channels": 17, "out": 4, "clusters": 1, "batch": 1}, 256),
 }
 

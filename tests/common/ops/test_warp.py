@@ -110,6 +110,30 @@ def test_lean_matches_reference(padding: str, arrange: Callable, assert_backends
     assert_backends_agree(lambda **kw: warp(**kw, padding=padding), inputs, arrange)
 
 
+def grid_gradient(backend: str, padding: str, step: float, device: torch.device) -> dict[str, Tensor]:
+    """Gradients of a whole-voxel displacement, on which every voxel of the border comes to lie on the border."""
+    image, disp = torch.arange(75.0).view(1, 1, 3, 5, 5).square() / 75, torch.full((1, 3, 3, 5, 5), step)
+    leaves = [x.to(device).requires_grad_() for x in (image, disp)]
+    grads = torch.autograd.grad(warp(*leaves, padding=padding, backend=backend).square().sum(), leaves)
+    return dict(zip(("image", "disp"), (x.cpu() for x in grads)))
+
+
+@pytest.mark.parametrize("step", (0.0, 1.0, -2.0))
+@pytest.mark.parametrize("padding", ("border", "zeros"))
+@pytest.mark.parametrize("backend", ("lean", "triton"))
+def test_gradient_on_the_grid(backend: str, padding: str, step: float, request: pytest.FixtureRequest) -> None:
+    """Between two cells the one after counts; at and past a border the coordinate is held, as grid_sample holds it.
+
+    The sizes are such that grid_sample's normalised coordinates are exact.
+    """
+    device = request.getfixturevalue("kernel_device") if backend == "triton" else torch.device("cpu")
+    expected = grid_gradient("reference", padding, step, torch.device("cpu"))
+    found = grid_gradient(backend, padding, step, device)
+    assert expected["disp"].abs().max() > 0
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-3, msg=lambda t, n=name: f"{n}: {t}")
+
+
 @pytest.mark.parametrize("padding", ("border", "zeros"))
 def test_lean_matches_reference_nearest(padding: str, arrange: Callable, assert_backends_agree: Callable) -> None:
     inputs = {"image": torch.randn(2, 3, 5, 7, 9)}
