@@ -12,17 +12,17 @@ shifts the moving scan, pads both and registers without pre-alignment or refinem
 import importlib.util
 import json
 import os
-import platform
 import resource
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import fire
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "samconvex"
-sys.path[:0] = [str(ROOT), str(BUNDLE)]
+sys.path[:0] = [str(ROOT), str(BUNDLE), str(Path(__file__).parent)]
 VARIANTS = {  # options of the network, steps and similarity of the refinement
     "start": None,
     "package": None,
@@ -64,13 +64,9 @@ def network(options):
     from samconvex import MIND, SAMConvex
 
     if options["features"] == "convexadam":
-        options = {
-            "features": MIND(stride=6),
-            "radii": [4],
-            "padding": "zeros",
-            "cost_smoothing": 2,
-            "consistent": True,
-        }
+        overlay = json.loads((BUNDLE / "configs" / "convexadam.json").read_text())
+        options = {key.split("::")[1]: value for key, value in overlay.items() if key.startswith("network_def::")}
+        options["features"] = MIND(stride=overlay["features"]["stride"])
     net = SAMConvex(**options).eval()
     if options["features"] == "sam":
         net.load_state_dict(torch.load(BUNDLE / "models" / "model.pt", weights_only=True))
@@ -141,8 +137,10 @@ def one_pair(name, moving, fixed):
 
 def report(rows, output):
     if output:
-        hardware = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        Path(output).write_text(json.dumps({"rows": rows, "hardware": hardware}, indent=1) + "\n")
+        from bench_operators import hardware
+
+        found = hardware("cpu") | {name: version(name) for name in ("convexAdam",) if importlib.util.find_spec(name)}
+        Path(output).write_text(json.dumps({"rows": rows, "hardware": found}, indent=1) + "\n")
 
 
 def accuracy(data, variants=None, limit=None, output=None):
@@ -155,7 +153,7 @@ def accuracy(data, variants=None, limit=None, output=None):
     for name in names:
         found = [in_a_process(lambda m=m, f=f: one_pair(name, m, f)) for m, f in pairs_of(data, limit)]
         rows.append({"variant": name} | {key: sum(row[key] for row in found) / len(found) for key in found[0]})
-        row = rows[-1] | {"n": len(found)}
+        row = rows[-1] = rows[-1] | {"n": len(found)}
         text = "{variant:26s} {n} pairs  dice {dice:.4f}  folding {folding_pct:.3f} %  sdlogj {sdlogj:.3f}"
         print((text + "  {cpu_s:.1f} CPU-s  {peak_gib:.2f} GiB").format(**row), flush=True)
         report(rows, output)
