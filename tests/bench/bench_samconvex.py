@@ -61,6 +61,7 @@ def pairs_of(data, limit=None):
 
 def network(options):
     import torch
+
     from samconvex import MIND, SAMConvex
 
     if options["features"] == "convexadam":

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from samconvex import MIND, SAMConvex
-from samconvex.convex import THETAS, coupled_convex, inverse_consistent
 from torch import Tensor, nn
 
 from common import RegistrationWarning
 from common.fields import identity, resize_disp
 from common.mind import box_mean, mind_ssc
 from common.ops import cost_volume, warp
+from samconvex import MIND, SAMConvex
+from samconvex.convex import THETAS, coupled_convex, inverse_consistent
 
 TWICE = tuple(2 * theta for theta in THETAS)  # the authors' cost is half of the squared differences
 

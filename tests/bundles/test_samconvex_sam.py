@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
+from common.fields import identity
 from samconvex import SAM, SAMConvex
 from samconvex.contrast import ContrastiveLoss, Matches, TwoViews, sample
 from samconvex.sam import GLOBAL, LOCAL, Embedder, Embedding
-
-from common.fields import identity
 
 
 @pytest.fixture

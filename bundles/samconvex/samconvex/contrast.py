@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from samconvex.network import halve, warp_onto_background
-from samconvex.sam import GLOBAL, LOCAL, Embedding
 from torch import Tensor, nn
 
 from common.fields import identity
 from common.ops import warp
+from samconvex.network import halve, warp_onto_background
+from samconvex.sam import GLOBAL, LOCAL, Embedding
 
 
 class Matches(NamedTuple):

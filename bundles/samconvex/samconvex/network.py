@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from samconvex.convex import THETAS, coupled_convex, inverse_consistent
-from samconvex.sam import SAM
 from torch import Tensor, nn
 
 from common import RegistrationWarning
 from common.fields import compose, resize_disp, unpool_disp
 from common.mind import box_mean, mind_features
 from common.ops import CorrelationPyramid, warp
+from samconvex.convex import THETAS, coupled_convex, inverse_consistent
+from samconvex.sam import SAM
 
 COUPLINGS = ("voxel", "normalised")
 
