@@ -1,7 +1,8 @@
 """Do more motion-aware layers separate sliding organs better? RAN with q = 0 and q = 4 on the same budget.
 
     python tests/bench/bench_sliding.py                       # 300 steps each, 32x48x32, one thread
-    python tests/bench/bench_sliding.py --steps 2000 --supervised True
+    python tests/bench/bench_sliding.py --steps 400 --size "(32,16,16)" --shift 2.0 --supervised True \
+        --learning_rate 0.002          # that of the model card
 
 Every step is a new pair of `common.phantom.sliding_pair`, the same for both networks. The error is the mean length of
 disp - truth in voxels inside the fixed organs, near the interface (within `near` voxels) and further away, over pairs
