@@ -1,0 +1,2 @@
+"""Stub"""
+class SegmentPaird: pass
