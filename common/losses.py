@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from common.ops import warp
 
-
 BAND_LIMIT = 128  # voxels along an axis up to which a product with a banded matrix beats running sums on a CPU
 
 
