@@ -1,4 +1,4 @@
-"""Random mirroring and rotation of a training pair, both scans and their classes alike."""
+"""Random mirroring and rotation of a packed training pair, both scans and their classes alike."""
 
 import math
 from collections.abc import Hashable, Mapping
@@ -12,8 +12,6 @@ from torch import Tensor
 from common.fields import identity
 from common.labels import UNKNOWN
 from common.ops import warp
-
-SCANS, LABELS = ("moving", "fixed"), ("moving_label", "fixed_label")
 
 
 def random_rotation(degrees: float) -> Tensor:
@@ -32,7 +30,7 @@ def rotation_displacement(matrix: Tensor, size: tuple[int, int, int]) -> Tensor:
 
 
 class MirrorPaird(Transform):
-    """Mirror both scans and label maps of a pair along each axis with probability `prob`.
+    """Mirror "image" (2C, I, J, K) and, if there, the classes "label" (2, I, J, K) of a pair along random axes.
 
     Mirrored along the first axis (left to right), the classes in `mirrored` change places: a left thalamus is still
     the one on the left side of the grid.
@@ -52,12 +50,11 @@ class MirrorPaird(Transform):
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
-        for axis, prob in enumerate(self.prob):
+        for axis, prob in enumerate(self.prob, 1):
             if float(torch.rand(1)) < prob:
-                for key in SCANS + tuple(key for key in LABELS if key in data):
-                    data[key] = data[key].flip(axis + 1)
-                if axis == 0:
-                    data |= {key: self._swap(data[key]) for key in LABELS if key in data}
+                data |= {key: data[key].flip(axis) for key in ("image", "label") if key in data}
+                if axis == 1 and "label" in data:
+                    data["label"] = self._swap(data["label"])
         return data
 
     def _swap(self, label: Tensor) -> Tensor:
@@ -68,7 +65,7 @@ class MirrorPaird(Transform):
 
 
 class RotatePaird(Transform):
-    """Rotate both scans and label maps of a pair about the centre of their grid, by `random_rotation`.
+    """Rotate "image" and, if there, "label" of a pair about the centre of their grid, by `random_rotation`.
 
     Outside the old grid scans are 0 and classes unknown.
 
@@ -85,19 +82,10 @@ class RotatePaird(Transform):
         data = dict(data)
         if not self.degrees:
             return data
-        disp = rotation_displacement(random_rotation(self.degrees), tuple(data["fixed"].shape[1:]))
-        for key in SCANS:
-            data[key] = self._like(data[key], warp(_plain(data[key]), disp, padding="zeros"))
-        for key in LABELS:
-            if key in data:
-                classes = warp(_plain(data[key]) - UNKNOWN, disp, mode="nearest", padding="zeros") + UNKNOWN
-                data[key] = self._like(data[key], classes)
-        return data
-
-    @staticmethod
-    def _like(old: Tensor, new: Tensor) -> Tensor:
-        return MetaTensor(new[0], meta=dict(old.meta)) if isinstance(old, MetaTensor) else new[0]
-
-
-def _plain(x: Tensor) -> Tensor:
-    return torch.as_tensor(x.as_tensor() if isinstance(x, MetaTensor) else x)[None].float()
+        image = data["image"].as_tensor()
+        disp = rotation_displacement(random_rotation(self.degrees), tuple(image.shape[1:]))
+        turned = {"image": warp(image[None], disp, padding="zeros")[0]}
+        if "label" in data:
+            label = data["label"].as_tensor()[None] - UNKNOWN  # what warp fills the outside with, 0, means unknown
+            turned["label"] = warp(label, disp, mode="nearest", padding="zeros")[0] + UNKNOWN
+        return data | {key: MetaTensor(value, meta=dict(data[key].meta)) for key, value in turned.items()}

@@ -285,11 +285,9 @@ def prepare_pair(batch: dict, device: torch.device, non_blocking: bool = False, 
 
 
 def prepare_labelled(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> tuple:
-    """Packed image and packed classes ("label", (B, 2, I, J, K), -1 for unknown) of a pair, both for a `TrainingStep`."""
-    image, label = (
-        batch[key].as_tensor() if hasattr(batch[key], "as_tensor") else batch[key] for key in ("image", "label")
-    )
-    image, label = (x.to(device, non_blocking=non_blocking, **kwargs) for x in (image, label))
+    """Packed image and packed classes ("label" (B, 2, I, J, K), -1 for unknown) of a pair, for a `TrainingStep`."""
+    plain = (x.as_tensor() if hasattr(x, "as_tensor") else x for x in (batch["image"], batch["label"]))
+    image, label = (x.to(device, non_blocking=non_blocking, **kwargs) for x in plain)
     return image, label, (label,), {}
 
 

@@ -139,7 +139,7 @@ class ToClassesd(Transform):
         """Classes of a label map, or what is wrong with it."""
         if "label" not in data:
             return None, "has no label map"
-        codes = torch.as_tensor(data["label"]).round().long()
+        codes = data["label"].as_tensor().round().long()
         present = codes.unique()
         strange = [int(c) for c in present if not 0 <= c < len(self.lookup) or self.lookup[c] == UNKNOWN]
         if strange:

@@ -89,7 +89,8 @@ class DualFlowLoss(nn.Module):
             total = total + entropy
             if self.dice_weight:
                 one_hot = F.one_hot(target.clamp(min=0), stage.shape[1]).movedim(-1, 1) * known
-                total = total + self.dice_weight * dice(stage.softmax(1)[:, 1:] * known, one_hot[:, 1:])
+                overlap = dice(stage.softmax(1)[:, 1:] * known, one_hot[:, 1:])
+                total = total + self.dice_weight * known.any() * overlap  # of nothing with nothing it would be 1
         return total / len(logits)
 
     def region_lncc(self, warped: Tensor, result: Registration) -> Tensor:

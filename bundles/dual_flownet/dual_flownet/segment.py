@@ -25,10 +25,10 @@ class SegmentPaird(Transform):
         data = dict(data)
         if self.network.seg_cnn is None:
             return data
-        image = torch.as_tensor(data["image"])
+        image, disp = (x.as_tensor() if isinstance(x, MetaTensor) else x for x in (data["image"], data["pred"]))
         weight = next(self.network.parameters())
         moving, fixed = self.network.eval().segment(image[None].to(weight.device, weight.dtype))
-        disp = torch.as_tensor(data["pred"])[None].to(weight.device, weight.dtype)
+        disp = disp[None].to(weight.device, weight.dtype)
         for name, classes in (("warped", warp(moving, disp)), ("fixed", fixed)):
             number = classes.argmax(1).float()
             data[f"{name}_segmentation"] = MetaTensor(number.cpu(), affine=data["image"].affine)
