@@ -70,6 +70,7 @@ def test_training_in_two_processes(dataset: Path, tmp_path: Path) -> None:
 
 def test_gfn_trains_without_any_label(tmp_path: Path) -> None:
     """A plain folder of scans: an error that names the option, and with it a training."""
+    (tmp_path / "scans").mkdir()
     for seed in range(2):
         write(tmp_path / "scans", f"p{seed}", (16, 20, 16), centred((16, 20, 16), np.diag([9.0, 9, 9])), seed)
         (tmp_path / "scans" / f"p{seed}_label.nii.gz").unlink()
@@ -156,7 +157,7 @@ def test_inference_from_the_bundle_folder(raw: Path, tmp_path: Path) -> None:
 
 
 def test_global_mode_writes_no_segmentations(raw: Path, tmp_path: Path) -> None:
-    options = "--moving", raw / "moving.nii.gz", "--fixed", raw / "fixed.nii.gz", "--spacing", 6.0, "--weights", "null"
+    options = "--moving", raw / "moving.nii.gz", "--fixed", raw / "fixed.nii.gz", "--spacing", 6.0, "--weights", ""
     overlays = from_root("inference.json", "table2_gfn.json")
     succeeded(command(*overlays, *options, "--prealign", "none", "--output_dir", tmp_path))
     found = {path.name for path in (tmp_path / "moving_to_fixed").iterdir()}
