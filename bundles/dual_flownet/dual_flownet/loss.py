@@ -66,7 +66,7 @@ class DualFlowLoss(nn.Module):
         if result.disp_region is not None:
             both = zip((result.logits_moving, result.logits_fixed), label.chunk(2, dim=1))
             terms["seg"] = self.seg_weight * sum(self.segmentation(logits, classes) for logits, classes in both)
-            fit = self.region_lncc(warp(result.roi_moving, result.disp_region), result)
+            fit = self.region_lncc(warp(result.roi_moving, result.disp_region), result, channels=moving.shape[1])
             terms["region"] = fit + self.alpha * diffusion(result.disp_region)
         if result.disp_global is not None:
             fit = lncc(warp(moving, result.disp), fixed, window=self.window)
@@ -93,13 +93,12 @@ class DualFlowLoss(nn.Module):
                 total = total + self.dice_weight * known.any() * overlap  # of nothing with nothing it would be 1
         return total / len(logits)
 
-    def region_lncc(self, warped: Tensor, result: Registration) -> Tensor:
-        """RLNCC of eq. 3, over the volumes of the regions."""
+    def region_lncc(self, warped: Tensor, result: Registration, *, channels: int = 1) -> Tensor:
+        """RLNCC of eq. 3 over the volumes of the regions, `channels` of them a class (or in all, for their union)."""
         if self.region_reduction != "roi":
             number = warped.shape[1] if self.region_reduction == "sum" else 1
             return number * lncc(warped, result.roi_fixed, window=self.window)
         probability = result.logits_fixed[0].detach().float().softmax(1)
-        classes, regions = probability.shape[1] - 1, warped.shape[1]
-        inside = probability[:, 1:] if regions % classes == 0 else 1 - probability[:, :1]
-        weight = inside.repeat_interleave(regions // inside.shape[1], dim=1)
-        return lncc(warped, result.roi_fixed, window=self.window, mask=weight)
+        union = warped.shape[1] == channels
+        inside = 1 - probability[:, :1] if union else probability[:, 1:]
+        return lncc(warped, result.roi_fixed, window=self.window, mask=inside.repeat_interleave(channels, dim=1))
