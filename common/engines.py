@@ -284,6 +284,33 @@ def prepare_pair(batch: dict, device: torch.device, non_blocking: bool = False, 
     return image, image
 
 
+def prepare_labelled(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> tuple:
+    """Packed image and packed classes ("label" (B, 2, I, J, K), -1 for unknown) of a pair, for a `TrainingStep`."""
+    plain = (x.as_tensor() if hasattr(x, "as_tensor") else x for x in (batch["image"], batch["label"]))
+    image, label = (x.to(device, non_blocking=non_blocking, **kwargs) for x in plain)
+    return image, label, (label,), {}
+
+
+class TrainingStep(nn.Module):
+    """loss(network.forward_train(image), image, label): what a trainer runs of a method with more than one output.
+
+    A module of its own, so that DistributedDataParallel sees the whole step, while `network` stays what is validated
+    and saved.
+    """
+
+    def __init__(self, network: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def forward(self, image: Tensor, label: Tensor) -> Tensor:
+        return self.loss(self.network.forward_train(image), image, label)
+
+
+def step_loss(value: Tensor, label: Tensor) -> Tensor:
+    """The loss function of a trainer that runs a `TrainingStep`: its output is the loss already."""
+    return value
+
+
 def label_dice_handler(minimum: int = 0) -> IgniteMetricHandler:
     """Key metric of the validation: mean label Dice of "warped_label" against "target_label"; nan without labels."""
     return IgniteMetricHandler(metric_fn=LabelDice(minimum), output_transform=_warped_and_target)

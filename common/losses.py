@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from common.ops import warp
 
+BAND_LIMIT = 128  # voxels along an axis up to which a product with a banded matrix beats running sums on a CPU
+
 
 class _BoxSum(torch.autograd.Function):
     """Sum over a cube of odd width, zeros outside; symmetric, hence its own transpose."""
@@ -12,13 +14,26 @@ class _BoxSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, window: int) -> Tensor:
         ctx.window = window
-        for axis in (2, 3, 4):
-            x = _axis_sum(x, window, axis)
+        with torch.autocast(x.device.type, enabled=False):  # which would round the matrix products
+            for axis in (2, 3, 4):
+                banded = x.device.type == "cpu" and x.shape[axis] <= BAND_LIMIT
+                x = (_banded_sum if banded else _axis_sum)(x, window, axis)
         return x
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return _BoxSum.apply(grad, ctx.window), None
+
+
+def _banded_sum(x: Tensor, window: int, axis: int) -> Tensor:
+    """Running sum along one axis as a product with a matrix of zeros and ones."""
+    n = torch.arange(x.shape[axis], device=x.device)
+    band = ((n[:, None] - n).abs() <= window // 2).to(x.dtype)
+    if axis == 4:
+        return x @ band
+    if axis == 3:
+        return band @ x
+    return (band @ x.flatten(3)).view(x.shape)
 
 
 def _axis_sum(x: Tensor, window: int, axis: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Hashable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -177,10 +178,13 @@ class ScaleForegroundd(Transform):
 
 
 class PackPaird(Transform):
-    """Concatenate moving then fixed into "image" (2C, I, J, K), with the fixed scan's space; drop the two keys."""
+    """Concatenate moving then fixed into "image" (2C, I, J, K), with the fixed scan's space; drop the two keys.
 
-    def __init__(self, moving: str = "moving_work", fixed: str = "fixed_work") -> None:
-        self.moving, self.fixed = moving, fixed
+    `name` is another name for the result.
+    """
+
+    def __init__(self, moving: str = "moving_work", fixed: str = "fixed_work", name: str = "image") -> None:
+        self.moving, self.fixed, self.name = moving, fixed, name
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
@@ -191,7 +195,7 @@ class PackPaird(Transform):
             raise InputError(f"{moving.meta['filename_or_obj']}: {grids}; {hint}")
         meta = {name: value for name, value in fixed.meta.items() if name != "affine"}
         image = MetaTensor(torch.cat([moving.as_tensor(), fixed.as_tensor()]), affine=fixed.affine, meta=meta)
-        return data | {"image": image}
+        return data | {self.name: image}
 
 
 class WarpPaird(Transform):
@@ -259,8 +263,9 @@ class DeliverPaird(Transform):
 
     Writes OUT/ID/ with warped.nii.gz, transform.h5 (ITK composite: the displacement field on the working grid, then the
     affine), displacement.nii.gz (the whole map on the fixed grid, mm, LPS vectors), and, where they apply,
-    warped_label.nii.gz and inverse_transform.h5. The original moving scan is interpolated once. Adds "row", the pair's
-    line of results.csv.
+    warped_label.nii.gz and inverse_transform.h5; warped_segmentation.nii.gz and fixed_segmentation.nii.gz for a method
+    that gave such class numbers on the working grid. The original moving scan is interpolated once. Adds "row", the
+    pair's line of results.csv.
 
     Args:
         output_dir: OUT.
@@ -315,6 +320,9 @@ class DeliverPaird(Transform):
             if "fixed_label" in data:
                 before = np.rint(io.resample(label, moving_affine, size, fixed_affine, affine, nearest=True))
                 row |= self._overlap(data["fixed_label"].cpu().numpy()[0], before, warped_label, label, fixed_affine)
+        for name in ("warped_segmentation", "fixed_segmentation"):
+            if name in data:
+                writers[f"{name}.nii.gz"] = partial(_write_classes, data[name], onto, size, fixed_affine)
         row |= _field_measures(disp, data["image"], onto)
         if self.save_inverse:
             inverse = invert(disp[None])
@@ -356,6 +364,12 @@ class DeliverPaird(Transform):
                 table = group_table(self.groups, int(max(f.max(), b.max(), a.max(), m.max())))
                 row[f"dice_coarse_{name}"] = mean_over_labels(label_overlap(table[f], table[warped], table[m]), "dice")
         return row
+
+
+def _write_classes(classes: Tensor, onto: np.ndarray, size: tuple, fixed_affine: np.ndarray, path: Path) -> None:
+    """Class numbers (1, I, J, K) on the working grid, by nearest neighbour on the fixed scan's grid."""
+    values = io.resample(torch.as_tensor(classes)[0].cpu().numpy(), onto, size, fixed_affine, nearest=True)
+    io.write_label(np.rint(values), fixed_affine, path)
 
 
 def group_table(groups: dict, largest: int) -> Tensor:

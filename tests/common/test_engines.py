@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.data import MetaTensor
 from monai.utils import set_determinism
 from torch import Tensor, nn
 
@@ -318,6 +319,31 @@ def test_prepare_pair_gives_image_twice() -> None:
     x = torch.rand(1, 2, 3, 3, 3)
     image, target = engines.prepare_pair({"image": x}, torch.device("cpu"))
     assert image is target and torch.equal(image, x)
+
+
+def test_prepare_labelled_and_the_step() -> None:
+    """The step hands scans and classes to the loss, and gradients reach the network that is validated."""
+    batch = {"image": MetaTensor(torch.rand(1, 2, 3, 3, 3)), "label": MetaTensor(torch.ones(1, 2, 3, 3, 3))}
+    image, target, args, kwargs = engines.prepare_labelled(batch, torch.device("cpu"))
+    assert type(image) is Tensor and type(target) is Tensor and kwargs == {}
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(3.0))
+
+        def forward_train(self, image: Tensor) -> Tensor:
+            return self.scale * image
+
+    class Loss(nn.Module):
+        def forward(self, result: Tensor, image: Tensor, label: Tensor) -> Tensor:
+            return (result - image).sum() + label.sum()
+
+    network = Network()
+    value = engines.step_loss(engines.TrainingStep(network, Loss())(image, *args), target)
+    torch.testing.assert_close(value, 2 * image.sum() + 54)
+    value.backward()
+    torch.testing.assert_close(network.scale.grad, image.sum())
 
 
 def test_tensorboard_parts() -> None:

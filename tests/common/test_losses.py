@@ -49,6 +49,24 @@ def test_box_sum_wider_than_grid() -> None:
     torch.testing.assert_close(losses.box_sum(x, 9), dense_sum(x, 9), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("limit", (0, 9, 100))
+def test_box_sum_either_way(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By running sums, by banded matrices, and by either along different axes."""
+    monkeypatch.setattr(losses, "BAND_LIMIT", limit)
+    x = torch.randn(2, 3, 7, 10, 9, dtype=torch.float64).to(memory_format=torch.channels_last_3d)
+    for window in (1, 3, 9):
+        torch.testing.assert_close(losses.box_sum(x, window), dense_sum(x, window), rtol=1e-12, atol=1e-12)
+
+
+def test_box_sum_under_autocast() -> None:
+    """Sums keep the precision of their input."""
+    x = torch.rand(1, 2, 12, 11, 10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = losses.box_sum(x, 5)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, dense_sum(x, 5), rtol=1e-5, atol=1e-5)
+
+
 def test_box_sum_gradcheck() -> None:
     x = torch.randn(1, 2, 3, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a: losses.box_sum(a, 3), (x,))

@@ -418,6 +418,33 @@ def test_pack_puts_moving_first() -> None:
         PackPaird()({"moving_work": moving[..., :5], "fixed_work": fixed})
 
 
+def test_pack_under_another_name() -> None:
+    data = {"a": MetaTensor(torch.zeros(1, 2, 2, 2)), "b": MetaTensor(torch.ones(1, 2, 2, 2)), "image": 0}
+    packed = PackPaird("a", "b", "label")(data)
+    assert set(packed) == {"image", "label"} and packed["image"] == 0
+    assert packed["label"].flatten(1).mean(1).tolist() == [0, 1]
+
+
+def test_segmentations_are_delivered(small: dict[str, str], tmp_path: Path) -> None:
+    """Class numbers on a working grid of half the resolution come back on the fixed grid, as whole numbers."""
+    data = {"id": "pair", "moving": small["moving"], "fixed": small["fixed"]}
+    before = [LoadScansd(), AlignAndGridd(2.0, "none", divisor=1, crop=False), PackPaird()]
+    data = Compose(before)(data)
+    size = tuple(data["image"].shape[1:])
+    numbers = torch.randint(0, 28, (1, *size)).float()
+    data |= {"pred": torch.zeros(3, *size), "warped_segmentation": numbers, "fixed_segmentation": 27 - numbers}
+    DeliverPaird(str(tmp_path / "out"))(data)
+    written = {n: nib.load(tmp_path / "out" / "pair" / f"{n}_segmentation.nii.gz") for n in ("warped", "fixed")}
+    to_work = np.linalg.inv(data["image"].affine.numpy())
+    index = np.rint(nib.affines.apply_affine(to_work, voxels_of((12, 12, 12))) - 1e-3).astype(int)
+    inner = (slice(2, 10),) * 3
+    expected = numbers[0].numpy()[tuple(np.moveaxis(index, -1, 0).clip(0, np.array(size)[:, None, None, None] - 1))]
+    for image, values in ((written["warped"], expected), (written["fixed"], 27 - expected)):
+        np.testing.assert_allclose(image.affine, np.eye(4), atol=1e-6)
+        assert np.issubdtype(image.get_data_dtype(), np.integer)
+        np.testing.assert_array_equal(np.asarray(image.dataobj)[inner], values[inner])
+
+
 def test_scans_below_zero(tmp_path: Path) -> None:
     """As CT: values around -1000 are air, not "no overlap", and air is what fills the outside of a warped scan."""
     size, affine = PLAIN

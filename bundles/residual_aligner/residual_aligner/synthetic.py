@@ -9,6 +9,7 @@ from monai.data import MetaTensor
 from monai.transforms import Transform
 from torch import Tensor, nn
 
+from common.augment import random_rotation
 from common.fields import identity
 from common.losses import diffusion, mse
 from common.ops import warp
@@ -47,10 +48,7 @@ def _blur(x: Tensor, width: float, axis: int) -> Tensor:
 
 def rigid_matrix(rotation: float, translation: float) -> tuple[Tensor, Tensor]:
     """Rotation (3, 3) about a random axis by an angle uniform in [-rotation, rotation] degrees, and a shift (3,)."""
-    axis = F.normalize(torch.randn(3), dim=0)
-    angle = math.radians(float(2 * torch.rand(1) - 1) * rotation)
-    cross = torch.linalg.cross(torch.eye(3), axis.expand(3, 3))  # cross @ v = axis x v
-    matrix = torch.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
+    matrix = random_rotation(rotation)
     return matrix, (2 * torch.rand(3) - 1) * translation
 
 

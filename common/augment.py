@@ -1,0 +1,91 @@
+"""Random mirroring and rotation of a packed training pair, both scans and their classes alike."""
+
+import math
+from collections.abc import Hashable, Mapping
+
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.transforms import Transform
+from torch import Tensor
+
+from common.fields import identity
+from common.labels import UNKNOWN
+from common.ops import warp
+
+
+def random_rotation(degrees: float) -> Tensor:
+    """Rotation matrix (3, 3) about a random axis by an angle uniform in [-degrees, degrees]."""
+    axis = F.normalize(torch.randn(3), dim=0)
+    angle = math.radians(float(2 * torch.rand(1) - 1) * degrees)
+    cross = torch.linalg.cross(torch.eye(3), axis.expand(3, 3))  # cross @ v = axis x v
+    return torch.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
+
+
+def rotation_displacement(matrix: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """(R - 1)(x - c) about the centre c of the grid: (1, 3, I, J, K) in voxels."""
+    x = identity(size, matrix)
+    centre = (torch.tensor(size, dtype=matrix.dtype) - 1).view(1, 3, 1, 1, 1) / 2
+    return torch.einsum("ab,nb...->na...", matrix - torch.eye(3), x - centre)
+
+
+class MirrorPaird(Transform):
+    """Mirror "image" (2C, I, J, K) and, if there, the classes "label" (2, I, J, K) of a pair along random axes.
+
+    Mirrored along the first axis (left to right), the classes in `mirrored` change places: a left thalamus is still
+    the one on the left side of the grid.
+
+    Args:
+        prob: for each axis, or three of them.
+        mirrored: pairs of classes, see `common.labels.LabelTable`.
+    """
+
+    def __init__(
+        self, prob: float | tuple[float, float, float] = 0.5, mirrored: list[tuple[int, int]] | None = None
+    ) -> None:
+        self.prob = (float(prob),) * 3 if isinstance(prob, (int, float)) else tuple(prob)
+        if len(self.prob) != 3 or not all(0 <= p <= 1 for p in self.prob):
+            raise ValueError(f"MirrorPaird() 'prob' must be one or three numbers from 0 to 1, got {prob}")
+        self.mirrored = [tuple(pair) for pair in mirrored or []]
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        for axis, prob in enumerate(self.prob, 1):
+            if float(torch.rand(1)) < prob:
+                data |= {key: data[key].flip(axis) for key in ("image", "label") if key in data}
+                if axis == 1 and "label" in data:
+                    data["label"] = self._swap(data["label"])
+        return data
+
+    def _swap(self, label: Tensor) -> Tensor:
+        swapped = label.clone()
+        for a, b in self.mirrored:
+            swapped[label == a], swapped[label == b] = b, a
+        return swapped
+
+
+class RotatePaird(Transform):
+    """Rotate "image" and, if there, "label" of a pair about the centre of their grid, by `random_rotation`.
+
+    Outside the old grid scans are 0 and classes unknown.
+
+    Args:
+        degrees: largest angle; 0 leaves the pair as it is.
+    """
+
+    def __init__(self, degrees: float = 25.0) -> None:
+        if degrees < 0:
+            raise ValueError(f"RotatePaird() 'degrees' must be >= 0, got {degrees}")
+        self.degrees = degrees
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        if not self.degrees:
+            return data
+        image = data["image"].as_tensor()
+        disp = rotation_displacement(random_rotation(self.degrees), tuple(image.shape[1:]))
+        turned = {"image": warp(image[None], disp, padding="zeros")[0]}
+        if "label" in data:
+            label = data["label"].as_tensor()[None] - UNKNOWN  # what warp fills the outside with, 0, means unknown
+            turned["label"] = warp(label, disp, mode="nearest", padding="zeros")[0] + UNKNOWN
+        return data | {key: MetaTensor(value, meta=dict(data[key].meta)) for key, value in turned.items()}

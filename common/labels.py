@@ -1,0 +1,150 @@
+"""Label maps as classes to learn: which codes belong to which class, and which scans may teach them."""
+
+from collections.abc import Hashable, Mapping
+from typing import NamedTuple
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Transform
+
+from common.data import label_groups
+from common.io import InputError
+
+UNKNOWN = -1  # class of a voxel that no label map describes
+BAD_LABELS = ("error", "unlabelled")
+
+
+class LabelTable(NamedTuple):
+    """Class n, from 1, holds the codes classes[n - 1]; 0 is the background."""
+
+    classes: list[list[int]]
+    ignored: list[int]  # codes that become background
+    mirrored: list[tuple[int, int]]  # classes that change places when a scan is mirrored left to right
+
+
+def label_table(
+    classes: int,
+    *,
+    codes: list | None = None,
+    ignored: list[int] | None = None,
+    mirrored: list | None = None,
+    dataset_dir: str | None = None,
+    group: str = "coarse27",
+) -> LabelTable:
+    """Which codes of the label maps make the `classes` of a network.
+
+    Args:
+        classes: without background.
+        codes: an entry a class, a code or a list of them. None takes the label groups of the dataset's labels.json, or
+            without one the codes 1, 2, ..., `classes`.
+        ignored: further codes that may occur and count as background; None takes those of labels.json that are in no
+            group, if the groups are from there.
+        mirrored: pairs of classes, left and right; None takes the groups named "Right X" and "Left X".
+        dataset_dir: folder that may have a labels.json.
+        group: name of the groups there.
+
+    Raises:
+        InputError: another number of entries than classes, a code in two of them, a pair that names no class.
+    """
+    groups = None if codes is not None else label_groups(dataset_dir, group)
+    source = "--label_codes"
+    if groups is not None:
+        source = f"{dataset_dir}/labels.json"
+        codes = [entry["members"] for entry in groups.values()]
+        every = label_groups(dataset_dir, "full") or {}
+        if ignored is None:
+            ignored = [int(code) for code in every]
+        if mirrored is None:
+            mirrored = _sides([entry.get("name", "") for entry in groups.values()])
+    codes = list(range(1, classes + 1)) if codes is None else codes
+    members = [[int(c) for c in (entry if isinstance(entry, (list, tuple)) else [entry])] for entry in codes]
+    if len(members) != classes:
+        raise InputError(f"{source}: has {len(members)} classes, the network {classes}")
+    known = [code for entry in members for code in entry]
+    if twice := sorted({code for code in known if known.count(code) > 1 or code == 0}):
+        raise InputError(f"{source}: code {twice[0]} must be in one class, and 0 is the background")
+    pairs = [tuple(map(int, pair)) for pair in mirrored or []]
+    named = [n for pair in pairs for n in pair]
+    if (
+        any(len(pair) != 2 for pair in pairs)
+        or len(named) != len(set(named))
+        or not set(named) <= set(range(classes + 1))
+    ):
+        raise InputError(f"--mirrored_classes must be pairs of different classes up to {classes}, got {mirrored}")
+    return LabelTable(members, sorted(set(ignored or []) - set(known) - {0}), pairs)
+
+
+def _sides(names: list[str]) -> list[tuple[int, int]]:
+    """Classes (from 1) named "Right X" and "Left X"."""
+    number = {name: n for n, name in enumerate(names, 1)}
+    rights = [name for name in names if name.startswith("Right ") and "Left " + name[6:] in number]
+    return [(number[name], number["Left " + name[6:]]) for name in rights]
+
+
+class ToClassesd(Transform):
+    """Turn a scan's label map into classes: "label" (1, I, J, K), 0 background, n class n of the table, -1 unknown.
+
+    A scan that is not to be learned from gets -1 everywhere.
+
+    Args:
+        table: of `label_table`.
+        labelled: ids of the scans whose labels are used (few-shot); None is all of them.
+        bad_labels: what to do with such a scan if it has no label map, one without any of the classes, or one with
+            codes that the table does not have: "error", or use it "unlabelled", which is said.
+        scans: all scans, to check `labelled` against.
+
+    Raises:
+        InputError: unknown `bad_labels`, an id in `labelled` that no scan has; see `bad_labels`.
+    """
+
+    def __init__(
+        self,
+        table: LabelTable,
+        *,
+        labelled: list[str] | None = None,
+        bad_labels: str = "error",
+        scans: list[dict] | None = None,
+    ) -> None:
+        if bad_labels not in BAD_LABELS:
+            raise InputError(f"--bad_labels must be one of {', '.join(BAD_LABELS)}, got {bad_labels}")
+        ids = {scan["id"] for scan in scans or []}
+        if scans is not None and (strange := sorted(set(map(str, labelled or [])) - ids)):
+            raise InputError(f"--labelled: there is no scan {strange[0]!r} to train on")
+        self.labelled = None if labelled is None else set(map(str, labelled))
+        self.bad_labels = bad_labels
+        largest = max([code for entry in table.classes for code in entry] + table.ignored)
+        self.lookup = torch.full((largest + 1,), UNKNOWN)
+        self.lookup[[0, *table.ignored]] = 0
+        for number, members in enumerate(table.classes, 1):
+            self.lookup[members] = number
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        scan = data["image"]
+        classes, fault = None, None
+        if self.labelled is None or str(data["id"]) in self.labelled:
+            classes, fault = self._classes(data)
+        if fault:
+            name = scan.meta["filename_or_obj"]
+            if self.bad_labels == "error":
+                hint = "give --bad_labels unlabelled to use it without, or name the labelled scans by --labelled"
+                raise InputError(f"{name}: {fault}; {hint}")
+            print(f"{name}: used without labels, it {fault}", flush=True)
+        if classes is None:
+            classes = torch.full((1, *scan.shape[1:]), UNKNOWN)
+        data["label"] = MetaTensor(classes.float(), affine=scan.affine)
+        return data
+
+    def _classes(self, data: Mapping[Hashable, object]) -> tuple[torch.Tensor | None, str | None]:
+        """Classes of a label map, or what is wrong with it."""
+        if "label" not in data:
+            return None, "has no label map"
+        codes = data["label"].as_tensor().round().long()
+        present = codes.unique()
+        strange = [int(c) for c in present if not 0 <= c < len(self.lookup) or self.lookup[c] == UNKNOWN]
+        if strange:
+            told = ", ".join(map(str, strange[:5])) + (", ..." if len(strange) > 5 else "")
+            return None, f"has label codes that the config does not know ({told})"
+        if not (self.lookup[present] > 0).any():
+            return None, "has a label map without any of the classes"
+        return self.lookup[codes], None

@@ -1,0 +1,166 @@
+"""Time and memory of Dual-FlowNet's training step, and how consistent its flows are with and without the constraint.
+
+    python tests/bench/bench_dual_flownet.py cost                      # 80x96x80, 27 classes, a process a variant
+    python tests/bench/bench_dual_flownet.py cost --size 40,48,40 --repeats 3
+    python tests/bench/bench_dual_flownet.py consistency DATA --grfn GRFN.pt --dfn DFN.pt [--spacing 2.0]
+
+"cost" prints CPU seconds (the fastest of the repeats) and peak memory of forward, loss, backward and Adam with random
+scans and labels; it ends with an error if the default variant takes more than 10 GiB.
+
+"consistency" registers the validation pairs of DATA both ways with the weights of either mode and prints, in mm inside
+the fixed foreground: "inverse", |compose(Phi_Global, Phi_Global^-1)| with the network's own estimate of the inverse
+(eq. 9), "fixed point" with 30 updates, and "both ways", |compose(disp of A to B, disp of B to A)|; Dice beside them.
+Without --grfn and --dfn both are trained first from the same seed, `--steps` steps each on random training pairs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fire
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "bundles" / "dual_flownet")]
+LIMIT_GIB = 10.0  # what the project allows the default training step at 80x96x80 with 27 classes
+VARIANTS = {
+    "GFN": {"mode": "global"},
+    "RFN": {"mode": "region"},
+    "GRFN": {"mode": "both"},
+    "DFN": {},
+    "DFN, recompute": {"recompute": True},
+    "DFN, union": {"roi_mode": "union"},
+    "DFN, wide": {"widths": (16, 32, 64, 128, 256)},
+}
+
+
+def peak_gib():
+    """Largest resident memory of this program (Linux)."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def child(variant, size, repeats, window):
+    import torch
+
+    from dual_flownet import DualFlowLoss, DualFlowNet
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net, loss = DualFlowNet(**VARIANTS[variant]), DualFlowLoss(window=window)
+    optimizer = torch.optim.Adam(net.parameters())
+    image, label = torch.rand(1, 2, *size), torch.randint(0, 28, (1, 2, *size)).float()
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        optimizer.zero_grad()
+        loss(net.forward_train(image), image, label).backward()
+        optimizer.step()
+        times.append(time.process_time() - begin)
+    print(json.dumps({"cpu_s": min(times), "peak_gib": peak_gib()}))
+
+
+def cost(size=(80, 96, 80), variants=tuple(VARIANTS), repeats=1, window=9, output=None):
+    """Print a line a variant; `output` also writes them as JSON."""
+    rows = []
+    for variant in [variants] if isinstance(variants, str) else variants:
+        call = [sys.executable, __file__, "child", variant, json.dumps(size), str(repeats), str(window)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        done = subprocess.run(call, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        rows.append({"variant": variant, "size": list(size), "window": window} | json.loads(done.stdout))
+        print("{variant:15s} {cpu_s:6.2f} CPU-s a step {peak_gib:6.2f} GiB peak".format(**rows[-1]), flush=True)
+    if output:
+        Path(output).write_text(json.dumps(rows, indent=1) + "\n")
+    default = [row["peak_gib"] for row in rows if row["variant"] == "DFN" and row["size"] == [80, 96, 80]]
+    if default and default[0] > LIMIT_GIB:
+        raise SystemExit(f"the default training step takes {default[0]:.1f} GiB, more than {LIMIT_GIB} GiB")
+
+
+def scans_of(data, spacing):
+    """{id: (scan, label map, classes)} on one grid, ids of the training scans, validation pairs."""
+    from monai.transforms import Compose
+
+    from common.data import list_scans, validation_pairs
+    from common.labels import ToClassesd, label_table
+    from common.transforms import LoadScansd, ScaleForegroundd, ToTrainingGridd
+
+    load = Compose([LoadScansd(["image"], ["label"]), ToTrainingGridd(spacing), ScaleForegroundd(["image"])])
+    classes, found, training = ToClassesd(label_table(27, dataset_dir=data)), {}, []
+    for part in ("training", "validation"):
+        for scan in list_scans(data, part):
+            item = load(dict(scan))
+            label = item["label"].as_tensor()
+            found[scan["id"]] = (item["image"].as_tensor(), label, classes(item)["label"].as_tensor())
+            training += [scan["id"]] * (part == "training")
+    return found, training, validation_pairs(data)
+
+
+def trained(mode, scans, training, steps, learning_rate, window):
+    """A network of `mode` after `steps` steps from seed 0, the same pairs for every mode."""
+    import torch
+
+    from dual_flownet import DualFlowLoss, DualFlowNet
+
+    torch.manual_seed(0)
+    net, loss = DualFlowNet(mode=mode), DualFlowLoss(window=window, dice_weight=1.0)
+    optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate)
+    for _ in range(steps):
+        a, b = (scans[training[n]] for n in torch.randperm(len(training))[:2].tolist())
+        image, label = torch.cat([a[0], b[0]])[None], torch.cat([a[2], b[2]])[None]
+        optimizer.zero_grad()
+        loss(net.forward_train(image), image, label).backward()
+        optimizer.step()
+    return net
+
+
+def measure(net, scans, pairs, spacing):
+    """Means over the pairs of the three errors in mm and of Dice."""
+    import torch
+
+    from common.engines import LabelDice
+    from common.fields import inverse_error, invert
+    from common.ops import warp
+
+    sums, dice = {"inverse": 0.0, "fixed point": 0.0, "both ways": 0.0}, LabelDice(minimum=12)
+    for moving, fixed in pairs:
+        (a, label_a, _), (b, label_b, _) = scans[moving], scans[fixed]
+        with torch.no_grad():
+            result, back = net.register(torch.cat([a, b])[None], inverse=False), net(torch.cat([b, a])[None])
+            flow, inside = result.disp_global, b[:1][None] > 0
+            for name, error in (
+                ("inverse", inverse_error(flow, net.inverse_flow(flow))),
+                ("fixed point", inverse_error(flow, invert(flow))),
+                ("both ways", inverse_error(back, result.disp)),
+            ):
+                sums[name] += float(error[inside].mean()) * spacing / len(pairs)
+            dice(warp(label_a[None], result.disp, "nearest", "zeros"), torch.cat([label_b, label_a])[None])
+    return sums | {"dice": float(dice.aggregate())}
+
+
+def consistency(data, grfn=None, dfn=None, spacing=4.0, steps=60, learning_rate=0.001, window=5):
+    """Print a line a mode."""
+    import torch
+
+    from common.engines import load_weights
+    from dual_flownet import DualFlowNet
+
+    torch.set_num_threads(1)
+    scans, training, pairs = scans_of(data, spacing)
+    for name, mode, weights in (("GRFN", "both", grfn), ("DFN", "both+rcc", dfn)):
+        if weights:
+            net = load_weights(DualFlowNet(mode=mode), weights)
+        else:
+            net = trained(mode, scans, training, steps, learning_rate, window)
+        row = measure(net.eval(), scans, pairs, spacing)
+        errors = ", ".join(f"{key} {row[key]:.4f} mm" for key in ("inverse", "fixed point", "both ways"))
+        print(f"{name:5s} {errors}; Dice {row['dice']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1] == "child":
+        child(sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+    else:
+        fire.Fire({"cost": cost, "consistency": consistency})
