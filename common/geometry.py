@@ -4,7 +4,8 @@ import itk
 import nibabel as nib
 import numpy as np
 
-from common.io import affine_transform, background, resample, to_array, to_itk
+from common.io import background, to_array, to_itk
+from common.mapping import affine_transform, resample
 
 
 def working_grid(

@@ -1,4 +1,4 @@
-"""Files of scans, transforms and points. With geometry.py the only place that knows millimetres, RAS and LPS.
+"""Files of scans, and folders and tables of results.
 
 A scan inside the package is a numpy array (I, J, K) or (C, I, J, K) with a 4x4 `affine_ras` (voxel -> mm, RAS, as in
 NIfTI). ITK works in LPS: the first two world axes change sign. Reading goes through ITK, so that headers mean here what
@@ -9,6 +9,7 @@ import csv
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import itk
@@ -99,116 +100,6 @@ def to_array(image: "itk.Image") -> np.ndarray:
     return np.transpose(itk.array_from_image(image))
 
 
-# ---- transforms -----------------------------------------------------------------------------------------------------
-
-
-def affine_transform(matrix_ras: np.ndarray) -> "itk.AffineTransform":
-    """4x4 point map in RAS mm -> ITK affine transform (LPS mm)."""
-    lps = LPS_FROM_RAS @ matrix_ras @ LPS_FROM_RAS
-    transform = itk.AffineTransform[itk.D, 3].New()
-    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:3, :3])))
-    transform.SetTranslation(lps[:3, 3].tolist())
-    return transform
-
-
-def displacement_transform(disp: np.ndarray, affine_ras: np.ndarray) -> "itk.DisplacementFieldTransform":
-    """(3, I, J, K) displacement in voxels of the grid `affine_ras` -> ITK displacement field transform (LPS mm)."""
-    linear = (LPS_FROM_RAS @ affine_ras)[:3, :3]
-    vectors = np.einsum("ab,bijk->kjia", linear, disp.astype(np.float64))  # ITK's order: k slowest, components last
-    field = itk.Image[itk.Vector[itk.D, 3], 3].New()
-    field.SetRegions([int(n) for n in disp.shape[1:]])
-    field.Allocate()
-    itk.array_view_from_image(field)[...] = vectors
-    set_geometry(field, affine_ras)
-    transform = itk.DisplacementFieldTransform[itk.D, 3].New()
-    transform.SetDisplacementField(field)
-    return transform
-
-
-def composite(applied_first: "itk.Transform", applied_second: "itk.Transform") -> "itk.CompositeTransform":
-    """The point map x -> applied_second(applied_first(x)); ITK applies the transform added last first."""
-    transform = itk.CompositeTransform[itk.D, 3].New()
-    transform.AddTransform(applied_second)
-    transform.AddTransform(applied_first)
-    return transform
-
-
-def write_transform(transform: "itk.Transform", path: Path) -> None:
-    """Write an ITK transform (.h5, or .tfm / .txt for an affine)."""
-    itk.transformwrite([transform], str(path), compression=True)
-
-
-def read_transform(path: str | os.PathLike) -> "itk.Transform":
-    """Read an ITK transform file; several in one file come back as one composite.
-
-    Raises:
-        InputError: the file is missing or not a transform.
-    """
-    if not Path(path).exists():
-        raise InputError(f"{path}: no such file")
-    try:
-        found = itk.transformread(str(path))
-    except RuntimeError as error:
-        raise InputError(f"{path}: not a transform that ITK can read") from error
-    if len(found) == 1:
-        return found[0]
-    whole = itk.CompositeTransform[itk.D, 3].New()
-    for transform in found:
-        whole.AddTransform(transform)
-    return whole
-
-
-def resample(
-    array: np.ndarray,
-    affine_ras: np.ndarray,
-    size: tuple[int, int, int],
-    onto_ras: np.ndarray,
-    transform: "itk.Transform | None" = None,
-    *,
-    nearest: bool = False,
-    outside: float = 0.0,
-) -> np.ndarray:
-    """Values of a scan at transform(x) for every voxel x of another grid. One interpolation, by ITK.
-
-    Args:
-        array: (I, J, K) scan on the grid `affine_ras`.
-        size, onto_ras: the grid to fill.
-        transform: ITK point map from the new grid's space to the scan's; None is the identity.
-        nearest: nearest neighbour, for labels; else linear.
-        outside: value where the scan does not reach.
-
-    Returns:
-        (I', J', K') float32.
-    """
-    image = to_itk(array.astype(np.float32, copy=False), affine_ras)
-    kind = type(image)
-    chooser = itk.NearestNeighborInterpolateImageFunction if nearest else itk.LinearInterpolateImageFunction
-    reference = to_itk(np.zeros((1, 1, 1), np.float32), onto_ras)
-    filtered = itk.ResampleImageFilter[kind, kind].New(Input=image, Interpolator=chooser[kind, itk.D].New())
-    filtered.SetSize([int(n) for n in size])
-    filtered.SetOutputSpacing(reference.GetSpacing())
-    filtered.SetOutputOrigin(reference.GetOrigin())
-    filtered.SetOutputDirection(reference.GetDirection())
-    filtered.SetDefaultPixelValue(outside)
-    if transform is not None:
-        filtered.SetTransform(transform)
-    filtered.Update()
-    return to_array(filtered.GetOutput())
-
-
-def displacement_image(transform: "itk.Transform", size: tuple[int, int, int], affine_ras: np.ndarray) -> "itk.Image":
-    """The whole point map as a vector image transform(x) - x (LPS mm) on a grid: what ANTs calls a warp."""
-    kind = itk.Image[itk.Vector[itk.F, 3], 3]
-    reference = to_itk(np.zeros((1, 1, 1), np.float32), affine_ras)
-    source = itk.TransformToDisplacementFieldFilter[kind, itk.D].New(Transform=transform)
-    source.SetSize([int(n) for n in size])
-    source.SetOutputSpacing(reference.GetSpacing())
-    source.SetOutputOrigin(reference.GetOrigin())
-    source.SetOutputDirection(reference.GetDirection())
-    source.Update()
-    return source.GetOutput()
-
-
 def write_scan(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
     """Write (I, J, K) or (C, I, J, K); the channels become files' vector components in C > 1 scans."""
     if array.ndim == 4 and array.shape[0] == 1:
@@ -283,12 +174,34 @@ def output_folder(path: str | os.PathLike) -> Path:
     return path
 
 
+def replaced(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file beside `path`, with the same ending, and put it in its place: whole, or not at all.
+
+    Raises:
+        InputError: the folder is missing or cannot be written to.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with partial.open("wb"):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_table(path: Path, rows: list[dict]) -> None:
     """Write rows as CSV, the columns in order of appearance; replaced in one step."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    replaced(path, write)

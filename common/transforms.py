@@ -10,8 +10,7 @@ from monai.data import MetaTensor
 from monai.transforms import Transform
 from torch import Tensor
 
-from common import geometry, io, progress
-from common.fields import compose, invert
+from common import geometry, io, mapping, progress
 from common.io import InputError
 from common.metrics import label_overlap, mean_over_labels, ncc, regularity, ssim
 from common.ops import warp
@@ -289,13 +288,13 @@ class DeliverPaird(Transform):
         disp = torch.as_tensor(data["pred"]).cpu().float()
         onto = np.asarray(data["image"].affine, dtype=np.float64)
         matrix = np.asarray(data["matrix"], dtype=np.float64)
-        affine = io.affine_transform(matrix)
-        whole = io.composite(io.displacement_transform(disp.numpy(), onto), affine)
+        affine = mapping.affine_transform(matrix)
+        whole = mapping.compose(mapping.displacement_transform(disp.numpy(), onto), affine)
         (moving, moving_affine), (fixed, fixed_affine) = _numpy(data["moving"].cpu()), _numpy(data["fixed"].cpu())
         size = fixed.shape[1:]
         outside = [io.background(channel) for channel in moving]
         warped = np.stack(
-            [io.resample(c, moving_affine, size, fixed_affine, whole, outside=o) for c, o in zip(moving, outside)]
+            [mapping.resample(c, moving_affine, size, fixed_affine, whole, outside=o) for c, o in zip(moving, outside)]
         )
         row = {
             "id": data["id"],
@@ -305,24 +304,26 @@ class DeliverPaird(Transform):
         row |= self._similarity(fixed, warped, moving, moving_affine, fixed_affine, affine)
         writers = {
             "warped.nii.gz": lambda path: io.write_scan(warped, fixed_affine, path),
-            "transform.h5": lambda path: io.write_transform(whole, path),
-            "displacement.nii.gz": lambda path: io.write_image(io.displacement_image(whole, size, fixed_affine), path),
+            "transform.h5": lambda path: mapping.write_transform(whole, path),
+            "displacement.nii.gz": lambda path: io.write_image(
+                mapping.displacement_image(whole, size, fixed_affine), path
+            ),
         }
         if "moving_label" in data:
             label = data["moving_label"].cpu().numpy()[0]
-            warped_label = np.rint(io.resample(label, moving_affine, size, fixed_affine, whole, nearest=True))
+            warped_label = np.rint(mapping.resample(label, moving_affine, size, fixed_affine, whole, nearest=True))
             writers["warped_label.nii.gz"] = lambda path: io.write_label(warped_label, fixed_affine, path)
             if "fixed_label" in data:
-                before = np.rint(io.resample(label, moving_affine, size, fixed_affine, affine, nearest=True))
+                before = np.rint(mapping.resample(label, moving_affine, size, fixed_affine, affine, nearest=True))
                 row |= self._overlap(data["fixed_label"].cpu().numpy()[0], before, warped_label, label, fixed_affine)
         row |= _field_measures(disp, data["image"], onto)
         if self.save_inverse:
-            inverse = invert(disp[None])
-            row["inverse_error_mm"] = _inverse_error_mm(disp, inverse, data["image"], onto)
-            back = io.composite(
-                io.affine_transform(np.linalg.inv(matrix)), io.displacement_transform(inverse[0].numpy(), onto)
-            )
-            writers["inverse_transform.h5"] = lambda path: io.write_transform(back, path)
+            back = mapping.invert(whole)
+            error = mapping.inverse_error_mm(whole, back, size, fixed_affine)[
+                fixed[0] > geometry.foreground_floor(fixed[0])
+            ]
+            row |= {"inverse_error_mm": float(error.mean()), "inverse_error_p99_mm": float(np.percentile(error, 99))}
+            writers["inverse_transform.h5"] = lambda path: mapping.write_transform(back, path)
         if self.save:
             progress.stage("writing")
             io.write_folder(self.output_dir / data["id"], writers)
@@ -332,7 +333,7 @@ class DeliverPaird(Transform):
 
     def _similarity(self, fixed, warped, moving, moving_affine, fixed_affine, affine) -> dict[str, float]:
         outside = io.background(moving[0])
-        start = io.resample(moving[0], moving_affine, fixed.shape[1:], fixed_affine, affine, outside=outside)
+        start = mapping.resample(moving[0], moving_affine, fixed.shape[1:], fixed_affine, affine, outside=outside)
         f, s, w = (torch.from_numpy(np.ascontiguousarray(x)) for x in (fixed[0], start, warped[0]))
         inside, there = f > geometry.foreground_floor(fixed[0]), s > geometry.foreground_floor(moving[0])
         overlap = 2 * float((there & inside).sum()) / max(float(there.sum() + inside.sum()), 1.0)
@@ -382,12 +383,6 @@ def _foreground(image: MetaTensor) -> Tensor:
     """(I, J, K) voxels of the packed pair's fixed scan above 0; all, if there are none."""
     inside = torch.as_tensor(image).cpu()[len(image) // 2] > 0
     return inside if inside.any() else torch.ones_like(inside)
-
-
-def _inverse_error_mm(disp: Tensor, inverse: Tensor, image: MetaTensor, onto: np.ndarray) -> float:
-    """Mean length of compose(disp, inverse) inside the fixed scan's foreground."""
-    rest = compose(disp[None], inverse)[0]
-    return float(geometry.length_mm(rest.numpy(), onto)[_foreground(image).numpy()].mean())
 
 
 def _scaled(scan: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Files: geometry round trips, transforms as ITK applies them, refusals in one sentence, whole folders or none."""
+"""Files: geometry round trips, refusals in one sentence, whole folders or none."""
 
 from pathlib import Path
 
@@ -44,42 +44,6 @@ def test_reads_channels_first(tmp_path: Path, rng: np.random.Generator) -> None:
     two = rng.random((2, 6, 7, 8)).astype(np.float32)
     io.write_scan(two, OBLIQUE, tmp_path / "two.nii.gz")
     np.testing.assert_allclose(io.read_scan(tmp_path / "two.nii.gz")[0], two, atol=1e-6)
-
-
-def test_composite_maps_points_by_formula(tmp_path: Path, rng: np.random.Generator) -> None:
-    """T(x) = A (x + u(x)) in RAS mm, also after writing to and reading from .h5."""
-    disp = rng.normal(size=(3, 8, 9, 10))
-    matrix = np.eye(4) + np.vstack([rng.normal(size=(3, 4)) * [0.05, 0.05, 0.05, 9], np.zeros(4)])
-    whole = io.composite(io.displacement_transform(disp, OBLIQUE), io.affine_transform(matrix))
-    io.write_transform(whole, tmp_path / "t.h5")
-    for transform in (whole, io.read_transform(tmp_path / "t.h5")):
-        for voxel in ((2, 3, 4), (7, 0, 9)):
-            point = OBLIQUE[:3, :3] @ voxel + OBLIQUE[:3, 3]
-            moved = point + OBLIQUE[:3, :3] @ disp[(slice(None), *voxel)]
-            expected = matrix[:3, :3] @ moved + matrix[:3, 3]
-            found = np.array(transform.TransformPoint([-point[0], -point[1], point[2]])) * [-1, -1, 1]
-            np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_displacement_file_is_a_vector_image_in_lps(tmp_path: Path) -> None:
-    shift = np.eye(4)
-    shift[:3, 3] = [1.0, 2.0, 3.0]
-    image = io.displacement_image(io.affine_transform(shift), (4, 5, 6), OBLIQUE)
-    io.write_image(image, tmp_path / "d.nii.gz")
-    file = nib.load(tmp_path / "d.nii.gz")
-    assert file.shape == (4, 5, 6, 1, 3) and file.header.get_intent()[0] == "vector"
-    np.testing.assert_allclose(file.get_fdata()[1, 2, 3, 0], [-1, -2, 3], atol=1e-6)
-
-
-def test_resample_identity_nearest_and_outside(scan: np.ndarray) -> None:
-    np.testing.assert_allclose(io.resample(scan, OBLIQUE, scan.shape, OBLIQUE), scan, atol=1e-5)
-    label = (scan * 5).round()
-    assert set(np.unique(io.resample(label, OBLIQUE, (30, 20, 9), np.eye(4), nearest=True))) <= set(
-        np.unique(label)
-    ) | {0.0}
-    far = np.eye(4)
-    far[:3, 3] = 1e4
-    assert not io.resample(scan, OBLIQUE, (3, 3, 3), far).any()
 
 
 def test_label_files_keep_every_value(tmp_path: Path) -> None:
