@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 from monai.data import ITKReader
 
+IMAGE_ENDINGS = (".nii", ".nii.gz", ".mha", ".nrrd")
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -115,6 +116,17 @@ def write_scan(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
 def write_image(image: "itk.Image", path: Path) -> None:
     """Write an ITK image compressed; a vector image becomes (X, Y, Z, 1, 3) NIfTI with intent vector."""
     itk.imwrite(image, str(path), compression=True)
+
+
+def write_image_file(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """`replaced` for a scan.
+
+    Raises:
+        InputError: an ending that is not one of an image.
+    """
+    if not str(path).lower().endswith(IMAGE_ENDINGS):
+        raise InputError(f"{path}: scans are written as one of {', '.join(IMAGE_ENDINGS)}")
+    replaced(path, write)
 
 
 def write_label(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:

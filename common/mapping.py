@@ -12,9 +12,19 @@ import numpy as np
 import torch
 
 from common import fields
-from common.io import LPS_FROM_RAS, InputError, affine_of, replaced, set_geometry, to_array, to_itk, write_image
+from common.io import (
+    IMAGE_ENDINGS,
+    LPS_FROM_RAS,
+    InputError,
+    affine_of,
+    replaced,
+    set_geometry,
+    to_array,
+    to_itk,
+    write_image,
+)
 
-FIELD_ENDINGS = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
+FIELD_ENDINGS = IMAGE_ENDINGS
 TRANSFORM_ENDINGS = (".h5", ".hdf5", ".tfm", ".txt", ".mat")
 Grid = tuple[tuple[int, int, int], np.ndarray]  # size and affine_ras
 CONVERGED_MM = 1e-3  # a point counts as inverted when its image is this close to the target
@@ -44,7 +54,7 @@ def displacement_transform(disp: np.ndarray, affine_ras: np.ndarray) -> "itk.Dis
 
 
 def write_transform(transform: "itk.Transform", path: str | os.PathLike, grid: Grid | None = None) -> None:
-    """Write a transform: .h5 any; .tfm, .txt, .mat (ANTs) an affine one; .nii.gz, .nrrd, .mha as displacement on `grid`.
+    """Write a transform: .h5 any; .tfm, .txt, .mat (ANTs) an affine one; an image ending its displacement on `grid`.
 
     Raises:
         InputError: another ending, a transform that the ending cannot hold, a displacement file without a grid.
@@ -76,7 +86,7 @@ def read_transform(path: str | os.PathLike) -> "itk.Transform":
     """
     if not Path(path).exists():
         raise InputError(f"{path}: no such file")
-    if str(path).lower().endswith(FIELD_ENDINGS):
+    if str(path).lower().endswith((*FIELD_ENDINGS, ".mhd")):
         return _read_field(path)
     try:
         found = itk.transformread(str(path))
