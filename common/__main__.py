@@ -1,5 +1,6 @@
 """python -m common COMMAND: what can be done with a registration without any bundle."""
 
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from common import io, mapping, phantom, points
 from common.io import InputError
+from common.options import options_of, refuse_unknown
 
 POINT_ENDINGS = (".csv", ".fcsv", ".json")
 
@@ -127,6 +129,9 @@ COMMANDS = {"apply": apply, "compose": compose, "invert": invert, "phantom": mak
 def main() -> None:
     """Run one command; an InputError ends in its sentence and exit code 1."""
     try:
+        command, *words = sys.argv[1:] or [""]
+        for option, _ in options_of(words) if command in COMMANDS else ():
+            refuse_unknown(option, option, [*inspect.signature(COMMANDS[command]).parameters, "help"])
         fire.Fire(COMMANDS, name="common")
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -1,7 +1,6 @@
 """Glue between the pair transforms and MONAI's engines: weights, inferer, metric, tables, one-sentence errors."""
 
 import ast
-import difflib
 import inspect
 import json
 import os
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from common import RegistrationWarning, progress
 from common.io import InputError, output_folder, write_table
 from common.metrics import label_overlap, mean_over_labels
+from common.options import options_of, refuse_unknown
 from common.refine import SIMILARITIES, refine
 
 OUR_WORDS = re.compile(r"\w+\(\) '\w+' must ")  # how our argument checks begin
@@ -62,27 +62,14 @@ def refuse_unknown_options() -> None:
     Raises:
         InputError: naming the option, and the nearest one that exists.
     """
-    options = dict(_options_of(sys.argv[1:]))
+    options = dict(options_of(sys.argv[1:]))
     files = options.get("config_file")
     if "run" not in sys.argv[1:3] or not files:
         return
     files = ast.literal_eval(files) if files.startswith("[") else files.split(",")
     known = set(ConfigParser.load_config_files(files)) | set(inspect.signature(bundle_run).parameters)
     for option in options:
-        name = re.split("::|#", option)[0]
-        if name not in known | {"bundle_root", "help"}:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise InputError(f"--{option}: there is no such option" + (f", did you mean --{near[0]}?" if near else ""))
-
-
-def _options_of(words: list[str]) -> list[tuple[str, str]]:
-    """--name value, --name=value and --name as pairs."""
-    found = []
-    for n, word in enumerate(words):
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
-            found.append((name, value if equals else words[n + 1] if n + 1 < len(words) else ""))
-    return found
+        refuse_unknown(option, re.split("::|#", option)[0], known | {"bundle_root", "help"})
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike | None, device: torch.device | str = "cpu") -> nn.Module:

@@ -151,7 +151,7 @@ def grids() -> dict[str, tuple[tuple[int, int, int], np.ndarray]]:
 
 
 def write_phantom(folder: Path) -> dict[str, str]:
-    """Write fixed, moving, their labels (NIfTI) and landmarks (CSV, LPS mm) into `folder` and return the row of a pairs table.
+    """Write scans, label maps and landmarks (CSV, LPS mm) of the pair into `folder`; returns the row of a pairs table.
 
     A folder that exists is kept: `write_folder` makes it whole or not at all.
     """

@@ -27,7 +27,7 @@ def read_points(path: str | os.PathLike, affine_ras: np.ndarray | None = None) -
     """Read landmarks.
 
     .csv with columns x, y, z: LPS mm, as antsApplyTransformsToPoints has it; with columns i, j, k, or without a header:
-    voxels of the scan, as the keypoints of Learn2Reg. .fcsv and .mrk.json: markups of 3-D Slicer, LPS or RAS as they say.
+    voxels of the scan, as the keypoints of Learn2Reg. .fcsv and .mrk.json: markups of 3-D Slicer in LPS or RAS.
 
     Args:
         affine_ras: (4, 4) of the scan; needed for voxels.
