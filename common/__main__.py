@@ -99,6 +99,48 @@ def invert(transform: str, output: str, reference: str = ""):
     return _write_map(back, output, reference) + text
 
 
+def make_report(
+    moving: str,
+    fixed: str,
+    transform: str,
+    output: str,
+    moving_label: str = "",
+    fixed_label: str = "",
+    moving_points: str = "",
+    fixed_points: str = "",
+    spacing: float = 0,
+):
+    """Judge a registration made by any tool: report.json and report.png, and in words what looks wrong.
+
+    Args:
+        moving: moving scan, in its own space.
+        fixed: fixed scan.
+        transform: of fixed points to the moving scan: .h5, .tfm, .txt, .mat, or a displacement image (LPS mm).
+        output: folder for the two files.
+        moving_label: label map of the moving scan; with the fixed one gives Dice, HD95 and ASSD before and after.
+        fixed_label: label map of the fixed scan.
+        moving_points: landmarks of the moving scan (.csv, .fcsv, .mrk.json); with the fixed ones gives the TRE in mm.
+        fixed_points: landmarks of the fixed scan, in the same order.
+        spacing: voxel size in mm on which the deformation is measured; 0 keeps the fixed scan's.
+    """
+    from common import measure, picture, report, verdict
+
+    paths = {"moving_label": moving_label, "fixed_label": fixed_label}
+    paths |= {"moving_points": moving_points, "fixed_points": fixed_points}
+    given = {name: str(path) for name, path in paths.items() if path}
+    pair = measure.read_registration(str(moving), str(fixed), str(transform), spacing=spacing or None, **given)
+    row, details = measure.measure(pair, measure.warp_pair(pair))
+    scans = {str(moving): pair.moving[0], str(fixed): pair.fixed[0]}
+    halves = dict(zip(scans, (half[0].numpy() for half in pair.work.chunk(2))))
+    notes = verdict.judge_scans(scans, halves, None) + verdict.judge(row)
+    row = {"id": Path(str(output)).name, "fixed": str(fixed), "moving": str(moving)} | row
+    content = report.report(row, details, notes, {"transform": str(transform)})
+    folder = io.output_folder(str(output))
+    io.replaced(folder / "report.json", lambda path: report.write_report(content, path))
+    io.replaced(folder / "report.png", lambda path: picture.draw_report(pair, row, notes, path))
+    return "\n  ".join([_written(output, f"report.json and report.png, {content['verdict']}"), *notes])
+
+
 def make_phantom(folder: str):
     """Write the synthetic pair that the bundles register when nothing is given: scans, label maps, landmarks.
 
@@ -123,7 +165,7 @@ def _written(output: str, what: str) -> str:
     return f"wrote {os.path.abspath(str(output))}: {what}"
 
 
-COMMANDS = {"apply": apply, "compose": compose, "invert": invert, "phantom": make_phantom}
+COMMANDS = {"apply": apply, "compose": compose, "invert": invert, "report": make_report, "phantom": make_phantom}
 
 
 def main() -> None:

@@ -34,6 +34,8 @@ def list_pairs(
     fixed: str | None = None,
     moving_label: str | None = None,
     fixed_label: str | None = None,
+    moving_points: str | None = None,
+    fixed_points: str | None = None,
     moving_mask: str | None = None,
     fixed_mask: str | None = None,
     pairs: str | None = None,
@@ -43,8 +45,7 @@ def list_pairs(
     """The pairs to register: of a CSV, two paths, a dataset's `registration_pairs` or the phantom, in that order.
 
     Args:
-        moving, fixed, moving_label, fixed_label, moving_mask, fixed_mask: paths of one pair; labels and masks are
-            optional.
+        moving, fixed, moving_label, ..., fixed_mask: paths of one pair; labels, landmarks and masks are optional.
         pairs: CSV with columns fixed, moving and optionally id, fixed_label, ... ; paths relative to the CSV.
         dataset_dir: folder with a dataset.json.
         output_dir: where the phantom's files go if nothing else is given.
@@ -56,6 +57,7 @@ def list_pairs(
         InputError: contradictory or incomplete options, a missing file, an empty or faulty CSV.
     """
     row = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
+    row |= {"moving_points": moving_points, "fixed_points": fixed_points}
     row |= {"moving_mask": moving_mask, "fixed_mask": fixed_mask}
     sources = {"--pairs": pairs, "--dataset_dir": dataset_dir, "--moving and --fixed": any(row.values())}
     if len(used := [name for name, value in sources.items() if value]) > 1:

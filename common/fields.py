@@ -65,19 +65,33 @@ def invert(disp: Tensor, *, iterations: int = 60, tolerance: float = 1e-3) -> Te
         is ours.
     """
     inverse = -disp
-    rest = inverse + warp(disp, inverse)
-    size = rest.norm(dim=1, keepdim=True)
-    step = torch.ones_like(size)
-    for _ in range(iterations):
-        if not bool((size > tolerance).any()):
-            break
-        trial = inverse - step * rest
-        new = trial + warp(disp, trial)
-        new_size = new.norm(dim=1, keepdim=True)
-        better = new_size < size
-        inverse, rest = torch.where(better, trial, inverse), torch.where(better, new, rest)
-        size, step = torch.where(better, new_size, size), torch.where(better, (1.2 * step).clamp(max=1), step / 2)
+    for field, found in zip(disp, inverse):  # (3, I, J, K) each; only voxels that are not there yet are worked on
+        flat = found.flatten(1)
+        x = identity(field.shape[1:], field)[0].flatten(1).to(field.dtype)
+        rest = flat + _sample(field, x + flat)
+        size, step = rest.square().sum(0), torch.ones_like(rest[0])
+        for _ in range(iterations):
+            active = (size > tolerance**2).nonzero()[:, 0]
+            if not len(active):
+                break
+            trial = flat[:, active] - step[active] * rest[:, active]
+            new = trial + _sample(field, x[:, active] + trial)
+            new_size = new.square().sum(0)
+            better = new_size < size[active]
+            flat[:, active] = torch.where(better, trial, flat[:, active])
+            rest[:, active] = torch.where(better, new, rest[:, active])
+            size[active] = torch.where(better, new_size, size[active])
+            step[active] = torch.where(better, (1.2 * step[active]).clamp(max=1), step[active] / 2)
+        found.copy_(flat.view_as(found))
     return inverse
+
+
+def _sample(field: Tensor, points: Tensor) -> Tensor:
+    """Values (3, N) of a displacement (3, I, J, K) at points (3, N) in voxels, the border repeated outside."""
+    largest = points.new_tensor(field.shape[1:])[:, None] - 1
+    unit = (2 * points / largest.clamp(min=1) - 1).flip(0).T  # grid_sample has the last axis first
+    options = {"mode": "bilinear", "padding_mode": "border", "align_corners": True}
+    return F.grid_sample(field[None], unit[None, :, None, None], **options)[0, :, :, 0, 0]
 
 
 def inverse_error(disp: Tensor, inverse: Tensor) -> Tensor:

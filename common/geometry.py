@@ -75,6 +75,13 @@ def foreground_floor(channel: np.ndarray) -> float:
     return lowest if lowest < 0 and not is_stripped(channel) else 0.0
 
 
+def foreground_range(channel: np.ndarray) -> tuple[float, float]:
+    """`foreground_floor` (0 for skull-stripped MR, air for CT) and the 99.5th percentile of the voxels above it."""
+    low = foreground_floor(channel)
+    inside = channel[channel > low]
+    return low, float(np.percentile(inside, 99.5)) if len(inside) else low + 1.0
+
+
 def foreground_box(channel: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """First and last voxel of the foreground of a scan with background 0; None for any other scan."""
     if not is_stripped(channel) or not (channel > 0).any():

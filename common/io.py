@@ -18,6 +18,7 @@ import numpy as np
 from monai.data import ITKReader
 
 IMAGE_ENDINGS = (".nii", ".nii.gz", ".mha", ".nrrd")
+ITK_VERSION = itk.Version.GetITKVersion()
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 

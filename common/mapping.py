@@ -26,6 +26,7 @@ from common.io import (
 
 FIELD_ENDINGS = IMAGE_ENDINGS
 TRANSFORM_ENDINGS = (".h5", ".hdf5", ".tfm", ".txt", ".mat")
+Transform = itk.Transform[itk.D, 3, 3]  # any of ITK's in 3-D
 Grid = tuple[tuple[int, int, int], np.ndarray]  # size and affine_ras
 CONVERGED_MM = 1e-3  # a point counts as inverted when its image is this close to the target
 
@@ -205,7 +206,7 @@ def map_points(transform: "itk.Transform", points_lps: np.ndarray) -> np.ndarray
     )
 
 
-def invert(transform: "itk.Transform", *, iterations: int = 100) -> "itk.CompositeTransform":
+def invert(transform: "itk.Transform", *, iterations: int = 60) -> "itk.CompositeTransform":
     """T^-1, part by part in reverse order: matrices exactly, displacement fields on a grid.
 
     A field y = x + u(x) is written as y = A(x + w(x)), A the affine map nearest to it, so that w has no large common
@@ -298,7 +299,14 @@ def invert_at(transform: "itk.Transform", points_lps: np.ndarray, *, iterations:
 def field_of(transform: "itk.DisplacementFieldTransform") -> tuple[np.ndarray, np.ndarray]:
     """Displacement (3, I, J, K) in voxels of its grid and `affine_ras` of that grid, of an ITK displacement field."""
     field = transform.GetDisplacementField()
-    affine = affine_of(field)
-    vectors = np.asarray(itk.array_view_from_image(field), np.float64)
-    linear = np.linalg.inv((LPS_FROM_RAS @ affine)[:3, :3])
-    return np.einsum("ab,kjib->aijk", linear, vectors), affine
+    return _voxels(itk.array_view_from_image(field), affine_of(field)), affine_of(field)
+
+
+def disp_of(transform: "itk.Transform", size: tuple[int, int, int], affine_ras: np.ndarray) -> np.ndarray:
+    """Any point map as displacement (3, I, J, K) in voxels of a grid."""
+    return _voxels(itk.array_from_image(displacement_image(transform, size, affine_ras)), affine_ras)
+
+
+def _voxels(vectors: np.ndarray, affine_ras: np.ndarray) -> np.ndarray:
+    linear = np.linalg.inv((LPS_FROM_RAS @ affine_ras)[:3, :3])
+    return np.einsum("ab,kjib->aijk", linear, np.asarray(vectors, np.float64))

@@ -1,18 +1,17 @@
 """Dictionary transforms of a pair, in the order of the working path: load, align, grid, scale, pack, deliver."""
 
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
-from torch import Tensor
 
-from common import geometry, io, mapping, progress
+from common import geometry, io, mapping, measure, picture, points, progress, report, verdict
 from common.io import InputError
-from common.metrics import label_overlap, mean_over_labels, ncc, regularity, ssim
 from common.ops import warp
 from common.prealign import prealign
 
@@ -59,6 +58,12 @@ class LoadScansd(Transform):
             for name, kind in ((label_key, "label map"), (f"{key}_mask", "mask")):
                 if name in data:
                     data[name] = _load_beside(str(data[name]), kind, path, array, affine)
+        if len(marks := [str(data[f"{key}_points"]) for key in self.keys if f"{key}_points" in data]) == 2:
+            affines = [np.asarray(data[key].affine) for key in self.keys]
+            points.read_matching(marks[0], affines[0], marks[1], affines[1])  # refused now, used at the end
+        elif marks:
+            key = next(key for key in self.keys if f"{key}_points" in data)
+            points.read_points(marks[0], np.asarray(data[key].affine))
         return data
 
 
@@ -145,8 +150,7 @@ class AlignAndGridd(Transform):
 class ScaleForegroundd(Transform):
     """Scale each channel to [0, 1]: (x - low) / (high - low), clipped.
 
-    Without a range, low is `geometry.foreground_floor` (0 for skull-stripped MR, air for CT) and high the 99.5th
-    percentile of the voxels above it: the rule that the shipped weights were trained with.
+    Without a range, it is that of `geometry.foreground_range`: the rule that the shipped weights were trained with.
 
     Args:
         keys: scans to scale.
@@ -163,16 +167,10 @@ class ScaleForegroundd(Transform):
         for key in self.keys:
             scan = data[key].float()
             for channel in scan:
-                low, high = self.range or self._range(channel.numpy())
+                low, high = self.range or geometry.foreground_range(channel.numpy())
                 channel.copy_(((channel - low) / max(high - low, 1e-12)).clamp(0, 1))
             data[key] = scan
         return data
-
-    @staticmethod
-    def _range(channel: np.ndarray) -> tuple[float, float]:
-        low = geometry.foreground_floor(channel)
-        inside = channel[channel > low]
-        return low, float(np.percentile(inside, 99.5)) if len(inside) else low + 1.0
 
 
 class PackPaird(Transform):
@@ -254,19 +252,22 @@ class ToTrainingGridd(Transform):
 
 
 class DeliverPaird(Transform):
-    """From the displacement on the working grid to results in the fixed scan's own space, written and measured.
+    """From the displacement on the working grid to results in the fixed scan's own space, written, measured, judged.
 
     Writes OUT/ID/ with warped.nii.gz, transform.h5 (ITK composite: the displacement field on the working grid, then the
-    affine), displacement.nii.gz (the whole map on the fixed grid, mm, LPS vectors), and, where they apply,
-    warped_label.nii.gz and inverse_transform.h5. The original moving scan is interpolated once. Adds "row", the pair's
-    line of results.csv.
+    affine), displacement.nii.gz (the whole map on the fixed grid, mm, LPS vectors), report.json, report.png, and, where
+    they apply, warped_label.nii.gz, warped_points.csv (the moving points in the fixed space, LPS mm) and
+    inverse_transform.h5. The original moving scan is interpolated once. Adds "row", the pair's line of results.csv.
 
     Args:
         output_dir: OUT.
         save_inverse: also write the inverse transform and report its error.
-        surface: also measure SSIM of the scans and HD, HD95 and ASSD of the labels (slow for many labels).
+        surface: also measure HD, HD95 and ASSD of the labels and SSIM of the scans; None: only the distances, and only
+            of few labels, as they are slow.
         minimum: labels of at most this many voxels in the fixed map are left out of the means.
         groups: coarse label groups as {name: {"members": [...]}}; adds the mean Dice over them.
+        save: False measures only.
+        trained_on: what the weights were trained on, a key of `common.verdict.TRAINING`; None if they were not.
     """
 
     def __init__(
@@ -274,118 +275,84 @@ class DeliverPaird(Transform):
         output_dir: str,
         *,
         save_inverse: bool = False,
-        surface: bool = False,
+        surface: bool | None = None,
         minimum: int = 0,
         groups: dict | None = None,
         save: bool = True,
+        trained_on: str | None = None,
     ) -> None:
+        if trained_on is not None and trained_on not in verdict.TRAINING:
+            raise InputError(f"--trained_on must be one of {', '.join(verdict.TRAINING)}, got {trained_on}")
         self.output_dir, self.save_inverse, self.surface = Path(output_dir), save_inverse, surface
-        self.minimum, self.groups, self.save = minimum, groups, save
+        self.minimum, self.groups, self.save, self.trained_on = minimum, groups, save, trained_on
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
         progress.stage("warping and measuring")
-        disp = torch.as_tensor(data["pred"]).cpu().float()
-        onto = np.asarray(data["image"].affine, dtype=np.float64)
-        matrix = np.asarray(data["matrix"], dtype=np.float64)
-        affine = mapping.affine_transform(matrix)
-        whole = mapping.compose(mapping.displacement_transform(disp.numpy(), onto), affine)
-        (moving, moving_affine), (fixed, fixed_affine) = _numpy(data["moving"].cpu()), _numpy(data["fixed"].cpu())
-        size = fixed.shape[1:]
-        outside = [io.background(channel) for channel in moving]
-        warped = np.stack(
-            [mapping.resample(c, moving_affine, size, fixed_affine, whole, outside=o) for c, o in zip(moving, outside)]
-        )
-        row = {
-            "id": data["id"],
-            "fixed": data["fixed"].meta["filename_or_obj"],
-            "moving": data["moving"].meta["filename_or_obj"],
-        }
-        row |= self._similarity(fixed, warped, moving, moving_affine, fixed_affine, affine)
-        writers = {
-            "warped.nii.gz": lambda path: io.write_scan(warped, fixed_affine, path),
-            "transform.h5": lambda path: mapping.write_transform(whole, path),
-            "displacement.nii.gz": lambda path: io.write_image(
-                mapping.displacement_image(whole, size, fixed_affine), path
-            ),
-        }
-        if "moving_label" in data:
-            label = data["moving_label"].cpu().numpy()[0]
-            warped_label = np.rint(mapping.resample(label, moving_affine, size, fixed_affine, whole, nearest=True))
-            writers["warped_label.nii.gz"] = lambda path: io.write_label(warped_label, fixed_affine, path)
-            if "fixed_label" in data:
-                before = np.rint(mapping.resample(label, moving_affine, size, fixed_affine, affine, nearest=True))
-                row |= self._overlap(data["fixed_label"].cpu().numpy()[0], before, warped_label, label, fixed_affine)
-        row |= _field_measures(disp, data["image"], onto)
+        pair = _registration(data)
+        warped = measure.warp_pair(pair)
+        found, details = measure.measure(pair, warped, surface=self.surface, minimum=self.minimum, groups=self.groups)
+        writers = _writers(pair, warped)
         if self.save_inverse:
-            back = mapping.invert(whole)
-            error = mapping.inverse_error_mm(whole, back, size, fixed_affine)[
-                fixed[0] > geometry.foreground_floor(fixed[0])
-            ]
-            row |= {"inverse_error_mm": float(error.mean()), "inverse_error_p99_mm": float(np.percentile(error, 99))}
-            writers["inverse_transform.h5"] = lambda path: mapping.write_transform(back, path)
+            inverse = mapping.invert(pair.whole)
+            found |= measure.inverse_error(pair, inverse)
+            writers["inverse_transform.h5"] = partial(mapping.write_transform, inverse)
+        names = {role: data[role].meta["filename_or_obj"] for role in ("fixed", "moving")}
+        scans = {names["moving"]: pair.moving[0], names["fixed"]: pair.fixed[0]}
+        halves = dict(zip(scans, (half[0].numpy() for half in pair.work.chunk(2))))
+        notes, facts = progress.take()
+        notes += verdict.judge_scans(scans, halves, self.trained_on) + verdict.judge(found)
+        row = {"id": data["id"]} | names | found
+        row |= {"warnings": "; ".join(notes), "seconds": time.time() - float(data["started"])}
+        facts |= {"seconds": row["seconds"]}
         if self.save:
             progress.stage("writing")
+            content = report.report(row, details, notes, facts)
+            writers["report.json"] = partial(report.write_report, content)
+            writers["report.png"] = partial(picture.draw_report, pair, row, notes)
             io.write_folder(self.output_dir / data["id"], writers)
-        row["warnings"] = progress.take_notes()
         row["seconds"] = time.time() - float(data["started"])
         return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
 
-    def _similarity(self, fixed, warped, moving, moving_affine, fixed_affine, affine) -> dict[str, float]:
-        outside = io.background(moving[0])
-        start = mapping.resample(moving[0], moving_affine, fixed.shape[1:], fixed_affine, affine, outside=outside)
-        f, s, w = (torch.from_numpy(np.ascontiguousarray(x)) for x in (fixed[0], start, warped[0]))
-        inside, there = f > geometry.foreground_floor(fixed[0]), s > geometry.foreground_floor(moving[0])
-        overlap = 2 * float((there & inside).sum()) / max(float(there.sum() + inside.sum()), 1.0)
-        row = {"overlap": overlap, "ncc_before": ncc(s, f, inside), "ncc_after": ncc(w, f, inside)}
-        if self.surface:
-            row |= {"ssim_before": ssim(_scaled(s), _scaled(f)), "ssim_after": ssim(_scaled(w), _scaled(f))}
-        return row
 
-    def _overlap(self, fixed, before, after, moving, fixed_affine) -> dict[str, float]:
-        f, b, a, m = (torch.from_numpy(np.ascontiguousarray(x)).long() for x in (fixed, before, after, moving))
-        spacing = tuple(np.linalg.norm(fixed_affine[:3, :3], axis=0)) if self.surface else None
-        scores = {
-            name: label_overlap(f, warped, m, spacing=spacing, minimum=self.minimum)
-            for name, warped in (("before", b), ("after", a))
-        }
-        row = {
-            "labels": len(scores["after"]),
-            "labels_lost": sum(n not in set(a.unique().tolist()) for n in scores["after"]),
-        }
-        for name, other, warped in (("before", "after", b), ("after", "before", a)):
-            for kind in next(iter(scores[name].values()), {}):
-                row[f"{kind}_{name}"] = mean_over_labels(scores[name], kind, beside=scores[other])
-            if self.groups:
-                table = group_table(self.groups, int(max(f.max(), b.max(), a.max(), m.max())))
-                row[f"dice_coarse_{name}"] = mean_over_labels(label_overlap(table[f], table[warped], table[m]), "dice")
-        return row
+def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
+    """The pair of a bundle's run: displacement "pred" on the working grid of "image", then "matrix"."""
+    disp = torch.as_tensor(data["pred"]).cpu().float()
+    onto = np.asarray(data["image"].affine, dtype=np.float64)
+    start = mapping.affine_transform(np.asarray(data["matrix"], dtype=np.float64))
+    scans = {role: _numpy(data[role].cpu()) for role in ("moving", "fixed")}
+    labels = {name: data[name].cpu().numpy()[0] for name in ("moving_label", "fixed_label") if name in data}
+    marks = {
+        f"{role}_points": points.read_points(data[f"{role}_points"], scans[role][1])
+        for role in scans
+        if f"{role}_points" in data
+    }
+    return measure.Registration(
+        *scans["moving"],
+        *scans["fixed"],
+        start=start,
+        whole=mapping.compose(mapping.displacement_transform(disp.numpy(), onto), start),
+        work=torch.as_tensor(data["image"]).cpu().float(),
+        disp=disp,
+        work_affine=onto,
+        **labels,
+        **marks,
+    )
 
 
-def group_table(groups: dict, largest: int) -> Tensor:
-    """Look-up table label -> number of its group (from 1), 0 for labels of no group."""
-    members = [int(n) for group in groups.values() for n in group["members"]]
-    table = torch.zeros(max(largest, *members) + 1, dtype=torch.long)
-    for number, group in enumerate(groups.values(), 1):
-        table[torch.tensor([int(n) for n in group["members"]])] = number
-    return table
-
-
-def _field_measures(disp: Tensor, image: MetaTensor, onto: np.ndarray) -> dict[str, float]:
-    """Length of the displacement in mm and its regularity, inside the fixed scan's foreground."""
-    inside = _foreground(image)
-    length = geometry.length_mm(disp.numpy(), onto)[inside.numpy()]
-    measures = {"disp_mean_mm": float(length.mean()), "disp_max_mm": float(length.max())}
-    return measures | regularity(disp[None], inside)
-
-
-def _foreground(image: MetaTensor) -> Tensor:
-    """(I, J, K) voxels of the packed pair's fixed scan above 0; all, if there are none."""
-    inside = torch.as_tensor(image).cpu()[len(image) // 2] > 0
-    return inside if inside.any() else torch.ones_like(inside)
-
-
-def _scaled(scan: Tensor) -> Tensor:
-    """A scan (I, J, K) in [0, 1] as (1, 1, I, J, K), by its own smallest and largest value."""
-    low, high = scan.min(), scan.max()
-    return ((scan - low) / (high - low).clamp(min=1e-12))[None, None]
+def _writers(pair: measure.Registration, warped: measure.Warped) -> dict[str, Callable[[Path], None]]:
+    """The files of a pair's folder that need nothing but the pair."""
+    onto = pair.fixed.shape[1:], pair.fixed_affine
+    writers = {
+        "warped.nii.gz": partial(io.write_scan, warped.after, pair.fixed_affine),
+        "transform.h5": partial(mapping.write_transform, pair.whole),
+        "displacement.nii.gz": partial(mapping.write_transform, pair.whole, grid=onto),
+    }
+    if warped.label_after is not None:
+        writers["warped_label.nii.gz"] = partial(io.write_label, warped.label_after, pair.fixed_affine)
+    if pair.moving_points is not None:
+        there = mapping.invert_at(pair.whole, pair.moving_points.lps)
+        if lost := int(np.isnan(there).any(1).sum()):
+            progress.note(f"{lost} of {len(there)} moving points have no place in the fixed scan: the map folds there")
+        writers["warped_points.csv"] = partial(points.write_points, points.Points(there, pair.moving_points.names))
+    return writers
