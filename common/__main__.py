@@ -9,8 +9,8 @@ import fire
 import numpy as np
 
 from common import io, mapping, phantom, points
+from common.cli import options_of, refuse_unknown
 from common.io import InputError
-from common.options import options_of, refuse_unknown
 
 POINT_ENDINGS = (".csv", ".fcsv", ".json")
 

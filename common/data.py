@@ -75,7 +75,7 @@ def list_pairs(
     taken: set[str] = set()
     for row in rows:
         for name, value in row.items():
-            if name != "id" and not Path(value).exists():
+            if name != "id" and len(rows) == 1 and not Path(value).exists():  # in a cohort: that pair fails alone
                 raise InputError(f"{value}: no such file")
         row["id"] = unique(row.get("id") or f"{stem(row['moving'])}_to_{stem(row['fixed'])}", taken)
     return rows

@@ -1,6 +1,7 @@
 """Glue between the pair transforms and MONAI's engines: weights, inferer, metric, tables, one-sentence errors."""
 
 import ast
+import hashlib
 import inspect
 import json
 import os
@@ -18,7 +19,6 @@ from ignite.handlers import ProgressBar
 from monai.bundle import ConfigParser
 from monai.bundle import run as bundle_run
 from monai.data import DistributedSampler
-from monai.engines import Evaluator
 from monai.handlers import CheckpointLoader, IgniteMetricHandler
 from monai.inferers import Inferer
 from monai.metrics import CumulativeIterationMetric
@@ -26,34 +26,13 @@ from monai.utils import set_determinism
 from torch import Tensor, nn
 
 from common import RegistrationWarning, progress
-from common.io import InputError, output_folder, write_table
+from common.cli import one_sentence_errors, options_of, refuse_unknown
+from common.cohort import PairTable, run
+from common.io import InputError
 from common.metrics import label_overlap, mean_over_labels
-from common.options import options_of, refuse_unknown
 from common.refine import SIMILARITIES, refine
 
-OUR_WORDS = re.compile(r"\w+\(\) '\w+' must ")  # how our argument checks begin
-
-
-def one_sentence_errors() -> None:
-    """From now on an InputError that nobody catches ends the program with its sentence instead of a traceback.
-
-    So does a ValueError in the words of our own argument checks. For command lines: it replaces sys.excepthook, which
-    looks through the causes that MONAI wraps around an error.
-    """
-    usual = sys.excepthook
-
-    def hook(kind, error, traceback) -> None:
-        cause, seen = error, set()
-        while cause is not None and id(cause) not in seen:
-            if isinstance(cause, InputError) or (isinstance(cause, ValueError) and OUR_WORDS.match(str(cause))):
-                print(f"error: {cause}", file=sys.stderr)
-                return
-            seen.add(id(cause))
-            cause = cause.__cause__ or cause.__context__
-        usual(kind, error, traceback)
-
-    if getattr(usual, "__name__", "") != "hook":
-        sys.excepthook = hook
+__all__ = ["PairTable", "one_sentence_errors", "run"]  # which the configs name as part of this module
 
 
 def refuse_unknown_options() -> None:
@@ -95,6 +74,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None, device: tor
                 f"{path}: these weights do not fit the network {type(network).__name__}, first at {wrong[0]!r}"
             )
         network.load_state_dict(state)
+        network.weights = {"file": os.path.abspath(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
     try:
         return network.to(device)
     except (RuntimeError, AssertionError) as error:  # no CUDA in this torch, or no such device
@@ -177,88 +157,6 @@ class LabelDice(CumulativeIterationMetric):
     def aggregate(self) -> Tensor:
         """Mean over the pairs so far, nan where no pair has labels."""
         return torch.as_tensor(self.get_buffer()).float().nanmean()
-
-
-class PairTable:
-    """Collect the "row" of each pair: results.csv after every pair, and a summary at the end.
-
-    Args:
-        output_dir: where results.csv goes.
-        name: word in front of the progress bar.
-    """
-
-    def __init__(self, output_dir: str, name: str = "register") -> None:
-        self.path, self.name, self.rows = Path(output_dir) / "results.csv", name, []
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
-        engine.add_event_handler(Events.COMPLETED, self._finish)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
-
-    def _start(self, engine: Engine) -> None:
-        self.rows = []
-        output_folder(self.path.parent)
-        progress.start(len(engine.state.dataloader), self.name)
-
-    def _collect(self, engine: Engine) -> None:
-        self.rows += [item["row"] for item in engine.state.output if "row" in item]
-        write_table(self.path, self.rows)
-        progress.advance()
-
-    def _finish(self, engine: Engine) -> None:
-        progress.close()
-        engine.state.rows = self.rows
-        print(self.summary(), flush=True)
-
-    def _fail(self, engine: Engine, error: BaseException) -> None:
-        progress.close()
-        if self.rows:
-            done = f"{len(self.rows)} of {len(engine.state.dataloader)} pairs are finished"
-            print(f"stopped at a bad pair; {done} and kept in {self.path.parent}", file=sys.stderr)
-        elif self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
-        raise error
-
-    def summary(self) -> str:
-        """What the results say, a line a measure, and where they are."""
-        lines = [
-            f"{len(self.rows)} pair{'s' * (len(self.rows) != 1)} registered, results in {self.path.parent.absolute()}"
-        ]
-        folders = [row["id"] for row in self.rows if (self.path.parent / row["id"]).is_dir()]
-        lines.append(f"  {self.path.name}: a row a pair" + (f"; {folders[0]}/: its files" if folders else ""))
-        words = {
-            "ssim": "structural similarity",
-            "ncc": "correlation inside the fixed foreground",
-            "dice": "mean Dice of the labels",
-            "dice_coarse": "mean Dice of the label groups",
-            "hd95": "mean HD95 in mm",
-            "assd": "mean ASSD in mm",
-        }
-        for name, text in words.items():
-            before, after = (self._mean(f"{name}_{when}") for when in ("before", "after"))
-            if after == after:
-                lines.append(f"  {text}: {before:.3f} after pre-alignment, {after:.3f} after registration")
-        folding = f"{self._mean('folding_pct'):.3f} % of the fixed foreground"
-        lines.append(f"  folding: {folding}, SDlogJ {self._mean('sdlogj'):.3f}")
-        warned = [row["id"] for row in self.rows if row.get("warnings")]
-        if warned:
-            lines.append(f"  warnings for {len(warned)} of the pairs, first {warned[0]}: {self._warning(warned[0])}")
-        lines.append(f"  displacement: mean {self._mean('disp_mean_mm'):.1f} mm; {self._mean('seconds'):.1f} s a pair")
-        return "\n".join(lines)
-
-    def _warning(self, name: str) -> str:
-        return next(row["warnings"] for row in self.rows if row["id"] == name)
-
-    def _mean(self, name: str) -> float:
-        values = torch.tensor([row[name] for row in self.rows if row.get(name) is not None], dtype=torch.float64)
-        return float(values.nanmean()) if len(values) else float("nan")
-
-
-def run(engine: Evaluator) -> None:
-    """Run an evaluator with its own log lines kept quiet: the progress bar and the summary speak."""
-    engine.logger.disabled = True
-    engine.run()
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -424,5 +322,7 @@ def init_processes() -> None:
 
 
 def rank_device() -> torch.device:
-    """The GPU of this process on its machine, or the CPU."""
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    """The GPU of this process on its machine, or the CPU; without torchrun the first GPU."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )

@@ -113,6 +113,7 @@ def _jacobian(axes: Axes, determinant: np.ndarray):
 
 def draw_summary(rows: list[dict], path: Path) -> None:
     """A cohort: every measure of every pair before and after, folding, and the pairs that failed or are doubtful."""
+    rows = [{name: value for name, value in row.items() if value != ""} for row in rows]  # as read from a table
     done = [row for row in rows if row.get("ncc_after") is not None]
     names = [name for name in MEASURES if any(row.get(f"{name}_after") is not None for row in done)]
     figure = Figure(figsize=(4 * (len(names) + 1), max(3.5, 0.22 * len(rows) + 1.8)), layout="constrained")
