@@ -18,6 +18,7 @@ import numpy as np
 from monai.data import ITKReader
 
 IMAGE_ENDINGS = (".nii", ".nii.gz", ".mha", ".nrrd")
+UNEVEN_MM = 0.1  # of a DICOM series' slice positions: more is a missing slice, not rounding
 ITK_VERSION = itk.Version.GetITKVersion()
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -27,17 +28,45 @@ class InputError(ValueError):
 
 
 def read_scan(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """Read a 3-D scan (NIfTI, MetaImage, NRRD, ... or a DICOM series folder).
+    """Read a 3-D scan: NIfTI, MetaImage, NRRD, ..., a folder with one DICOM series, or several contrasts of one person.
+
+    Args:
+        path: file or folder; contrasts are joined by ";", as "t1.nii.gz;t2.nii.gz", and become channels on the grid of
+            the first, resampled by their headers where theirs differs.
 
     Returns:
         Array (C, I, J, K) float32 and its `affine_ras` (4, 4).
 
     Raises:
-        InputError: the file is missing, not an image, not 3-D, or holds NaN or infinite values.
+        InputError: the file is missing, not an image, not 3-D, or holds NaN or infinite values; a folder without, or
+            with more than one series, or one with slices missing.
     """
-    path = Path(path)
+    contrasts = [_read_one(Path(part)) for part in contrasts_of(path)]
+    array, affine = contrasts[0]
+    parts = [array]
+    for other, own in contrasts[1:]:
+        if other.shape[1:] != array.shape[1:] or not np.allclose(own, affine, atol=1e-3):
+            other = np.stack([_onto(channel, own, array.shape[1:], affine) for channel in other])
+        parts.append(other)
+    return np.concatenate(parts), affine
+
+
+def contrasts_of(path: str | os.PathLike) -> list[str]:
+    """The paths of a scan's contrasts: mostly one."""
+    return [part.strip() for part in str(path).split(";") if part.strip()]
+
+
+def _onto(channel: np.ndarray, own: np.ndarray, size: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    like = to_itk(np.zeros(size, np.float32), affine)
+    options = {"use_reference_image": True, "reference_image": like, "default_pixel_value": background(channel)}
+    return to_array(itk.resample_image_filter(to_itk(channel, own), **options))
+
+
+def _read_one(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.exists():
         raise InputError(f"{path}: no such file")
+    if path.is_dir():
+        _check_series(path)
     reader = ITKReader(affine_lps_to_ras=True)
     try:
         opened = reader.read(str(path))
@@ -45,6 +74,11 @@ def read_scan(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # every reader of ITK has its own exception; the sentence keeps the last line of it
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: not an image that can be read ({reason})") from error
+    gap = "ITK_non_uniform_sampling_deviation"
+    if path.is_dir() and opened.GetMetaDataDictionary().HasKey(gap):
+        uneven = float(opened.GetMetaDataDictionary()[gap])
+        if uneven > UNEVEN_MM:
+            raise InputError(f"{path}: slices are missing or unevenly spaced, by up to {uneven:.2f} mm")
     channel_dim = meta.get("original_channel_dim", float("nan"))
     dimension = opened.GetImageDimension()  # of the file: MONAI takes the fourth axis of a film for channels
     if dimension != 3 or min(image.shape) < 1:
@@ -56,6 +90,20 @@ def read_scan(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(image).all() or not _finite_nifti(path):
         raise InputError(f"{path}: holds NaN or infinite values")
     return image, np.asarray(meta["affine"], dtype=np.float64)
+
+
+def _check_series(folder: Path) -> None:
+    """A folder must hold one DICOM series: ITK would take the first of several."""
+    names = itk.GDCMSeriesFileNames.New()
+    names.SetUseSeriesDetails(True)
+    names.AddSeriesRestriction("0008|0021")
+    names.SetDirectory(str(folder))
+    found = list(names.GetSeriesUIDs())
+    if not found:
+        raise InputError(f"{folder}: a folder must hold a DICOM series, and this one holds none")
+    if len(found) > 1:
+        counts = ", ".join(f"one of {len(names.GetFileNames(uid))} files" for uid in found)
+        raise InputError(f"{folder}: holds {len(found)} DICOM series ({counts}); give a folder with one of them")
 
 
 def _finite_nifti(path: Path) -> bool:

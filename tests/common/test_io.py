@@ -46,6 +46,65 @@ def test_reads_channels_first(tmp_path: Path, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(io.read_scan(tmp_path / "two.nii.gz")[0], two, atol=1e-6)
 
 
+def test_contrasts_become_channels_on_the_grid_of_the_first(scan: np.ndarray, tmp_path: Path) -> None:
+    """The second has half the resolution; a ramp stays a ramp."""
+    ramp = np.indices(scan.shape).sum(0).astype(np.float32)
+    coarse = nib.affines.from_matvec(OBLIQUE[:3, :3] * 2, OBLIQUE[:3, 3])
+    io.write_scan(scan, OBLIQUE, tmp_path / "a.nii.gz")
+    io.write_scan(ramp[::2, ::2, ::2], coarse, tmp_path / "b.nrrd")
+    array, affine = io.read_scan(f"{tmp_path / 'a.nii.gz'};{tmp_path / 'b.nrrd'}")
+    assert array.shape == (2, *scan.shape)
+    np.testing.assert_array_equal(array[0], scan)
+    np.testing.assert_allclose(array[1, :9, :9, :9], ramp[:9, :9, :9], atol=1e-3)
+    np.testing.assert_allclose(affine, OBLIQUE, atol=1e-4)
+
+
+def write_dicom(folder: Path, volume: np.ndarray, *, skip: tuple[int, ...] = ()) -> np.ndarray:
+    """An axial CT series, 1.5 x 2 x 2.5 mm, file names in no order; returns its affine."""
+    pydicom = pytest.importorskip("pydicom", reason="pydicom of the extra [test] is not installed")
+    folder.mkdir(exist_ok=True)
+    uid = pydicom.uid.generate_uid
+    series, study, frame = uid(), uid(), uid()
+    for k in (k for k in range(volume.shape[2]) if k not in skip):
+        meta = pydicom.dataset.FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = pydicom.uid.CTImageStorage, uid()
+        meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        slice_ = pydicom.dataset.FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+        slice_.SOPClassUID, slice_.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+        slice_.SeriesInstanceUID, slice_.StudyInstanceUID, slice_.FrameOfReferenceUID = series, study, frame
+        slice_.Modality, slice_.SeriesDate, slice_.InstanceNumber = "CT", "20200101", k + 1
+        slice_.ImagePositionPatient = [-10.0, -20.0, 5 + 2.5 * k]
+        slice_.ImageOrientationPatient, slice_.PixelSpacing = [1, 0, 0, 0, 1, 0], [2.0, 1.5]
+        slice_.Columns, slice_.Rows = volume.shape[:2]
+        slice_.SamplesPerPixel, slice_.PhotometricInterpretation, slice_.PixelRepresentation = 1, "MONOCHROME2", 1
+        slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit = 16, 16, 15
+        slice_.RescaleIntercept, slice_.RescaleSlope = -1024, 1
+        slice_.PixelData = (volume[:, :, k].T + 1024).astype(np.int16).tobytes()
+        slice_.save_as(folder / f"{series[-4:]}_{k * 7 % 100:03d}.dcm", enforce_file_format=True)
+    return nib.affines.from_matvec(np.diag([-1.5, -2, 2.5]), [10.0, 20, 5])
+
+
+def test_dicom_series(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Hounsfield units in the order of the positions; none, two or a torn series are refused."""
+    volume = rng.integers(-1000, 1000, (9, 10, 11))
+    expected = write_dicom(tmp_path / "one", volume)
+    array, affine = io.read_scan(tmp_path / "one")
+    np.testing.assert_array_equal(array[0], volume)
+    np.testing.assert_allclose(affine, expected, atol=1e-6)
+    write_dicom(tmp_path / "one", volume[:, :, :4])
+    write_dicom(tmp_path / "torn", volume, skip=(4,))
+    (tmp_path / "none").mkdir()
+    cases = {
+        "one": r"holds 2 DICOM series \(one of (4|11) files, one of (4|11) files\)",
+        "torn": "slices are missing or unevenly spaced, by up to 2.* mm",
+        "none": "must hold a DICOM series, and this one holds none",
+    }
+    for name, words in cases.items():
+        with pytest.raises(io.InputError, match=words) as caught:
+            io.read_scan(tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}: ")
+
+
 def test_label_files_keep_every_value(tmp_path: Path) -> None:
     for top, kind in ((255, np.uint8), (3000, np.int16), (70000, np.int32)):
         label = np.array([0, 1, top]).reshape(3, 1, 1) * np.ones((3, 2, 2))
