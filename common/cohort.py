@@ -19,11 +19,16 @@ from torch.utils.data import DataLoader, Subset
 
 from common import progress
 from common.cli import sentence_of
-from common.io import InputError, output_folder, replaced, write_table
+from common.io import InputError, contrasts_of, output_folder, replaced, write_table
 from common.picture import draw_summary
 
 IDENTITY = ("id", "fixed", "moving", "settings")  # columns that say which pair a row is of, and how it was made
-UNTOLD = ("training", "output_dir", "weights")  # attributes that do not change a result, or are hashed by content
+UNTOLD = (
+    "training",
+    "output_dir",
+    "weights",
+    "memory",
+)  # attributes that do not change a result, or are hashed by content
 
 
 class PairTable:
@@ -94,8 +99,10 @@ class PairTable:
         written = self.folder / pair["id"] / "report.json"
         if not self.saves:
             return True
-        files = [value for name, value in pair.items() if name != "id" and os.path.exists(value)]
-        return written.exists() and all(os.path.getmtime(file) <= written.stat().st_mtime for file in files)
+        files = [part for name, value in pair.items() if name != "id" for part in contrasts_of(value)]
+        return written.exists() and all(
+            os.path.exists(file) and os.path.getmtime(file) <= written.stat().st_mtime for file in files
+        )
 
     def _journal(self, number: int) -> Path:
         return self.folder / f".rows.{number}.jsonl"

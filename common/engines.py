@@ -25,7 +25,7 @@ from monai.metrics import CumulativeIterationMetric
 from monai.utils import set_determinism
 from torch import Tensor, nn
 
-from common import RegistrationWarning, progress
+from common import RegistrationWarning, forecast, progress
 from common.cli import one_sentence_errors, options_of, refuse_unknown
 from common.cohort import PairTable, run
 from common.io import InputError
@@ -84,47 +84,104 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None, device: tor
 class RegistrationInferer(Inferer):
     """Run a network on the packed image and, if asked, improve its displacement for this pair.
 
-    What network and refinement warn of is kept for the pair's row.
+    Before, time and memory are forecast (above `forecast.SIDE` voxels a side), shown, and kept for the report;
+    a pair that will not fit is stopped, tiled or coarsened. What network and refinement warn of is kept for the row.
 
     Args:
         refine_steps: steps of `common.refine.refine`; 0 leaves the network's displacement.
         similarity: of the refinement; "features" takes the network's own, `network.features(scan)`.
+        memory: GiB that may be used; None: most of what is free.
+        too_large: what to do with a pair that needs more: "stop", "tile" or "coarsen".
         options: further keyword arguments of `refine`.
     """
 
-    def __init__(self, refine_steps: int = 0, *, similarity: str = "lncc", **options: Any) -> None:
+    def __init__(
+        self,
+        refine_steps: int = 0,
+        *,
+        similarity: str = "lncc",
+        memory: float | None = None,
+        too_large: str = "stop",
+        **options: Any,
+    ) -> None:
         if not isinstance(refine_steps, int) or refine_steps < 0:
             raise InputError(f"--refine_steps must be a whole number >= 0, got {refine_steps}")
         if similarity not in SIMILARITIES:
             raise InputError(f"--refine_similarity must be one of {', '.join(SIMILARITIES)}, got {similarity}")
+        if memory is not None and not (isinstance(memory, (int, float)) and memory > 0):
+            raise InputError(f"--memory must be a number of GiB, got {memory}")
+        if too_large not in forecast.POLICIES:
+            raise InputError(f"--too_large must be one of {', '.join(forecast.POLICIES)}, got {too_large}")
         self.refine_steps, self.similarity, self.options = refine_steps, similarity, options
+        self.memory, self.too_large = memory, too_large
+        self._cost: forecast.Cost | None = None  # measured once, on the first pair that is large enough
 
     def __call__(
         self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        progress.stage("network")
         image = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
+        # The mask travels as two more channels, so that tiles and coarser grids treat it as they do the scans.
+        packed = image if mask is None else torch.cat([image, mask.to(image)], 1)
+
+        def run(steps: int, quiet: bool = False) -> forecast.Run:
+            def registered(part: Tensor) -> Tensor:
+                own = part[:, : image.shape[1]]
+                weight = None if mask is None else part[:, image.shape[1] :]
+                return self._register(own, network, weight, steps, quiet, args, kwargs)
+
+            return registered
+
+        with warnings.catch_warnings(record=True):
+            how, size = self._forecast(packed, run)
+        progress.stage("network" if how == "whole" else f"network, {how}")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            disp = network(image, *args, **kwargs).float()
             if mask is not None and not self.refine_steps:
                 text = "masks act in the refinement only, and --refine_steps is 0"
                 warnings.warn(text, RegistrationWarning, stacklevel=2)
-            if self.refine_steps:
-                progress.stage("refining")
-                features = getattr(network, "features", None) if self.similarity == "features" else None
-                if self.similarity == "features" and features is None:
-                    raise InputError(
-                        f"--refine_similarity features: {type(network).__name__} has no features of its own"
-                    )
-                options = {"similarity": self.similarity, "features": features, "mask": mask} | self.options
-                disp = refine(disp, image, self.refine_steps, **options)
+            disp = forecast.run_planned(run(self.refine_steps), packed, how, size)
         for warning in caught:
             if issubclass(warning.category, RegistrationWarning):
                 progress.note(str(warning.message))
             else:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return disp
+
+    def _register(self, image, network, mask, steps, quiet, args, kwargs) -> Tensor:
+        disp = network(image, *args, **kwargs).float()
+        if not steps:
+            return disp
+        features = getattr(network, "features", None) if self.similarity == "features" else None
+        if self.similarity == "features" and features is None:
+            raise InputError(f"--refine_similarity features: {type(network).__name__} has no features of its own")
+        options = {"similarity": self.similarity, "features": features, "mask": mask} | self.options
+        if quiet:
+            options["progress"] = False
+        else:
+            progress.stage("refining")
+        return refine(disp, image, steps, **options)
+
+    def _forecast(self, image: Tensor, run: Callable[..., forecast.Run]) -> tuple[str, tuple[int, int, int]]:
+        size = tuple(image.shape[2:])
+        voxels = image[0, 0].numel()
+        if voxels <= forecast.SIDE**3:
+            return "whole", size
+        if self._cost is None:
+            progress.stage("forecasting")
+            steps = {"steps": self.refine_steps, "run_steps": lambda steps: run(steps, quiet=True)}
+            self._cost = forecast.measure_cost(run(0), image, **steps)
+        free = forecast.free_memory(image.device)
+        limit = self.memory * forecast.GIB if self.memory else free and forecast.MARGIN * free
+        how, size = forecast.plan(size, self._cost, limit, self.too_large)
+        told = {"seconds": voxels * self._cost.seconds, "gib": voxels * self._cost.bytes / forecast.GIB}
+        told |= {"free_gib": None if free is None else free / forecast.GIB, "plan": how, "size": list(size)}
+        progress.put(forecast=told)
+        free_text = "unknown" if free is None else f"{told['free_gib']:.1f} GiB"
+        progress.say(f"forecast: {told['seconds']:.0f} s and {told['gib']:.1f} GiB for the network, {free_text} free")
+        if how != "whole":
+            words = {"tile": "in tiles of", "coarsen": "on a coarser grid of"}[how]
+            progress.note(f"registered {words} {' x '.join(map(str, size))} voxels, as memory is short")
+        return how, size
 
 
 def prepare_masked(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> tuple:

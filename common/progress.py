@@ -34,6 +34,12 @@ def stage(text: str) -> None:
         _bar.set_postfix_str(text)
 
 
+def say(text: str) -> None:
+    """Write a line above the running bar; nothing happens without one."""
+    if _bar is not None:
+        _bar.write(text, file=sys.stderr)
+
+
 def start(total: int, name: str) -> None:
     """Open the bar for `total` pairs."""
     global _bar

@@ -10,7 +10,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
 
-from common import geometry, io, mapping, measure, picture, points, progress, report, verdict
+from common import forecast, geometry, io, mapping, measure, picture, points, progress, report, verdict
 from common.io import InputError
 from common.ops import warp
 from common.prealign import prealign
@@ -304,7 +304,8 @@ class DeliverPaird(Transform):
         notes += verdict.judge_scans(scans, halves, self.trained_on) + verdict.judge(found)
         row = {"id": data["id"]} | names | found
         row |= {"warnings": "; ".join(notes), "seconds": time.time() - float(data["started"])}
-        facts |= {"seconds": row["seconds"]}
+        peak = forecast.peak_memory(torch.as_tensor(data["pred"]).device)
+        facts |= {"seconds": row["seconds"], "peak_memory_mib": None if peak is None else peak / 2**20}
         if self.save:
             progress.stage("writing")
             content = report.report(row, details, notes, facts)
