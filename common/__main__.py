@@ -151,6 +151,27 @@ def make_phantom(folder: str):
     return _written(folder, "the phantom pair")
 
 
+def datalist(name: str, folder: str, output: str = ""):
+    """Write dataset.json for a data set of the papers, from the folder as its owners distribute it.
+
+    The sets are ixi, lpba40, abdomen_ctct, oasis, lungct, nlst, ibsr18, cumc12, mgh10. Train and infer on it with
+    --dataset_dir and the preset that is printed, as one more --config_file behind train.json or inference.json.
+
+    Args:
+        name: of the set.
+        folder: the unpacked download.
+        output: folder for dataset.json, and for what must be converted; that of the data if not given.
+    """
+    from common.datalists import write_datalist
+
+    content = write_datalist(str(name), str(folder), str(output) or None)
+    counts = ", ".join(f"{len(content[part])} {part}" for part in ("training", "validation", "test"))
+    preset = Path(__file__).parent / "presets" / f"{content['preset']}.json"
+    pairs = len(content["registration_pairs"])
+    path = Path(str(output) or str(folder)) / "dataset.json"
+    return _written(str(path), f"{counts}, {pairs} pairs; preset {os.path.relpath(preset)}")
+
+
 def _grid(path: str) -> mapping.Grid:
     array, affine = io.read_scan(str(path))
     return array.shape[1:], affine
@@ -165,7 +186,14 @@ def _written(output: str, what: str) -> str:
     return f"wrote {os.path.abspath(str(output))}: {what}"
 
 
-COMMANDS = {"apply": apply, "compose": compose, "invert": invert, "report": make_report, "phantom": make_phantom}
+COMMANDS = {
+    "apply": apply,
+    "compose": compose,
+    "invert": invert,
+    "report": make_report,
+    "phantom": make_phantom,
+    "datalist": datalist,
+}
 
 
 def main() -> None:

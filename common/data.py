@@ -194,12 +194,19 @@ def read_dataset(dataset_dir: str) -> dict:
 
 
 def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> list[dict[str, str]]:
-    """`registration_pairs` of a dataset as rows of a pairs table; `kind` keeps one kind, None keeps all."""
+    """`registration_pairs` of a dataset as rows of a pairs table.
+
+    Args:
+        kind: keep one kind, None keeps all. Where pairs say which part they belong to, those of "test" are taken, if
+            there are any: the validation serves the training.
+    """
     found = read_dataset(dataset_dir)
     root = Path(dataset_dir).absolute()
     cases = {case["id"]: case for part in ("training", "validation", "test") for case in found[part]}
     rows = []
-    for pair in found.get("registration_pairs", []):
+    pairs = found.get("registration_pairs", [])
+    tested = [pair for pair in pairs if pair.get("part") == "test"]
+    for pair in tested or pairs:
         if kind is not None and pair.get("kind", kind) != kind:
             continue
         row = {}
@@ -210,8 +217,7 @@ def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> li
                     f"{root / 'dataset.json'}: the pair's {role} scan {pair[role]!r} is not among the cases"
                 )
             row[role] = str(root / case["image"])
-            if "label" in case:
-                row[f"{role}_label"] = str(root / case["label"])
+            row |= {f"{role}_{name}": str(root / case[name]) for name in ("label", "points", "mask") if name in case}
         rows.append(row)
     if not rows:
         raise InputError(f"{root / 'dataset.json'}: holds no registration_pairs")

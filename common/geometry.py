@@ -15,6 +15,7 @@ def working_grid(
     *,
     box: tuple[np.ndarray, np.ndarray] | None = None,
     divisor: int = 1,
+    grid_size: tuple[int, int, int] | None = None,
 ) -> tuple[tuple[int, int, int], np.ndarray]:
     """The grid on which a network sees the fixed scan: axes in closest RAS order, isotropic, around its content.
 
@@ -23,6 +24,7 @@ def working_grid(
         spacing: voxel size in mm; None keeps the fixed scan's own.
         box: first and last voxel to cover, along each axis of the fixed scan; None covers all of it.
         divisor: sizes become multiples of this.
+        grid_size: exactly so many voxels, in closest RAS order: a centre crop, or padding.
 
     Returns:
         Size and `affine_ras` of the working grid, centred on the box. Along an axis that has the wanted spacing already
@@ -38,7 +40,7 @@ def working_grid(
     keep = np.ones(3, bool) if spacing is None else np.abs(old / spacing - 1) < 1e-3
     step = np.ones(3) if spacing is None else np.where(keep, 1.0, spacing / old)
     count = np.ceil((last - first) / step - 1e-6).astype(int) + 1
-    count = -(-count // divisor) * divisor
+    count = -(-count // divisor) * divisor if grid_size is None else np.array(grid_size)
     start = (first + last) / 2 - (count - 1) / 2 * step
     start = np.where(keep, np.floor(start), start)
     return tuple(int(n) for n in count), affine @ nib.affines.from_matvec(np.diag(step), start)

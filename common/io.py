@@ -107,11 +107,21 @@ def _check_series(folder: Path) -> None:
 
 
 def _finite_nifti(path: Path) -> bool:
-    """False for a NIfTI file with NaN or infinite values: ITK replaces them by 0 without a word, nibabel does not."""
+    """Whether a NIfTI file holds neither NaN nor infinite values, and all that its header promises.
+
+    ITK replaces the one and the missing end of a file that was cut off by 0 without a word; nibabel does not.
+
+    Raises:
+        InputError: the file is cut off.
+    """
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         return True
-    file = nib.load(path)
-    return file.get_data_dtype().kind != "f" or bool(np.isfinite(file.dataobj).all())
+    try:
+        file = nib.load(path)
+        values = file.dataobj.get_unscaled()
+    except Exception as error:  # of the decompression or of the header
+        raise InputError(f"{path}: not an image that can be read, the file is cut off ({error})") from error
+    return values.dtype.kind != "f" or bool(np.isfinite(file.dataobj).all())
 
 
 def to_itk(array: np.ndarray, affine_ras: np.ndarray) -> "itk.Image":

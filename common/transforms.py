@@ -32,6 +32,12 @@ def _spacing(value: float | None) -> float | None:
     raise InputError(f"--spacing must be a size in mm, or 0 for that of the scan, got {value}")
 
 
+def _grid_size(value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+    if value is None or (len(value) == 3 and all(isinstance(n, int) and n > 1 for n in value)):
+        return None if value is None else tuple(value)
+    raise InputError(f"--grid_size must be three whole numbers of voxels, got {value}")
+
+
 class LoadScansd(Transform):
     """Replace the paths under `keys`, KEY_label and KEY_mask by (C, I, J, K) MetaTensors in their own space; absent
     keys stay so.
@@ -95,6 +101,7 @@ class AlignAndGridd(Transform):
         crop: lay the grid around the foreground of a fixed scan with background 0; False covers all of its field of
             view. Instance normalisation sees the share of background, and a share unlike that of the training scans
             costs accuracy: True suits weights for whole organs, False those trained on crops around one.
+        grid_size: voxels of the working grid, in closest RAS order, around its middle; None covers the scan.
 
     Raises:
         InputError: unknown `prealign`, different channel counts, scans that do not overlap after the alignment.
@@ -108,10 +115,12 @@ class AlignAndGridd(Transform):
         channels: int | None = None,
         divisor: int = 16,
         crop: bool = True,
+        grid_size: tuple[int, int, int] | None = None,
     ) -> None:
         if prealign not in PREALIGN:
             raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
         self.spacing, self.prealign, self.channels = _spacing(spacing), prealign, channels
+        self.grid_size = _grid_size(grid_size)
         self.divisor, self.crop = divisor, crop
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
@@ -126,7 +135,8 @@ class AlignAndGridd(Transform):
         matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign)
         progress.stage("resampling")
         box = geometry.foreground_box(fixed[0]) if self.crop else None
-        size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing, box=box, divisor=self.divisor)
+        options = {"box": box, "divisor": self.divisor, "grid_size": self.grid_size}
+        size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing, **options)
         moving_work = geometry.to_working_grid(moving, moving_affine, size, onto, matrix)
         fixed_work = geometry.to_working_grid(fixed, fixed_affine, size, onto)
         apart = not geometry.overlap(size, onto, moving.shape[1:], moving_affine, matrix)
@@ -217,6 +227,7 @@ class ToTrainingGridd(Transform):
         prealign: "affine" or "rigid" to the reference, or "none" for scans that share a grid already.
         reference: path of the scan to align to; needed unless `prealign` is "none".
         keys: scan and label map.
+        grid_size: voxels of the grid, in closest RAS order, around its middle; None covers the scan.
     """
 
     def __init__(
@@ -226,10 +237,12 @@ class ToTrainingGridd(Transform):
         *,
         reference: str | None = None,
         keys: tuple[str, str] = ("image", "label"),
+        grid_size: tuple[int, int, int] | None = None,
     ) -> None:
         if prealign not in PREALIGN:
             raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
         self.spacing, self.prealign, self.reference, self.keys = _spacing(spacing), prealign, reference, keys
+        self.grid_size = _grid_size(grid_size)
         self.target: tuple[np.ndarray, np.ndarray] | None = None  # the reference scan, once read
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
@@ -243,7 +256,7 @@ class ToTrainingGridd(Transform):
             target, target_affine = self.target
             if str(name) != str(self.reference):
                 matrix = prealign(target[0], target_affine, array[0], affine, self.prealign)
-        size, onto = geometry.working_grid(target.shape[1:], target_affine, self.spacing)
+        size, onto = geometry.working_grid(target.shape[1:], target_affine, self.spacing, grid_size=self.grid_size)
         data[scan] = _meta(geometry.to_working_grid(array, affine, size, onto, matrix), onto, name)
         if label in data:
             values = geometry.to_working_grid(_numpy(data[label])[0], affine, size, onto, matrix, nearest=True)

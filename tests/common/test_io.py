@@ -133,6 +133,16 @@ def test_refusals_name_the_file_and_the_fault(tmp_path: Path) -> None:
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, rng: np.random.Generator, kind: type) -> None:
+    """ITK would read it and fill up with 0."""
+    nib.save(nib.Nifti1Image(rng.integers(1, 999, (20, 20, 20)).astype(kind), np.eye(4)), tmp_path / "whole.nii.gz")
+    content = (tmp_path / "whole.nii.gz").read_bytes()
+    (tmp_path / "cut.nii.gz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(io.InputError, match="cut.nii.gz: not an image that can be read, the file is cut off"):
+        io.read_scan(tmp_path / "cut.nii.gz")
+
+
 def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "pair"
     io.write_folder(target, {"a.txt": lambda p: p.write_text("old")})
