@@ -16,13 +16,15 @@ import numpy as np
 
 from common.io import InputError, replaced, write_label, write_scan
 
-FREESURFER = {  # what TransMorph's Dice is over: numbers as in its label maps -> FreeSurfer's names
-    **{1: "Left-Cerebral-White-Matter", 2: "Left-Cerebral-Cortex", 3: "Left-Lateral-Ventricle"},
-    **{5: "Left-Cerebellum-White-Matter", 6: "Left-Cerebellum-Cortex", 7: "Left-Thalamus", 8: "Left-Caudate"},
-    **{9: "Left-Putamen", 10: "Left-Pallidum", 11: "3rd-Ventricle", 12: "4th-Ventricle", 13: "Brain-Stem"},
-    **{14: "Left-Hippocampus", 15: "Left-Amygdala", 16: "CSF", 18: "Left-VentralDC"},
+# The 30 structures of TransMorph's Dice, in the FreeSurfer numbers that the pickles hold; one list for either side.
+_SIDES = "Cerebral-White-Matter,Cerebral-Cortex,Lateral-Ventricle,Cerebellum-White-Matter,Cerebellum-Cortex,Thalamus,"
+_SIDES += "Caudate,Putamen,Pallidum,Hippocampus,Amygdala,VentralDC,choroid-plexus"
+_LEFT, _RIGHT = (2, 3, 4, 7, 8, 10, 11, 12, 13, 17, 18, 28, 31), (41, 42, 43, 46, 47, 49, 50, 51, 52, 53, 54, 60, 63)
+IXI_LABELS = {
+    **{14: "3rd-Ventricle", 15: "4th-Ventricle", 16: "Brain-Stem", 24: "CSF"},
+    **{n: f"Left-{name}" for n, name in zip(_LEFT, _SIDES.split(","))},
+    **{n: f"Right-{name}" for n, name in zip(_RIGHT, _SIDES.split(","))},
 }
-IXI_LABELS = [*range(1, 4), *range(5, 17), 18, *range(20, 24), *range(25, 33), 34, 36]
 LPBA_LABELS = [*range(21, 35), *range(41, 51), *range(61, 69), *range(81, 93), 101, 102, 121, 122, *range(161, 167)]
 ABDOMEN_LABELS = dict(
     enumerate(
@@ -209,17 +211,21 @@ def _ixi(root: Path, out: Path) -> dict:
     ]
     content["training_pairs"] = [{"moving": "atlas", "fixed": case["id"]} for case in content["training"]]
     content["training"] = [first, *content["training"]]
-    return content | {"labels": {str(n): FREESURFER.get(n, f"FreeSurfer {n}") for n in IXI_LABELS}}
+    return content | {"labels": {str(n): name for n, name in IXI_LABELS.items()}}
 
 
 def _from_pickle(path: Path, out: Path) -> dict:
-    """(scan, label map) as NIfTI, 1 mm, axes as stored: the pickles do not say how they lie in space."""
+    """(scan, label map) as NIfTI, 1 mm, axes as stored: the pickles do not say how they lie in space.
+
+    Of the label map the 30 structures are kept, so that a mean over its labels is the one of the papers.
+    """
     try:
         with path.open("rb") as file:
             scan, label = _Arrays(file).load()
         scan, label = np.squeeze(scan).astype(np.float32), np.squeeze(label)
         if scan.ndim != 3 or scan.shape != label.shape:
             raise ValueError(f"shapes {scan.shape} and {label.shape}")
+        label = np.where(np.isin(label, list(IXI_LABELS)), label, 0)
     except (pickle.UnpicklingError, ValueError, TypeError, EOFError, AttributeError) as error:
         raise InputError(f"{path}: not a pair of a scan and its label map ({error})") from error
     folder = out / "nifti"
