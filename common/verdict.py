@@ -11,6 +11,7 @@ ROUGH = 1.5  # SDlogJ
 OVERLAP = 0.5  # Dice of the two foregrounds after the pre-alignment
 UNRELATED = 0.2  # correlation inside the fixed foreground, after registration
 GAIN = 0.002  # similarity that counts as an improvement
+ALIGNED = 0.98  # correlation of a pair that leaves nothing to improve
 INVERSE_PCT = 1.0  # of the fixed foreground where the inverse is half a voxel off or more
 
 
@@ -36,7 +37,7 @@ def judge(row: dict[str, float]) -> list[str]:
     def worse(name: str, gain: float) -> bool:
         return not row[f"{name}_after"] - row[f"{name}_before"] > gain
 
-    if worse("ncc", GAIN) and worse("nmi", GAIN):
+    if worse("ncc", GAIN) and worse("nmi", GAIN) and not row["ncc_after"] >= ALIGNED:
         change = f"correlation {row['ncc_before']:.3f} before, {row['ncc_after']:.3f} after"
         found.append(f"no improvement over the pre-alignment: {change}")
     for name, words, sign in (("dice", "the labels overlap", 1), ("tre_mm", "the landmarks agree", -1)):

@@ -144,6 +144,10 @@ def test_each_fault_gives_its_sentence(change: dict, words: str) -> None:
     assert re.search(words, sentence), sentence
 
 
+def test_a_pair_that_is_aligned_already_is_no_fault() -> None:
+    assert verdict.judge(GOOD | {"ncc_before": 0.995, "ncc_after": 0.995, "nmi_after": 0.1}) == []
+
+
 def test_two_modalities_may_improve_by_information_alone() -> None:
     """T1 to T2: the correlation becomes more negative, and that is no fault of the registration."""
     found = verdict.judge(GOOD | {"ncc_before": -0.3, "ncc_after": -0.6})
