@@ -147,10 +147,13 @@ def measure(
 
 
 def inverse_error(pair: Registration, inverse: mapping.Transform) -> dict[str, float]:
-    """|T^-1(T(x)) - x| in mm over the fixed foreground: mean, 99th percentile, and share above half a voxel."""
+    """|T^-1(T(x)) - x| in mm over the fixed foreground: mean, 99th percentile, and share above half a voxel.
+
+    The voxel is that of the working grid, on which displacement and inverse live.
+    """
     error = mapping.inverse_error_mm(pair.whole, inverse, pair.fixed.shape[1:], pair.fixed_affine)
     error = error[pair.fixed[0] > geometry.foreground_floor(pair.fixed[0])]
-    half = float(np.linalg.norm(pair.fixed_affine[:3, :3], axis=0).min()) / 2
+    half = float(np.linalg.norm(pair.work_affine[:3, :3], axis=0).min()) / 2
     return {
         "inverse_error_mm": float(error.mean()),
         "inverse_error_p99_mm": float(np.percentile(error, 99)),
