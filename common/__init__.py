@@ -7,7 +7,8 @@ Conventions, everywhere in this package:
 - Voxel centres are integers (corner-aligned). Coordinates are at least float32, whatever the autocast type.
 - compose(first, then)(x) = then(x) + first(x + then(x)): warping by the composite equals warping by `first` and the
   result by `then`.
-- Other frames carry a suffix (`_mm`, `_ras`, `_lps`) and live in io.py, geometry.py, prealign.py and phantom.py only.
+- Other frames carry a suffix (`_mm`, `_ras`, `_lps`) and live in io.py, mapping.py, points.py, geometry.py,
+  measure.py, prealign.py and phantom.py only.
 """
 
 from pathlib import Path

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common.io import InputError
+from common.io import InputError, contrasts_of
 from common.phantom import write_phantom
 
 PAIR_COLUMNS = (
@@ -34,6 +34,8 @@ def list_pairs(
     fixed: str | None = None,
     moving_label: str | None = None,
     fixed_label: str | None = None,
+    moving_points: str | None = None,
+    fixed_points: str | None = None,
     moving_mask: str | None = None,
     fixed_mask: str | None = None,
     pairs: str | None = None,
@@ -43,9 +45,10 @@ def list_pairs(
     """The pairs to register: of a CSV, two paths, a dataset's `registration_pairs` or the phantom, in that order.
 
     Args:
-        moving, fixed, moving_label, fixed_label, moving_mask, fixed_mask: paths of one pair; labels and masks are
-            optional.
-        pairs: CSV with columns fixed, moving and optionally id, fixed_label, ... ; paths relative to the CSV.
+        moving, fixed, moving_label, ..., fixed_mask: paths of one pair; labels, landmarks and masks are optional. A
+            scan of several contrasts is a list of paths, or they are joined by ";".
+        pairs: CSV with columns fixed, moving and optionally id, fixed_label, ... ; paths relative to the CSV. With the
+            options of one scan alone (an atlas) the table has only the other, or is a folder of scans.
         dataset_dir: folder with a dataset.json.
         output_dir: where the phantom's files go if nothing else is given.
 
@@ -56,16 +59,20 @@ def list_pairs(
         InputError: contradictory or incomplete options, a missing file, an empty or faulty CSV.
     """
     row = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
+    row |= {"moving_points": moving_points, "fixed_points": fixed_points}
     row |= {"moving_mask": moving_mask, "fixed_mask": fixed_mask}
-    sources = {"--pairs": pairs, "--dataset_dir": dataset_dir, "--moving and --fixed": any(row.values())}
+    row = {name: _absolute(value) for name, value in row.items() if value}
+    roles = {name.partition("_")[0] for name in row}
+    atlas = bool(pairs) and len(roles) == 1 and roles <= set(row)  # one scan for every pair of the table
+    sources = {"--pairs": pairs, "--dataset_dir": dataset_dir, "--moving and --fixed": row and not atlas}
     if len(used := [name for name, value in sources.items() if value]) > 1:
         raise InputError(f"{pairs or dataset_dir}: give only one of {' or '.join(used)}")
-    if any(row.values()) and not (moving and fixed):
-        raise InputError(f"{next(filter(None, row.values()))}: a pair needs both --moving and --fixed")
+    if row and not atlas and not (moving and fixed):
+        raise InputError(f"{next(iter(row.values()))}: a pair needs both --moving and --fixed")
     if pairs:
-        rows = read_pairs(pairs)
-    elif moving:
-        rows = [{name: os.path.abspath(value) for name, value in row.items() if value}]
+        rows = read_pairs(pairs, row)
+    elif row:
+        rows = [row]
     elif dataset_dir:
         rows = dataset_pairs(dataset_dir)
     else:
@@ -73,15 +80,22 @@ def list_pairs(
     taken: set[str] = set()
     for row in rows:
         for name, value in row.items():
-            if name != "id" and not Path(value).exists():
-                raise InputError(f"{value}: no such file")
+            missing = [] if name == "id" else [part for part in contrasts_of(value) if not Path(part).exists()]
+            if missing and len(rows) == 1:  # in a cohort, that pair fails alone
+                raise InputError(f"{missing[0]}: no such file")
         row["id"] = unique(row.get("id") or f"{stem(row['moving'])}_to_{stem(row['fixed'])}", taken)
     return rows
 
 
+def _absolute(value: str | list[str], folder: Path | None = None) -> str:
+    """Absolute path of a scan, or of its contrasts (a list, or joined by ";")."""
+    parts = map(str, value) if isinstance(value, (list, tuple)) else contrasts_of(value)
+    return ";".join(os.path.abspath((folder or Path()) / part) for part in parts)
+
+
 def stem(path: str) -> str:
-    """File name without folder and imaging suffixes."""
-    name = Path(path).name
+    """File name, of the first contrast, without folder and imaging suffixes."""
+    name = Path(contrasts_of(path)[0]).name
     for ending in sorted(SCAN_ENDINGS, key=len, reverse=True):
         if name.lower().endswith(ending):
             return name[: -len(ending)]
@@ -98,12 +112,27 @@ def unique(name: str, taken: set[str]) -> str:
     return result
 
 
-def read_pairs(path: str) -> list[dict[str, str]]:
-    """Rows of a pairs CSV, paths made absolute.
+def read_pairs(path: str, same: dict[str, str] | None = None) -> list[dict[str, str]]:
+    """Rows of a pairs CSV, paths made absolute; of a folder, a row for every scan in it.
+
+    Args:
+        same: columns that every row has alike, as {"fixed": atlas, "fixed_label": its labels}; the table then has none
+            of that scan. A folder needs it.
 
     Raises:
         InputError: missing file, missing or unknown columns, no rows, a row without fixed or moving.
     """
+    same = same or {}
+    role = next(iter(same), "").partition("_")[0]
+    needed = [name for name in ("fixed", "moving") if name != role]
+    if os.path.isdir(path):
+        if not same:
+            raise InputError(f"{path}: a folder of scans needs the one to register them with, --fixed or --moving")
+        files = sorted(entry for entry in Path(path).absolute().iterdir() if entry.name.lower().endswith(SCAN_ENDINGS))
+        rows = [same | {needed[0]: str(file)} for file in files if str(file) not in same.values()]
+        if not rows:
+            raise InputError(f"{path}: holds no scans")
+        return rows
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     try:
@@ -114,22 +143,23 @@ def read_pairs(path: str) -> list[dict[str, str]]:
         reader = csv.DictReader(file, skipinitialspace=True)
         columns = [name.strip() for name in reader.fieldnames or []]
         reader.fieldnames = columns
-        if missing := [name for name in ("fixed", "moving") if name not in columns]:
+        if missing := [name for name in needed if name not in columns]:
             raise InputError(
-                f"{path}: a pairs CSV needs the columns fixed and moving, {' and '.join(missing)} not found"
+                f"{path}: a pairs CSV needs the columns {' and '.join(needed)}, {' and '.join(missing)} not found"
             )
         if unknown := [name for name in columns if name not in PAIR_COLUMNS]:
             raise InputError(f"{path}: unknown column {unknown[0]!r}, the columns are {', '.join(PAIR_COLUMNS)}")
+        if role and (twice := [name for name in columns if name.partition("_")[0] == role]):
+            raise InputError(f"{path}: has a column {twice[0]}, but --{role} is given for all pairs")
         rows = []
         for line in reader:
             row = {name: (line[name] or "").strip() for name in columns if (line[name] or "").strip()}
             if not row:
                 continue
-            if "fixed" not in row or "moving" not in row:
-                raise InputError(f"{path}: line {reader.line_num} lacks fixed or moving")
+            if any(name not in row for name in needed):
+                raise InputError(f"{path}: line {reader.line_num} lacks {' or '.join(needed)}")
             folder = Path(path).absolute().parent
-            paths = {name: os.path.abspath(folder / value) for name, value in row.items() if name != "id"}
-            rows.append({name: paths.get(name, value) for name, value in row.items()})
+            rows.append(same | {n: value if n == "id" else _absolute(value, folder) for n, value in row.items()})
     if not rows:
         raise InputError(f"{path}: holds no pairs")
     return rows
@@ -164,12 +194,19 @@ def read_dataset(dataset_dir: str) -> dict:
 
 
 def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> list[dict[str, str]]:
-    """`registration_pairs` of a dataset as rows of a pairs table; `kind` keeps one kind, None keeps all."""
+    """`registration_pairs` of a dataset as rows of a pairs table.
+
+    Args:
+        kind: keep one kind, None keeps all. Where pairs say which part they belong to, those of "test" are taken, if
+            there are any: the validation serves the training.
+    """
     found = read_dataset(dataset_dir)
     root = Path(dataset_dir).absolute()
     cases = {case["id"]: case for part in ("training", "validation", "test") for case in found[part]}
     rows = []
-    for pair in found.get("registration_pairs", []):
+    pairs = found.get("registration_pairs", [])
+    tested = [pair for pair in pairs if pair.get("part") == "test"]
+    for pair in tested or pairs:
         if kind is not None and pair.get("kind", kind) != kind:
             continue
         row = {}
@@ -180,8 +217,7 @@ def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> li
                     f"{root / 'dataset.json'}: the pair's {role} scan {pair[role]!r} is not among the cases"
                 )
             row[role] = str(root / case["image"])
-            if "label" in case:
-                row[f"{role}_label"] = str(root / case["label"])
+            row |= {f"{role}_{name}": str(root / case[name]) for name in ("label", "points", "mask") if name in case}
         rows.append(row)
     if not rows:
         raise InputError(f"{root / 'dataset.json'}: holds no registration_pairs")

@@ -1,7 +1,7 @@
 """Glue between the pair transforms and MONAI's engines: weights, inferer, metric, tables, one-sentence errors."""
 
 import ast
-import difflib
+import hashlib
 import inspect
 import json
 import os
@@ -19,41 +19,20 @@ from ignite.handlers import ProgressBar
 from monai.bundle import ConfigParser
 from monai.bundle import run as bundle_run
 from monai.data import DistributedSampler
-from monai.engines import Evaluator
 from monai.handlers import CheckpointLoader, IgniteMetricHandler
 from monai.inferers import Inferer
 from monai.metrics import CumulativeIterationMetric
 from monai.utils import set_determinism
 from torch import Tensor, nn
 
-from common import RegistrationWarning, progress
-from common.io import InputError, output_folder, write_table
+from common import RegistrationWarning, forecast, progress
+from common.cli import one_sentence_errors, options_of, refuse_unknown
+from common.cohort import PairTable, run
+from common.io import InputError
 from common.metrics import label_overlap, mean_over_labels
 from common.refine import SIMILARITIES, refine
 
-OUR_WORDS = re.compile(r"\w+\(\) '\w+' must ")  # how our argument checks begin
-
-
-def one_sentence_errors() -> None:
-    """From now on an InputError that nobody catches ends the program with its sentence instead of a traceback.
-
-    So does a ValueError in the words of our own argument checks. For command lines: it replaces sys.excepthook, which
-    looks through the causes that MONAI wraps around an error.
-    """
-    usual = sys.excepthook
-
-    def hook(kind, error, traceback) -> None:
-        cause, seen = error, set()
-        while cause is not None and id(cause) not in seen:
-            if isinstance(cause, InputError) or (isinstance(cause, ValueError) and OUR_WORDS.match(str(cause))):
-                print(f"error: {cause}", file=sys.stderr)
-                return
-            seen.add(id(cause))
-            cause = cause.__cause__ or cause.__context__
-        usual(kind, error, traceback)
-
-    if getattr(usual, "__name__", "") != "hook":
-        sys.excepthook = hook
+__all__ = ["PairTable", "one_sentence_errors", "run"]  # which the configs name as part of this module
 
 
 def refuse_unknown_options() -> None:
@@ -62,27 +41,14 @@ def refuse_unknown_options() -> None:
     Raises:
         InputError: naming the option, and the nearest one that exists.
     """
-    options = dict(_options_of(sys.argv[1:]))
+    options = dict(options_of(sys.argv[1:]))
     files = options.get("config_file")
     if "run" not in sys.argv[1:3] or not files:
         return
     files = ast.literal_eval(files) if files.startswith("[") else files.split(",")
     known = set(ConfigParser.load_config_files(files)) | set(inspect.signature(bundle_run).parameters)
     for option in options:
-        name = re.split("::|#", option)[0]
-        if name not in known | {"bundle_root", "help"}:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise InputError(f"--{option}: there is no such option" + (f", did you mean --{near[0]}?" if near else ""))
-
-
-def _options_of(words: list[str]) -> list[tuple[str, str]]:
-    """--name value, --name=value and --name as pairs."""
-    found = []
-    for n, word in enumerate(words):
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
-            found.append((name, value if equals else words[n + 1] if n + 1 < len(words) else ""))
-    return found
+        refuse_unknown(option, re.split("::|#", option)[0], known | {"bundle_root", "help"})
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike | None, device: torch.device | str = "cpu") -> nn.Module:
@@ -108,6 +74,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None, device: tor
                 f"{path}: these weights do not fit the network {type(network).__name__}, first at {wrong[0]!r}"
             )
         network.load_state_dict(state)
+        network.weights = {"file": os.path.abspath(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
     try:
         return network.to(device)
     except (RuntimeError, AssertionError) as error:  # no CUDA in this torch, or no such device
@@ -117,47 +84,104 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None, device: tor
 class RegistrationInferer(Inferer):
     """Run a network on the packed image and, if asked, improve its displacement for this pair.
 
-    What network and refinement warn of is kept for the pair's row.
+    Before, time and memory are forecast (above `forecast.SIDE` voxels a side), shown, and kept for the report;
+    a pair that will not fit is stopped, tiled or coarsened. What network and refinement warn of is kept for the row.
 
     Args:
         refine_steps: steps of `common.refine.refine`; 0 leaves the network's displacement.
         similarity: of the refinement; "features" takes the network's own, `network.features(scan)`.
+        memory: GiB that may be used; None: most of what is free.
+        too_large: what to do with a pair that needs more: "stop", "tile" or "coarsen".
         options: further keyword arguments of `refine`.
     """
 
-    def __init__(self, refine_steps: int = 0, *, similarity: str = "lncc", **options: Any) -> None:
+    def __init__(
+        self,
+        refine_steps: int = 0,
+        *,
+        similarity: str = "lncc",
+        memory: float | None = None,
+        too_large: str = "stop",
+        **options: Any,
+    ) -> None:
         if not isinstance(refine_steps, int) or refine_steps < 0:
             raise InputError(f"--refine_steps must be a whole number >= 0, got {refine_steps}")
         if similarity not in SIMILARITIES:
             raise InputError(f"--refine_similarity must be one of {', '.join(SIMILARITIES)}, got {similarity}")
+        if memory is not None and not (isinstance(memory, (int, float)) and memory > 0):
+            raise InputError(f"--memory must be a number of GiB, got {memory}")
+        if too_large not in forecast.POLICIES:
+            raise InputError(f"--too_large must be one of {', '.join(forecast.POLICIES)}, got {too_large}")
         self.refine_steps, self.similarity, self.options = refine_steps, similarity, options
+        self.memory, self.too_large = memory, too_large
+        self._cost: forecast.Cost | None = None  # measured once, on the first pair that is large enough
 
     def __call__(
         self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        progress.stage("network")
         image = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
+        # The mask travels as two more channels, so that tiles and coarser grids treat it as they do the scans.
+        packed = image if mask is None else torch.cat([image, mask.to(image)], 1)
+
+        def run(steps: int, quiet: bool = False) -> forecast.Run:
+            def registered(part: Tensor) -> Tensor:
+                own = part[:, : image.shape[1]]
+                weight = None if mask is None else part[:, image.shape[1] :]
+                return self._register(own, network, weight, steps, quiet, args, kwargs)
+
+            return registered
+
+        with warnings.catch_warnings(record=True):
+            how, size = self._forecast(packed, run)
+        progress.stage("network" if how == "whole" else f"network, {how}")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            disp = network(image, *args, **kwargs).float()
             if mask is not None and not self.refine_steps:
                 text = "masks act in the refinement only, and --refine_steps is 0"
                 warnings.warn(text, RegistrationWarning, stacklevel=2)
-            if self.refine_steps:
-                progress.stage("refining")
-                features = getattr(network, "features", None) if self.similarity == "features" else None
-                if self.similarity == "features" and features is None:
-                    raise InputError(
-                        f"--refine_similarity features: {type(network).__name__} has no features of its own"
-                    )
-                options = {"similarity": self.similarity, "features": features, "mask": mask} | self.options
-                disp = refine(disp, image, self.refine_steps, **options)
+            disp = forecast.run_planned(run(self.refine_steps), packed, how, size)
         for warning in caught:
             if issubclass(warning.category, RegistrationWarning):
                 progress.note(str(warning.message))
             else:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return disp
+
+    def _register(self, image, network, mask, steps, quiet, args, kwargs) -> Tensor:
+        disp = network(image, *args, **kwargs).float()
+        if not steps:
+            return disp
+        features = getattr(network, "features", None) if self.similarity == "features" else None
+        if self.similarity == "features" and features is None:
+            raise InputError(f"--refine_similarity features: {type(network).__name__} has no features of its own")
+        options = {"similarity": self.similarity, "features": features, "mask": mask} | self.options
+        if quiet:
+            options["progress"] = False
+        else:
+            progress.stage("refining")
+        return refine(disp, image, steps, **options)
+
+    def _forecast(self, image: Tensor, run: Callable[..., forecast.Run]) -> tuple[str, tuple[int, int, int]]:
+        size = tuple(image.shape[2:])
+        voxels = image[0, 0].numel()
+        if voxels <= forecast.SIDE**3:
+            return "whole", size
+        if self._cost is None:
+            progress.stage("forecasting")
+            steps = {"steps": self.refine_steps, "run_steps": lambda steps: run(steps, quiet=True)}
+            self._cost = forecast.measure_cost(run(0), image, **steps)
+        free = forecast.free_memory(image.device)
+        limit = self.memory * forecast.GIB if self.memory else free and forecast.MARGIN * free
+        how, size = forecast.plan(size, self._cost, limit, self.too_large)
+        told = {"seconds": voxels * self._cost.seconds, "gib": voxels * self._cost.bytes / forecast.GIB}
+        told |= {"free_gib": None if free is None else free / forecast.GIB, "plan": how, "size": list(size)}
+        progress.put(forecast=told)
+        free_text = "unknown" if free is None else f"{told['free_gib']:.1f} GiB"
+        progress.say(f"forecast: {told['seconds']:.0f} s and {told['gib']:.1f} GiB for the network, {free_text} free")
+        if how != "whole":
+            words = {"tile": "in tiles of", "coarsen": "on a coarser grid of"}[how]
+            progress.note(f"registered {words} {' x '.join(map(str, size))} voxels, as memory is short")
+        return how, size
 
 
 def prepare_masked(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> tuple:
@@ -190,88 +214,6 @@ class LabelDice(CumulativeIterationMetric):
     def aggregate(self) -> Tensor:
         """Mean over the pairs so far, nan where no pair has labels."""
         return torch.as_tensor(self.get_buffer()).float().nanmean()
-
-
-class PairTable:
-    """Collect the "row" of each pair: results.csv after every pair, and a summary at the end.
-
-    Args:
-        output_dir: where results.csv goes.
-        name: word in front of the progress bar.
-    """
-
-    def __init__(self, output_dir: str, name: str = "register") -> None:
-        self.path, self.name, self.rows = Path(output_dir) / "results.csv", name, []
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
-        engine.add_event_handler(Events.COMPLETED, self._finish)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
-
-    def _start(self, engine: Engine) -> None:
-        self.rows = []
-        output_folder(self.path.parent)
-        progress.start(len(engine.state.dataloader), self.name)
-
-    def _collect(self, engine: Engine) -> None:
-        self.rows += [item["row"] for item in engine.state.output if "row" in item]
-        write_table(self.path, self.rows)
-        progress.advance()
-
-    def _finish(self, engine: Engine) -> None:
-        progress.close()
-        engine.state.rows = self.rows
-        print(self.summary(), flush=True)
-
-    def _fail(self, engine: Engine, error: BaseException) -> None:
-        progress.close()
-        if self.rows:
-            done = f"{len(self.rows)} of {len(engine.state.dataloader)} pairs are finished"
-            print(f"stopped at a bad pair; {done} and kept in {self.path.parent}", file=sys.stderr)
-        elif self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
-        raise error
-
-    def summary(self) -> str:
-        """What the results say, a line a measure, and where they are."""
-        lines = [
-            f"{len(self.rows)} pair{'s' * (len(self.rows) != 1)} registered, results in {self.path.parent.absolute()}"
-        ]
-        folders = [row["id"] for row in self.rows if (self.path.parent / row["id"]).is_dir()]
-        lines.append(f"  {self.path.name}: a row a pair" + (f"; {folders[0]}/: its files" if folders else ""))
-        words = {
-            "ssim": "structural similarity",
-            "ncc": "correlation inside the fixed foreground",
-            "dice": "mean Dice of the labels",
-            "dice_coarse": "mean Dice of the label groups",
-            "hd95": "mean HD95 in mm",
-            "assd": "mean ASSD in mm",
-        }
-        for name, text in words.items():
-            before, after = (self._mean(f"{name}_{when}") for when in ("before", "after"))
-            if after == after:
-                lines.append(f"  {text}: {before:.3f} after pre-alignment, {after:.3f} after registration")
-        folding = f"{self._mean('folding_pct'):.3f} % of the fixed foreground"
-        lines.append(f"  folding: {folding}, SDlogJ {self._mean('sdlogj'):.3f}")
-        warned = [row["id"] for row in self.rows if row.get("warnings")]
-        if warned:
-            lines.append(f"  warnings for {len(warned)} of the pairs, first {warned[0]}: {self._warning(warned[0])}")
-        lines.append(f"  displacement: mean {self._mean('disp_mean_mm'):.1f} mm; {self._mean('seconds'):.1f} s a pair")
-        return "\n".join(lines)
-
-    def _warning(self, name: str) -> str:
-        return next(row["warnings"] for row in self.rows if row["id"] == name)
-
-    def _mean(self, name: str) -> float:
-        values = torch.tensor([row[name] for row in self.rows if row.get(name) is not None], dtype=torch.float64)
-        return float(values.nanmean()) if len(values) else float("nan")
-
-
-def run(engine: Evaluator) -> None:
-    """Run an evaluator with its own log lines kept quiet: the progress bar and the summary speak."""
-    engine.logger.disabled = True
-    engine.run()
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -464,5 +406,7 @@ def init_processes() -> None:
 
 
 def rank_device() -> torch.device:
-    """The GPU of this process on its machine, or the CPU."""
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    """The GPU of this process on its machine, or the CPU; without torchrun the first GPU."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )

@@ -4,7 +4,8 @@ import itk
 import nibabel as nib
 import numpy as np
 
-from common.io import affine_transform, background, resample, to_array, to_itk
+from common.io import background, to_array, to_itk
+from common.mapping import affine_transform, resample
 
 
 def working_grid(
@@ -14,6 +15,7 @@ def working_grid(
     *,
     box: tuple[np.ndarray, np.ndarray] | None = None,
     divisor: int = 1,
+    grid_size: tuple[int, int, int] | None = None,
 ) -> tuple[tuple[int, int, int], np.ndarray]:
     """The grid on which a network sees the fixed scan: axes in closest RAS order, isotropic, around its content.
 
@@ -22,6 +24,7 @@ def working_grid(
         spacing: voxel size in mm; None keeps the fixed scan's own.
         box: first and last voxel to cover, along each axis of the fixed scan; None covers all of it.
         divisor: sizes become multiples of this.
+        grid_size: exactly so many voxels, in closest RAS order: a centre crop, or padding.
 
     Returns:
         Size and `affine_ras` of the working grid, centred on the box. Along an axis that has the wanted spacing already
@@ -37,7 +40,7 @@ def working_grid(
     keep = np.ones(3, bool) if spacing is None else np.abs(old / spacing - 1) < 1e-3
     step = np.ones(3) if spacing is None else np.where(keep, 1.0, spacing / old)
     count = np.ceil((last - first) / step - 1e-6).astype(int) + 1
-    count = -(-count // divisor) * divisor
+    count = -(-count // divisor) * divisor if grid_size is None else np.array(grid_size)
     start = (first + last) / 2 - (count - 1) / 2 * step
     start = np.where(keep, np.floor(start), start)
     return tuple(int(n) for n in count), affine @ nib.affines.from_matvec(np.diag(step), start)
@@ -72,6 +75,13 @@ def foreground_floor(channel: np.ndarray) -> float:
     background of exactly 0 (CT in Hounsfield units: air)."""
     lowest = float(channel.min())
     return lowest if lowest < 0 and not is_stripped(channel) else 0.0
+
+
+def foreground_range(channel: np.ndarray) -> tuple[float, float]:
+    """`foreground_floor` (0 for skull-stripped MR, air for CT) and the 99.5th percentile of the voxels above it."""
+    low = foreground_floor(channel)
+    inside = channel[channel > low]
+    return low, float(np.percentile(inside, 99.5)) if len(inside) else low + 1.0
 
 
 def foreground_box(channel: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

@@ -1,4 +1,4 @@
-"""Files of scans, transforms and points. With geometry.py the only place that knows millimetres, RAS and LPS.
+"""Files of scans, and folders and tables of results.
 
 A scan inside the package is a numpy array (I, J, K) or (C, I, J, K) with a 4x4 `affine_ras` (voxel -> mm, RAS, as in
 NIfTI). ITK works in LPS: the first two world axes change sign. Reading goes through ITK, so that headers mean here what
@@ -9,6 +9,7 @@ import csv
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import itk
@@ -16,6 +17,9 @@ import nibabel as nib
 import numpy as np
 from monai.data import ITKReader
 
+IMAGE_ENDINGS = (".nii", ".nii.gz", ".mha", ".nrrd")
+UNEVEN_MM = 0.1  # of a DICOM series' slice positions: more is a missing slice, not rounding
+ITK_VERSION = itk.Version.GetITKVersion()
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -24,17 +28,45 @@ class InputError(ValueError):
 
 
 def read_scan(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """Read a 3-D scan (NIfTI, MetaImage, NRRD, ... or a DICOM series folder).
+    """Read a 3-D scan: NIfTI, MetaImage, NRRD, ..., a folder with one DICOM series, or several contrasts of one person.
+
+    Args:
+        path: file or folder; contrasts are joined by ";", as "t1.nii.gz;t2.nii.gz", and become channels on the grid of
+            the first, resampled by their headers where theirs differs.
 
     Returns:
         Array (C, I, J, K) float32 and its `affine_ras` (4, 4).
 
     Raises:
-        InputError: the file is missing, not an image, not 3-D, or holds NaN or infinite values.
+        InputError: the file is missing, not an image, not 3-D, or holds NaN or infinite values; a folder without, or
+            with more than one series, or one with slices missing.
     """
-    path = Path(path)
+    contrasts = [_read_one(Path(part)) for part in contrasts_of(path)]
+    array, affine = contrasts[0]
+    parts = [array]
+    for other, own in contrasts[1:]:
+        if other.shape[1:] != array.shape[1:] or not np.allclose(own, affine, atol=1e-3):
+            other = np.stack([_onto(channel, own, array.shape[1:], affine) for channel in other])
+        parts.append(other)
+    return np.concatenate(parts), affine
+
+
+def contrasts_of(path: str | os.PathLike) -> list[str]:
+    """The paths of a scan's contrasts: mostly one."""
+    return [part.strip() for part in str(path).split(";") if part.strip()]
+
+
+def _onto(channel: np.ndarray, own: np.ndarray, size: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    like = to_itk(np.zeros(size, np.float32), affine)
+    options = {"use_reference_image": True, "reference_image": like, "default_pixel_value": background(channel)}
+    return to_array(itk.resample_image_filter(to_itk(channel, own), **options))
+
+
+def _read_one(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.exists():
         raise InputError(f"{path}: no such file")
+    if path.is_dir():
+        _check_series(path)
     reader = ITKReader(affine_lps_to_ras=True)
     try:
         opened = reader.read(str(path))
@@ -42,6 +74,11 @@ def read_scan(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # every reader of ITK has its own exception; the sentence keeps the last line of it
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: not an image that can be read ({reason})") from error
+    gap = "ITK_non_uniform_sampling_deviation"
+    if path.is_dir() and opened.GetMetaDataDictionary().HasKey(gap):
+        uneven = float(opened.GetMetaDataDictionary()[gap])
+        if uneven > UNEVEN_MM:
+            raise InputError(f"{path}: slices are missing or unevenly spaced, by up to {uneven:.2f} mm")
     channel_dim = meta.get("original_channel_dim", float("nan"))
     dimension = opened.GetImageDimension()  # of the file: MONAI takes the fourth axis of a film for channels
     if dimension != 3 or min(image.shape) < 1:
@@ -55,12 +92,36 @@ def read_scan(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     return image, np.asarray(meta["affine"], dtype=np.float64)
 
 
+def _check_series(folder: Path) -> None:
+    """A folder must hold one DICOM series: ITK would take the first of several."""
+    names = itk.GDCMSeriesFileNames.New()
+    names.SetUseSeriesDetails(True)
+    names.AddSeriesRestriction("0008|0021")
+    names.SetDirectory(str(folder))
+    found = list(names.GetSeriesUIDs())
+    if not found:
+        raise InputError(f"{folder}: a folder must hold a DICOM series, and this one holds none")
+    if len(found) > 1:
+        counts = ", ".join(f"one of {len(names.GetFileNames(uid))} files" for uid in found)
+        raise InputError(f"{folder}: holds {len(found)} DICOM series ({counts}); give a folder with one of them")
+
+
 def _finite_nifti(path: Path) -> bool:
-    """False for a NIfTI file with NaN or infinite values: ITK replaces them by 0 without a word, nibabel does not."""
+    """Whether a NIfTI file holds neither NaN nor infinite values, and all that its header promises.
+
+    ITK replaces the one and the missing end of a file that was cut off by 0 without a word; nibabel does not.
+
+    Raises:
+        InputError: the file is cut off.
+    """
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         return True
-    file = nib.load(path)
-    return file.get_data_dtype().kind != "f" or bool(np.isfinite(file.dataobj).all())
+    try:
+        file = nib.load(path)
+        values = file.dataobj.get_unscaled()
+    except Exception as error:  # of the decompression or of the header
+        raise InputError(f"{path}: not an image that can be read, the file is cut off ({error})") from error
+    return values.dtype.kind != "f" or bool(np.isfinite(file.dataobj).all())
 
 
 def to_itk(array: np.ndarray, affine_ras: np.ndarray) -> "itk.Image":
@@ -99,116 +160,6 @@ def to_array(image: "itk.Image") -> np.ndarray:
     return np.transpose(itk.array_from_image(image))
 
 
-# ---- transforms -----------------------------------------------------------------------------------------------------
-
-
-def affine_transform(matrix_ras: np.ndarray) -> "itk.AffineTransform":
-    """4x4 point map in RAS mm -> ITK affine transform (LPS mm)."""
-    lps = LPS_FROM_RAS @ matrix_ras @ LPS_FROM_RAS
-    transform = itk.AffineTransform[itk.D, 3].New()
-    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:3, :3])))
-    transform.SetTranslation(lps[:3, 3].tolist())
-    return transform
-
-
-def displacement_transform(disp: np.ndarray, affine_ras: np.ndarray) -> "itk.DisplacementFieldTransform":
-    """(3, I, J, K) displacement in voxels of the grid `affine_ras` -> ITK displacement field transform (LPS mm)."""
-    linear = (LPS_FROM_RAS @ affine_ras)[:3, :3]
-    vectors = np.einsum("ab,bijk->kjia", linear, disp.astype(np.float64))  # ITK's order: k slowest, components last
-    field = itk.Image[itk.Vector[itk.D, 3], 3].New()
-    field.SetRegions([int(n) for n in disp.shape[1:]])
-    field.Allocate()
-    itk.array_view_from_image(field)[...] = vectors
-    set_geometry(field, affine_ras)
-    transform = itk.DisplacementFieldTransform[itk.D, 3].New()
-    transform.SetDisplacementField(field)
-    return transform
-
-
-def composite(applied_first: "itk.Transform", applied_second: "itk.Transform") -> "itk.CompositeTransform":
-    """The point map x -> applied_second(applied_first(x)); ITK applies the transform added last first."""
-    transform = itk.CompositeTransform[itk.D, 3].New()
-    transform.AddTransform(applied_second)
-    transform.AddTransform(applied_first)
-    return transform
-
-
-def write_transform(transform: "itk.Transform", path: Path) -> None:
-    """Write an ITK transform (.h5, or .tfm / .txt for an affine)."""
-    itk.transformwrite([transform], str(path), compression=True)
-
-
-def read_transform(path: str | os.PathLike) -> "itk.Transform":
-    """Read an ITK transform file; several in one file come back as one composite.
-
-    Raises:
-        InputError: the file is missing or not a transform.
-    """
-    if not Path(path).exists():
-        raise InputError(f"{path}: no such file")
-    try:
-        found = itk.transformread(str(path))
-    except RuntimeError as error:
-        raise InputError(f"{path}: not a transform that ITK can read") from error
-    if len(found) == 1:
-        return found[0]
-    whole = itk.CompositeTransform[itk.D, 3].New()
-    for transform in found:
-        whole.AddTransform(transform)
-    return whole
-
-
-def resample(
-    array: np.ndarray,
-    affine_ras: np.ndarray,
-    size: tuple[int, int, int],
-    onto_ras: np.ndarray,
-    transform: "itk.Transform | None" = None,
-    *,
-    nearest: bool = False,
-    outside: float = 0.0,
-) -> np.ndarray:
-    """Values of a scan at transform(x) for every voxel x of another grid. One interpolation, by ITK.
-
-    Args:
-        array: (I, J, K) scan on the grid `affine_ras`.
-        size, onto_ras: the grid to fill.
-        transform: ITK point map from the new grid's space to the scan's; None is the identity.
-        nearest: nearest neighbour, for labels; else linear.
-        outside: value where the scan does not reach.
-
-    Returns:
-        (I', J', K') float32.
-    """
-    image = to_itk(array.astype(np.float32, copy=False), affine_ras)
-    kind = type(image)
-    chooser = itk.NearestNeighborInterpolateImageFunction if nearest else itk.LinearInterpolateImageFunction
-    reference = to_itk(np.zeros((1, 1, 1), np.float32), onto_ras)
-    filtered = itk.ResampleImageFilter[kind, kind].New(Input=image, Interpolator=chooser[kind, itk.D].New())
-    filtered.SetSize([int(n) for n in size])
-    filtered.SetOutputSpacing(reference.GetSpacing())
-    filtered.SetOutputOrigin(reference.GetOrigin())
-    filtered.SetOutputDirection(reference.GetDirection())
-    filtered.SetDefaultPixelValue(outside)
-    if transform is not None:
-        filtered.SetTransform(transform)
-    filtered.Update()
-    return to_array(filtered.GetOutput())
-
-
-def displacement_image(transform: "itk.Transform", size: tuple[int, int, int], affine_ras: np.ndarray) -> "itk.Image":
-    """The whole point map as a vector image transform(x) - x (LPS mm) on a grid: what ANTs calls a warp."""
-    kind = itk.Image[itk.Vector[itk.F, 3], 3]
-    reference = to_itk(np.zeros((1, 1, 1), np.float32), affine_ras)
-    source = itk.TransformToDisplacementFieldFilter[kind, itk.D].New(Transform=transform)
-    source.SetSize([int(n) for n in size])
-    source.SetOutputSpacing(reference.GetSpacing())
-    source.SetOutputOrigin(reference.GetOrigin())
-    source.SetOutputDirection(reference.GetDirection())
-    source.Update()
-    return source.GetOutput()
-
-
 def write_scan(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
     """Write (I, J, K) or (C, I, J, K); the channels become files' vector components in C > 1 scans."""
     if array.ndim == 4 and array.shape[0] == 1:
@@ -224,6 +175,17 @@ def write_scan(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
 def write_image(image: "itk.Image", path: Path) -> None:
     """Write an ITK image compressed; a vector image becomes (X, Y, Z, 1, 3) NIfTI with intent vector."""
     itk.imwrite(image, str(path), compression=True)
+
+
+def write_image_file(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """`replaced` for a scan.
+
+    Raises:
+        InputError: an ending that is not one of an image.
+    """
+    if not str(path).lower().endswith(IMAGE_ENDINGS):
+        raise InputError(f"{path}: scans are written as one of {', '.join(IMAGE_ENDINGS)}")
+    replaced(path, write)
 
 
 def write_label(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
@@ -283,12 +245,34 @@ def output_folder(path: str | os.PathLike) -> Path:
     return path
 
 
+def replaced(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file beside `path`, with the same ending, and put it in its place: whole, or not at all.
+
+    Raises:
+        InputError: the folder is missing or cannot be written to.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with partial.open("wb"):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_table(path: Path, rows: list[dict]) -> None:
     """Write rows as CSV, the columns in order of appearance; replaced in one step."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    replaced(path, write)

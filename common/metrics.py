@@ -96,6 +96,32 @@ def ncc(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
     return float((a * b).sum() / norm) if norm > 0 else float("nan")
 
 
+def nmi(a: Tensor, b: Tensor, mask: Tensor | None = None, *, bins: int = 32) -> float:
+    """Normalised mutual information 2 I(a, b) / (H(a) + H(b)) of two scans of one shape, within `mask` where given.
+
+    0 for scans that say nothing about each other, 1 for a one-to-one relation of intensities. Bins are equally wide
+    between the 1st and the 99th percentile, so that a few bright voxels do not use them up.
+    """
+    if mask is not None:
+        a, b = a[mask], b[mask]
+    if not a.numel():
+        return float("nan")
+    levels = [_levels(x.double().flatten(), bins) for x in (a, b)]
+    joint = torch.bincount(levels[0] * bins + levels[1], minlength=bins * bins).double().view(bins, bins) / a.numel()
+
+    def entropy(p: Tensor) -> Tensor:
+        return -torch.special.xlogy(p, p).sum()
+
+    alone = entropy(joint.sum(0)) + entropy(joint.sum(1))
+    return float(2 * (alone - entropy(joint)) / alone) if alone > 0 else float("nan")
+
+
+def _levels(x: Tensor, bins: int) -> Tensor:
+    some = x[:: max(len(x) // 100000, 1)]
+    low, high = some.quantile(0.01), some.quantile(0.99)
+    return ((x - low) / (high - low).clamp(min=1e-12) * bins).long().clamp(0, bins - 1)
+
+
 def regularity(disp: Tensor, mask: Tensor | None = None) -> dict[str, float]:
     """Folding share and spread of volume change of a displacement.
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.io import InputError, write_folder, write_label, write_scan
+from common.points import Points, write_points
 
 RADII = np.array([62.0, 78.0, 58.0])  # of the brain, mm
 LABELS = {
@@ -26,6 +27,20 @@ LABELS = {
     9: "cerebrospinal fluid",
 }
 INTENSITY = {1: 0.58, 2: 0.58, 3: 0.88, 4: 0.88, 5: 0.22, 6: 0.68, 7: 0.62, 8: 0.52, 9: 0.25}
+LANDMARKS = {  # of the fixed scan, RAS mm
+    "left putamen": (-26.0, 6.0, 2.0),
+    "right putamen": (26.0, 6.0, 2.0),
+    "left thalamus": (-11.0, -8.0, 4.0),
+    "right thalamus": (11.0, -8.0, 4.0),
+    "left ventricle": (-9.0, 30.0, 19.0),
+    "right ventricle": (9.0, 30.0, 19.0),
+    "cerebellum": (0.0, -46.0, -34.0),
+    "left temporal": (-48.0, 0.0, -12.0),
+    "right temporal": (48.0, 0.0, -12.0),
+    "frontal": (0.0, 62.0, 0.0),
+    "occipital": (4.0, -64.0, 8.0),
+    "vertex": (6.0, -6.0, 48.0),
+}
 _WAVES = np.random.default_rng(7).normal(size=(5, 3))
 _WAVES *= (2 * np.pi / np.array([22.0, 26.0, 19.0, 30.0, 24.0]) / np.linalg.norm(_WAVES, axis=1))[:, None]
 
@@ -136,7 +151,7 @@ def grids() -> dict[str, tuple[tuple[int, int, int], np.ndarray]]:
 
 
 def write_phantom(folder: Path) -> dict[str, str]:
-    """Write fixed, moving and their labels as NIfTI into `folder` and return the row of a pairs table.
+    """Write scans, label maps and landmarks (CSV, LPS mm) of the pair into `folder`; returns the row of a pairs table.
 
     A folder that exists is kept: `write_folder` makes it whole or not at all.
     """
@@ -152,7 +167,12 @@ def write_phantom(folder: Path) -> dict[str, str]:
             values = sample(size, affine, deformation if name == "moving" else None, seed=int(name == "moving"))
             writers[image] = partial(write_scan, values[0], affine)
             writers[label] = partial(write_label, values[1], affine)
-    if writers:
+        row[f"{name}_points"] = str(folder / f"{name}_points.csv")
+    landmarks = np.array(list(LANDMARKS.values()))
+    for name, place in (("fixed", landmarks), ("moving", deformation.truth(landmarks))):
+        points = Points(place * [-1, -1, 1], list(LANDMARKS))
+        writers[f"{name}_points.csv"] = partial(write_points, points)
+    if not folder.exists():
         write_folder(folder, writers)
     return row
 

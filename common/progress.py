@@ -1,4 +1,4 @@
-"""One progress bar for a run over pairs, on which any step can say what it is doing, and what it warns of."""
+"""One progress bar for a run over pairs, where any step can say what it is doing, and leave notes for the report."""
 
 import sys
 
@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 _bar: tqdm | None = None
 _notes: list[str] = []
+_facts: dict[str, object] = {}
 
 
 def note(text: str) -> None:
@@ -14,17 +15,29 @@ def note(text: str) -> None:
         _notes.append(text)
 
 
-def take_notes() -> str:
-    """The warnings kept since the last call, in one string."""
-    text = "; ".join(_notes)
+def put(**facts: object) -> None:
+    """Keep facts about how the present pair is registered for its report."""
+    _facts.update(facts)
+
+
+def take() -> tuple[list[str], dict[str, object]]:
+    """The warnings and the facts kept since the last call."""
+    kept = list(_notes), dict(_facts)
     _notes.clear()
-    return text
+    _facts.clear()
+    return kept
 
 
 def stage(text: str) -> None:
     """Show `text` behind the running bar; nothing happens without one."""
     if _bar is not None:
         _bar.set_postfix_str(text)
+
+
+def say(text: str) -> None:
+    """Write a line above the running bar; nothing happens without one."""
+    if _bar is not None:
+        _bar.write(text, file=sys.stderr)
 
 
 def start(total: int, name: str) -> None:

@@ -1,7 +1,7 @@
 """Dictionary transforms of a pair, in the order of the working path: load, align, grid, scale, pack, deliver."""
 
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +11,8 @@ from monai.data import MetaTensor
 from monai.transforms import Transform
 from torch import Tensor
 
-from common import geometry, io, progress
-from common.fields import compose, invert
+from common import forecast, geometry, io, mapping, measure, picture, points, progress, report, verdict
 from common.io import InputError
-from common.metrics import label_overlap, mean_over_labels, ncc, regularity, ssim
 from common.ops import warp
 from common.prealign import prealign
 
@@ -33,6 +31,12 @@ def _spacing(value: float | None) -> float | None:
     if value is None or (isinstance(value, (int, float)) and value >= 0):
         return value or None
     raise InputError(f"--spacing must be a size in mm, or 0 for that of the scan, got {value}")
+
+
+def _grid_size(value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+    if value is None or (len(value) == 3 and all(isinstance(n, int) and n > 1 for n in value)):
+        return None if value is None else tuple(value)
+    raise InputError(f"--grid_size must be three whole numbers of voxels, got {value}")
 
 
 class LoadScansd(Transform):
@@ -61,6 +65,12 @@ class LoadScansd(Transform):
             for name, kind in ((label_key, "label map"), (f"{key}_mask", "mask")):
                 if name in data:
                     data[name] = _load_beside(str(data[name]), kind, path, array, affine)
+        if len(marks := [str(data[f"{key}_points"]) for key in self.keys if f"{key}_points" in data]) == 2:
+            affines = [np.asarray(data[key].affine) for key in self.keys]
+            points.read_matching(marks[0], affines[0], marks[1], affines[1])  # refused now, used at the end
+        elif marks:
+            key = next(key for key in self.keys if f"{key}_points" in data)
+            points.read_points(marks[0], np.asarray(data[key].affine))
         return data
 
 
@@ -92,6 +102,7 @@ class AlignAndGridd(Transform):
         crop: lay the grid around the foreground of a fixed scan with background 0; False covers all of its field of
             view. Instance normalisation sees the share of background, and a share unlike that of the training scans
             costs accuracy: True suits weights for whole organs, False those trained on crops around one.
+        grid_size: voxels of the working grid, in closest RAS order, around its middle; None covers the scan.
 
     Raises:
         InputError: unknown `prealign`, different channel counts, scans that do not overlap after the alignment.
@@ -105,10 +116,12 @@ class AlignAndGridd(Transform):
         channels: int | None = None,
         divisor: int = 16,
         crop: bool = True,
+        grid_size: tuple[int, int, int] | None = None,
     ) -> None:
         if prealign not in PREALIGN:
             raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
         self.spacing, self.prealign, self.channels = _spacing(spacing), prealign, channels
+        self.grid_size = _grid_size(grid_size)
         self.divisor, self.crop = divisor, crop
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
@@ -123,7 +136,8 @@ class AlignAndGridd(Transform):
         matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign)
         progress.stage("resampling")
         box = geometry.foreground_box(fixed[0]) if self.crop else None
-        size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing, box=box, divisor=self.divisor)
+        options = {"box": box, "divisor": self.divisor, "grid_size": self.grid_size}
+        size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing, **options)
         moving_work = geometry.to_working_grid(moving, moving_affine, size, onto, matrix)
         fixed_work = geometry.to_working_grid(fixed, fixed_affine, size, onto)
         apart = not geometry.overlap(size, onto, moving.shape[1:], moving_affine, matrix)
@@ -147,8 +161,7 @@ class AlignAndGridd(Transform):
 class ScaleForegroundd(Transform):
     """Scale each channel to [0, 1]: (x - low) / (high - low), clipped.
 
-    Without a range, low is `geometry.foreground_floor` (0 for skull-stripped MR, air for CT) and high the 99.5th
-    percentile of the voxels above it: the rule that the shipped weights were trained with.
+    Without a range, it is that of `geometry.foreground_range`: the rule that the shipped weights were trained with.
 
     Args:
         keys: scans to scale.
@@ -165,16 +178,10 @@ class ScaleForegroundd(Transform):
         for key in self.keys:
             scan = data[key].float()
             for channel in scan:
-                low, high = self.range or self._range(channel.numpy())
+                low, high = self.range or geometry.foreground_range(channel.numpy())
                 channel.copy_(((channel - low) / max(high - low, 1e-12)).clamp(0, 1))
             data[key] = scan
         return data
-
-    @staticmethod
-    def _range(channel: np.ndarray) -> tuple[float, float]:
-        low = geometry.foreground_floor(channel)
-        inside = channel[channel > low]
-        return low, float(np.percentile(inside, 99.5)) if len(inside) else low + 1.0
 
 
 class PackPaird(Transform):
@@ -224,6 +231,7 @@ class ToTrainingGridd(Transform):
         prealign: "affine" or "rigid" to the reference, or "none" for scans that share a grid already.
         reference: path of the scan to align to; needed unless `prealign` is "none".
         keys: scan and label map.
+        grid_size: voxels of the grid, in closest RAS order, around its middle; None covers the scan.
     """
 
     def __init__(
@@ -233,10 +241,12 @@ class ToTrainingGridd(Transform):
         *,
         reference: str | None = None,
         keys: tuple[str, str] = ("image", "label"),
+        grid_size: tuple[int, int, int] | None = None,
     ) -> None:
         if prealign not in PREALIGN:
             raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
         self.spacing, self.prealign, self.reference, self.keys = _spacing(spacing), prealign, reference, keys
+        self.grid_size = _grid_size(grid_size)
         self.target: tuple[np.ndarray, np.ndarray] | None = None  # the reference scan, once read
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
@@ -250,7 +260,7 @@ class ToTrainingGridd(Transform):
             target, target_affine = self.target
             if str(name) != str(self.reference):
                 matrix = prealign(target[0], target_affine, array[0], affine, self.prealign)
-        size, onto = geometry.working_grid(target.shape[1:], target_affine, self.spacing)
+        size, onto = geometry.working_grid(target.shape[1:], target_affine, self.spacing, grid_size=self.grid_size)
         data[scan] = _meta(geometry.to_working_grid(array, affine, size, onto, matrix), onto, name)
         if label in data:
             values = geometry.to_working_grid(_numpy(data[label])[0], affine, size, onto, matrix, nearest=True)
@@ -259,20 +269,24 @@ class ToTrainingGridd(Transform):
 
 
 class DeliverPaird(Transform):
-    """From the displacement on the working grid to results in the fixed scan's own space, written and measured.
+    """From the displacement on the working grid to results in the fixed scan's own space, written, measured, judged.
 
     Writes OUT/ID/ with warped.nii.gz, transform.h5 (ITK composite: the displacement field on the working grid, then the
-    affine), displacement.nii.gz (the whole map on the fixed grid, mm, LPS vectors), and, where they apply,
-    warped_label.nii.gz and inverse_transform.h5; warped_segmentation.nii.gz and fixed_segmentation.nii.gz for a method
-    that gave such class numbers on the working grid. The original moving scan is interpolated once. Adds "row", the
-    pair's line of results.csv.
+    affine), displacement.nii.gz (the whole map on the fixed grid, mm, LPS vectors), report.json, report.png, and, where
+    they apply, warped_label.nii.gz, warped_points.csv (the moving points in the fixed space, LPS mm),
+    inverse_transform.h5, and warped_segmentation.nii.gz and fixed_segmentation.nii.gz of a method that gave such class
+    numbers on the working grid. The original moving scan is interpolated once. Adds "row", the pair's line of
+    results.csv.
 
     Args:
         output_dir: OUT.
         save_inverse: also write the inverse transform and report its error.
-        surface: also measure SSIM of the scans and HD, HD95 and ASSD of the labels (slow for many labels).
+        surface: also measure HD, HD95 and ASSD of the labels and SSIM of the scans; None: only the distances, and only
+            of few labels, as they are slow.
         minimum: labels of at most this many voxels in the fixed map are left out of the means.
         groups: coarse label groups as {name: {"members": [...]}}; adds the mean Dice over them.
+        save: False measures only.
+        trained_on: what the weights were trained on, a key of `common.verdict.TRAINING`; None if they were not.
     """
 
     def __init__(
@@ -280,128 +294,95 @@ class DeliverPaird(Transform):
         output_dir: str,
         *,
         save_inverse: bool = False,
-        surface: bool = False,
+        surface: bool | None = None,
         minimum: int = 0,
         groups: dict | None = None,
         save: bool = True,
+        trained_on: str | None = None,
     ) -> None:
+        if trained_on is not None and trained_on not in verdict.TRAINING:
+            raise InputError(f"--trained_on must be one of {', '.join(verdict.TRAINING)}, got {trained_on}")
         self.output_dir, self.save_inverse, self.surface = Path(output_dir), save_inverse, surface
-        self.minimum, self.groups, self.save = minimum, groups, save
+        self.minimum, self.groups, self.save, self.trained_on = minimum, groups, save, trained_on
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
         progress.stage("warping and measuring")
-        disp = torch.as_tensor(data["pred"]).cpu().float()
-        onto = np.asarray(data["image"].affine, dtype=np.float64)
-        matrix = np.asarray(data["matrix"], dtype=np.float64)
-        affine = io.affine_transform(matrix)
-        whole = io.composite(io.displacement_transform(disp.numpy(), onto), affine)
-        (moving, moving_affine), (fixed, fixed_affine) = _numpy(data["moving"].cpu()), _numpy(data["fixed"].cpu())
-        size = fixed.shape[1:]
-        outside = [io.background(channel) for channel in moving]
-        warped = np.stack(
-            [io.resample(c, moving_affine, size, fixed_affine, whole, outside=o) for c, o in zip(moving, outside)]
-        )
-        row = {
-            "id": data["id"],
-            "fixed": data["fixed"].meta["filename_or_obj"],
-            "moving": data["moving"].meta["filename_or_obj"],
-        }
-        row |= self._similarity(fixed, warped, moving, moving_affine, fixed_affine, affine)
-        writers = {
-            "warped.nii.gz": lambda path: io.write_scan(warped, fixed_affine, path),
-            "transform.h5": lambda path: io.write_transform(whole, path),
-            "displacement.nii.gz": lambda path: io.write_image(io.displacement_image(whole, size, fixed_affine), path),
-        }
-        if "moving_label" in data:
-            label = data["moving_label"].cpu().numpy()[0]
-            warped_label = np.rint(io.resample(label, moving_affine, size, fixed_affine, whole, nearest=True))
-            writers["warped_label.nii.gz"] = lambda path: io.write_label(warped_label, fixed_affine, path)
-            if "fixed_label" in data:
-                before = np.rint(io.resample(label, moving_affine, size, fixed_affine, affine, nearest=True))
-                row |= self._overlap(data["fixed_label"].cpu().numpy()[0], before, warped_label, label, fixed_affine)
+        pair = _registration(data)
+        warped = measure.warp_pair(pair)
+        found, details = measure.measure(pair, warped, surface=self.surface, minimum=self.minimum, groups=self.groups)
+        writers = _writers(pair, warped)
         for name in ("warped_segmentation", "fixed_segmentation"):
             if name in data:
-                writers[f"{name}.nii.gz"] = partial(_write_classes, data[name], onto, size, fixed_affine)
-        row |= _field_measures(disp, data["image"], onto)
+                writers[f"{name}.nii.gz"] = partial(_write_classes, data[name], pair)
         if self.save_inverse:
-            inverse = invert(disp[None])
-            row["inverse_error_mm"] = _inverse_error_mm(disp, inverse, data["image"], onto)
-            back = io.composite(
-                io.affine_transform(np.linalg.inv(matrix)), io.displacement_transform(inverse[0].numpy(), onto)
-            )
-            writers["inverse_transform.h5"] = lambda path: io.write_transform(back, path)
+            inverse = mapping.invert(pair.whole)
+            found |= measure.inverse_error(pair, inverse)
+            writers["inverse_transform.h5"] = partial(mapping.write_transform, inverse)
+        names = {role: data[role].meta["filename_or_obj"] for role in ("fixed", "moving")}
+        scans = {names["moving"]: pair.moving[0], names["fixed"]: pair.fixed[0]}
+        halves = dict(zip(scans, (half[0].numpy() for half in pair.work.chunk(2))))
+        notes, facts = progress.take()
+        notes += verdict.judge_scans(scans, halves, self.trained_on) + verdict.judge(found)
+        row = {"id": data["id"]} | names | found
+        row |= {"warnings": "; ".join(notes), "seconds": time.time() - float(data["started"])}
+        peak = forecast.peak_memory(torch.as_tensor(data["pred"]).device)
+        facts |= {"seconds": row["seconds"], "peak_memory_mib": None if peak is None else peak / 2**20}
         if self.save:
             progress.stage("writing")
+            content = report.report(row, details, notes, facts)
+            writers["report.json"] = partial(report.write_report, content)
+            writers["report.png"] = partial(picture.draw_report, pair, row, notes)
             io.write_folder(self.output_dir / data["id"], writers)
-        row["warnings"] = progress.take_notes()
         row["seconds"] = time.time() - float(data["started"])
         return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
 
-    def _similarity(self, fixed, warped, moving, moving_affine, fixed_affine, affine) -> dict[str, float]:
-        outside = io.background(moving[0])
-        start = io.resample(moving[0], moving_affine, fixed.shape[1:], fixed_affine, affine, outside=outside)
-        f, s, w = (torch.from_numpy(np.ascontiguousarray(x)) for x in (fixed[0], start, warped[0]))
-        inside, there = f > geometry.foreground_floor(fixed[0]), s > geometry.foreground_floor(moving[0])
-        overlap = 2 * float((there & inside).sum()) / max(float(there.sum() + inside.sum()), 1.0)
-        row = {"overlap": overlap, "ncc_before": ncc(s, f, inside), "ncc_after": ncc(w, f, inside)}
-        if self.surface:
-            row |= {"ssim_before": ssim(_scaled(s), _scaled(f)), "ssim_after": ssim(_scaled(w), _scaled(f))}
-        return row
 
-    def _overlap(self, fixed, before, after, moving, fixed_affine) -> dict[str, float]:
-        f, b, a, m = (torch.from_numpy(np.ascontiguousarray(x)).long() for x in (fixed, before, after, moving))
-        spacing = tuple(np.linalg.norm(fixed_affine[:3, :3], axis=0)) if self.surface else None
-        scores = {
-            name: label_overlap(f, warped, m, spacing=spacing, minimum=self.minimum)
-            for name, warped in (("before", b), ("after", a))
-        }
-        row = {"labels": len(scores["after"]), "labels_lost": len(set(scores["after"]) - set(a.unique().tolist()))}
-        for name, other, warped in (("before", "after", b), ("after", "before", a)):
-            for kind in next(iter(scores[name].values()), {}):
-                row[f"{kind}_{name}"] = mean_over_labels(scores[name], kind, beside=scores[other])
-            if self.groups:
-                table = group_table(self.groups, int(max(f.max(), b.max(), a.max(), m.max())))
-                row[f"dice_coarse_{name}"] = mean_over_labels(label_overlap(table[f], table[warped], table[m]), "dice")
-        return row
+def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
+    """The pair of a bundle's run: displacement "pred" on the working grid of "image", then "matrix"."""
+    disp = torch.as_tensor(data["pred"]).cpu().float()
+    onto = np.asarray(data["image"].affine, dtype=np.float64)
+    start = mapping.affine_transform(np.asarray(data["matrix"], dtype=np.float64))
+    scans = {role: _numpy(data[role].cpu()) for role in ("moving", "fixed")}
+    labels = {name: data[name].cpu().numpy()[0] for name in ("moving_label", "fixed_label") if name in data}
+    marks = {
+        f"{role}_points": points.read_points(data[f"{role}_points"], scans[role][1])
+        for role in scans
+        if f"{role}_points" in data
+    }
+    return measure.Registration(
+        *scans["moving"],
+        *scans["fixed"],
+        start=start,
+        whole=mapping.compose(mapping.displacement_transform(disp.numpy(), onto), start),
+        work=torch.as_tensor(data["image"]).cpu().float(),
+        disp=disp,
+        work_affine=onto,
+        **labels,
+        **marks,
+    )
 
 
-def _write_classes(classes: Tensor, onto: np.ndarray, size: tuple, fixed_affine: np.ndarray, path: Path) -> None:
+def _writers(pair: measure.Registration, warped: measure.Warped) -> dict[str, Callable[[Path], None]]:
+    """The files of a pair's folder that need nothing but the pair."""
+    onto = pair.fixed.shape[1:], pair.fixed_affine
+    writers = {
+        "warped.nii.gz": partial(io.write_scan, warped.after, pair.fixed_affine),
+        "transform.h5": partial(mapping.write_transform, pair.whole),
+        "displacement.nii.gz": partial(mapping.write_transform, pair.whole, grid=onto),
+    }
+    if warped.label_after is not None:
+        writers["warped_label.nii.gz"] = partial(io.write_label, warped.label_after, pair.fixed_affine)
+    if pair.moving_points is not None:
+        there = mapping.invert_at(pair.whole, pair.moving_points.lps)
+        if lost := int(np.isnan(there).any(1).sum()):
+            progress.note(f"{lost} of {len(there)} moving points have no place in the fixed scan: the map folds there")
+        writers["warped_points.csv"] = partial(points.write_points, points.Points(there, pair.moving_points.names))
+    return writers
+
+
+def _write_classes(classes: Tensor, pair: measure.Registration, path: Path) -> None:
     """Class numbers (1, I, J, K) on the working grid, by nearest neighbour on the fixed scan's grid."""
-    values = io.resample(torch.as_tensor(classes)[0].cpu().numpy(), onto, size, fixed_affine, nearest=True)
-    io.write_label(np.rint(values), fixed_affine, path)
-
-
-def group_table(groups: dict, largest: int) -> Tensor:
-    """Look-up table label -> number of its group (from 1), 0 for labels of no group."""
-    members = [int(n) for group in groups.values() for n in group["members"]]
-    table = torch.zeros(max(largest, *members) + 1, dtype=torch.long)
-    for number, group in enumerate(groups.values(), 1):
-        table[torch.tensor([int(n) for n in group["members"]])] = number
-    return table
-
-
-def _field_measures(disp: Tensor, image: MetaTensor, onto: np.ndarray) -> dict[str, float]:
-    """Length of the displacement in mm and its regularity, inside the fixed scan's foreground."""
-    inside = _foreground(image)
-    length = geometry.length_mm(disp.numpy(), onto)[inside.numpy()]
-    measures = {"disp_mean_mm": float(length.mean()), "disp_max_mm": float(length.max())}
-    return measures | regularity(disp[None], inside)
-
-
-def _foreground(image: MetaTensor) -> Tensor:
-    """(I, J, K) voxels of the packed pair's fixed scan above 0; all, if there are none."""
-    inside = torch.as_tensor(image).cpu()[len(image) // 2] > 0
-    return inside if inside.any() else torch.ones_like(inside)
-
-
-def _inverse_error_mm(disp: Tensor, inverse: Tensor, image: MetaTensor, onto: np.ndarray) -> float:
-    """Mean length of compose(disp, inverse) inside the fixed scan's foreground."""
-    rest = compose(disp[None], inverse)[0]
-    return float(geometry.length_mm(rest.numpy(), onto)[_foreground(image).numpy()].mean())
-
-
-def _scaled(scan: Tensor) -> Tensor:
-    """A scan (I, J, K) in [0, 1] as (1, 1, I, J, K), by its own smallest and largest value."""
-    low, high = scan.min(), scan.max()
-    return ((scan - low) / (high - low).clamp(min=1e-12))[None, None]
+    onto = pair.fixed.shape[1:], pair.fixed_affine
+    values = mapping.resample(torch.as_tensor(classes)[0].cpu().numpy(), pair.work_affine, *onto, nearest=True)
+    io.write_label(np.rint(values), pair.fixed_affine, path)

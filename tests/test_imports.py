@@ -20,7 +20,7 @@ BY_NAME = ("import_module", "optional_import", "__import__", "importorskip")  # 
 GATES = {
     "triton": ("common/ops/_triton.py", "common/ops/*/kernel.py"),
     "common.ops._triton": ("common/ops/*/kernel.py",),
-    "itk": ("common/io.py", "common/geometry.py"),
+    "itk": ("common/io.py", "common/mapping.py", "common/geometry.py"),
     "monailabel": ("common/label/*",),
     "monai.deploy": ("common/deploy/*",),
     "highdicom": ("common/deploy/*",),

@@ -42,6 +42,7 @@ def test_csv_paths_are_relative_and_ids_unique(files: Path) -> None:
         ("fixed,moving,colour\nb.nii.gz,a.nii.gz,red\n", "unknown column 'colour'"),
         ("fixed,moving\nb.nii.gz,\n", "line 2 lacks"),
         ("fixed,moving\nb.nii.gz,z.nii.gz\n", "z.nii.gz: no such file"),
+        ("fixed,moving\nb.nii.gz,a.nii.gz;z.nii.gz\n", "z.nii.gz: no such file"),
     ],
 )
 def test_faulty_csv_is_refused(files: Path, text: str, words: str) -> None:
@@ -64,6 +65,33 @@ def test_contradictory_options_are_refused(files: Path) -> None:
         data.list_pairs(pairs=str(files / "table.csv"))
     with pytest.raises(InputError, match="no such file"):
         data.list_pairs(pairs=str(files / "none.csv"))
+
+
+def test_a_missing_file_in_a_cohort_is_left_to_its_pair(files: Path) -> None:
+    rows = data.list_pairs(pairs=csv_of(files, "fixed,moving\nb.nii.gz,z.nii.gz\nb.nii.gz,a.nii.gz\n"))
+    assert [row["id"] for row in rows] == ["z_to_b", "a_to_b"]
+
+
+def test_contrasts_are_a_list_or_joined(files: Path) -> None:
+    """In options and in tables; the first one gives the name."""
+    both = [str(files / "a.nii.gz"), str(files / "b.nii.gz")]
+    (pair,) = data.list_pairs(moving=both, fixed=str(files / "c.nii.gz"))
+    (row,) = data.list_pairs(pairs=csv_of(files, "moving,fixed\na.nii.gz; b.nii.gz,c.nii.gz\n"))
+    assert pair == row and row["moving"] == ";".join(both) and row["id"] == "a_to_c"
+
+
+def test_all_to_one_atlas(files: Path) -> None:
+    """A table of moving scans, a folder of them, or the atlas as the moving scan of every pair."""
+    atlas = {"fixed": str(files / "c.nii.gz"), "fixed_label": str(files / "b.nii.gz")}
+    rows = data.list_pairs(pairs=csv_of(files, "moving\na.nii.gz\nb.nii.gz\n"), **atlas)
+    assert [row["id"] for row in rows] == ["a_to_c", "b_to_c"]
+    assert all(row["fixed_label"] == str(files / "b.nii.gz") for row in rows)
+    rows = data.list_pairs(pairs=str(files), moving=str(files / "a.nii.gz"))
+    assert [row["id"] for row in rows] == ["a_to_b", "a_to_c"], "the atlas is not registered with itself"
+    with pytest.raises(InputError, match="has a column fixed, but --fixed is given for all pairs"):
+        data.list_pairs(pairs=csv_of(files, "moving,fixed\na.nii.gz,b.nii.gz\n"), **atlas)
+    with pytest.raises(InputError, match="a folder of scans needs the one to register them with"):
+        data.list_pairs(pairs=str(files))
 
 
 def test_dataset_pairs_and_scans(files: Path) -> None:

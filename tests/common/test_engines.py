@@ -1,6 +1,6 @@
-"""Weights, inferer, metric, table, one-sentence errors, checkpoints."""
+"""Weights, inferer, metric, one-sentence errors, checkpoints."""
 
-import csv
+import hashlib
 import json
 import subprocess
 import sys
@@ -45,6 +45,8 @@ def test_load_weights_that_fit(tmp_path: Path, wrapped: bool) -> None:
     torch.save({"model": state} if wrapped else state, tmp_path / "w.pt")
     assert engines.load_weights(target, tmp_path / "w.pt") is target
     assert torch.equal(target.conv.weight, source.conv.weight)
+    digest = hashlib.sha256((tmp_path / "w.pt").read_bytes()).hexdigest()
+    assert target.weights == {"file": str(tmp_path / "w.pt"), "sha256": digest}
 
 
 def test_no_path_leaves_the_network() -> None:
@@ -142,57 +144,6 @@ def test_label_dice_without_labels() -> None:
         metric.reset()
         metric.update(metric._output_transform(output))
         assert float(metric.metric_fn.aggregate()) == pytest.approx(expected, nan_ok=True)
-
-
-# ---- table ----------------------------------------------------------------------------------------------------------
-
-
-def rows() -> list[dict]:
-    base = {"folding_pct": 0.25, "sdlogj": 0.1, "disp_mean_mm": 2.0, "seconds": 3.0}
-    return [
-        {"id": "a_to_b", "ncc_before": 0.5, "ncc_after": 0.75} | base,
-        {"id": "c_to_d", "ncc_before": 0.6, "ncc_after": 0.85, "dice_before": 0.4, "dice_after": 0.7} | base,
-    ]
-
-
-def read(path: Path) -> list[dict]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_table_has_a_row_a_pair(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    counts = []
-
-    def step(engine: Engine, row: dict) -> list[dict]:
-        counts.append(len(read(table.path)) if table.path.exists() else 0)
-        return [{"row": row}]
-
-    engine, table = Engine(step), engines.PairTable(str(tmp_path / "out"))
-    table.attach(engine)
-    engine.run(rows())
-    found = read(tmp_path / "out" / "results.csv")
-    assert counts == [0, 1], "the table must be written after every pair"
-    assert [row["id"] for row in found] == ["a_to_b", "c_to_d"] and found[0]["dice_after"] == ""
-    assert float(found[1]["dice_after"]) == 0.7
-    text = capsys.readouterr().out
-    assert text.startswith(f"2 pairs registered, results in {tmp_path / 'out'}\n")
-    assert "correlation inside the fixed foreground: 0.550 after pre-alignment, 0.800 after registration" in text
-    assert "mean Dice of the labels: 0.400 after pre-alignment, 0.700 after registration" in text
-    assert "folding: 0.250 %" in text and "3.0 s a pair" in text and "HD95" not in text
-
-
-def test_table_keeps_the_pairs_before_a_failure(tmp_path: Path) -> None:
-    def step(engine: Engine, row: dict) -> list[dict]:
-        if row["id"] == "c_to_d":
-            raise InputError("c.nii.gz: is constant")
-        return [{"row": row}]
-
-    engine = Engine(step)
-    engine.logger.disabled = True
-    engines.PairTable(str(tmp_path)).attach(engine)
-    with pytest.raises(InputError, match="is constant"):
-        engine.run(rows())
-    assert [row["id"] for row in read(tmp_path / "results.csv")] == ["a_to_b"]
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

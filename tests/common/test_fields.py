@@ -110,7 +110,7 @@ def test_integrate_backwards_is_inverse() -> None:
 
 def test_invert() -> None:
     disp = waves((20, 18, 22), 1.0, 4)
-    inverse = fields.invert(disp)
+    inverse = fields.invert(disp, tolerance=1e-9)
     error = fields.inverse_error(disp, inverse)
     assert error.shape == (1, 1, 20, 18, 22)
     assert fields.inverse_error(disp, -disp).max() > 0.5  # the negative is no inverse
@@ -121,8 +121,21 @@ def test_invert_affine() -> None:
     matrix = torch.diag(torch.tensor([1.25, 1.0, 1.1], dtype=torch.float64))
     matrix[1, 0] = 0.1
     size = (12, 12, 12)
-    inverse = fields.invert(affine_field(matrix, size), iterations=60)
+    inverse = fields.invert(affine_field(matrix, size), tolerance=1e-9)
     torch.testing.assert_close(inner(inverse, 2), inner(affine_field(matrix.inverse(), size), 2), rtol=0, atol=1e-6)
+
+
+def test_invert_where_the_undamped_iteration_diverges() -> None:
+    """x -> 2.5 x about the centre: D disp = 1.5 I; the inverse is known, disp * -1 / 2.5."""
+    size = (16, 18, 20)
+    centred = fields.identity(size, torch.zeros(1)) - (torch.tensor(size).view(1, 3, 1, 1, 1) - 1) / 2
+    disp = 1.5 * centred
+    inner = (..., *[slice(4, -4)] * 3)  # the border is repeated outside the grid: nothing to do with the formula
+    torch.testing.assert_close(fields.invert(disp)[inner], (-0.6 * centred)[inner], atol=5e-3, rtol=0)
+    plain = -disp
+    for _ in range(60):
+        plain = -warp(disp, plain)
+    assert (plain + 0.6 * centred)[inner].abs().max() > 1
 
 
 def test_inverse_error_value() -> None:

@@ -1,4 +1,4 @@
-"""Files: geometry round trips, transforms as ITK applies them, refusals in one sentence, whole folders or none."""
+"""Files: geometry round trips, refusals in one sentence, whole folders or none."""
 
 from pathlib import Path
 
@@ -46,40 +46,63 @@ def test_reads_channels_first(tmp_path: Path, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(io.read_scan(tmp_path / "two.nii.gz")[0], two, atol=1e-6)
 
 
-def test_composite_maps_points_by_formula(tmp_path: Path, rng: np.random.Generator) -> None:
-    """T(x) = A (x + u(x)) in RAS mm, also after writing to and reading from .h5."""
-    disp = rng.normal(size=(3, 8, 9, 10))
-    matrix = np.eye(4) + np.vstack([rng.normal(size=(3, 4)) * [0.05, 0.05, 0.05, 9], np.zeros(4)])
-    whole = io.composite(io.displacement_transform(disp, OBLIQUE), io.affine_transform(matrix))
-    io.write_transform(whole, tmp_path / "t.h5")
-    for transform in (whole, io.read_transform(tmp_path / "t.h5")):
-        for voxel in ((2, 3, 4), (7, 0, 9)):
-            point = OBLIQUE[:3, :3] @ voxel + OBLIQUE[:3, 3]
-            moved = point + OBLIQUE[:3, :3] @ disp[(slice(None), *voxel)]
-            expected = matrix[:3, :3] @ moved + matrix[:3, 3]
-            found = np.array(transform.TransformPoint([-point[0], -point[1], point[2]])) * [-1, -1, 1]
-            np.testing.assert_allclose(found, expected, atol=1e-6)
+def test_contrasts_become_channels_on_the_grid_of_the_first(scan: np.ndarray, tmp_path: Path) -> None:
+    """The second has half the resolution; a ramp stays a ramp."""
+    ramp = np.indices(scan.shape).sum(0).astype(np.float32)
+    coarse = nib.affines.from_matvec(OBLIQUE[:3, :3] * 2, OBLIQUE[:3, 3])
+    io.write_scan(scan, OBLIQUE, tmp_path / "a.nii.gz")
+    io.write_scan(ramp[::2, ::2, ::2], coarse, tmp_path / "b.nrrd")
+    array, affine = io.read_scan(f"{tmp_path / 'a.nii.gz'};{tmp_path / 'b.nrrd'}")
+    assert array.shape == (2, *scan.shape)
+    np.testing.assert_array_equal(array[0], scan)
+    np.testing.assert_allclose(array[1, :9, :9, :9], ramp[:9, :9, :9], atol=1e-3)
+    np.testing.assert_allclose(affine, OBLIQUE, atol=1e-4)
 
 
-def test_displacement_file_is_a_vector_image_in_lps(tmp_path: Path) -> None:
-    shift = np.eye(4)
-    shift[:3, 3] = [1.0, 2.0, 3.0]
-    image = io.displacement_image(io.affine_transform(shift), (4, 5, 6), OBLIQUE)
-    io.write_image(image, tmp_path / "d.nii.gz")
-    file = nib.load(tmp_path / "d.nii.gz")
-    assert file.shape == (4, 5, 6, 1, 3) and file.header.get_intent()[0] == "vector"
-    np.testing.assert_allclose(file.get_fdata()[1, 2, 3, 0], [-1, -2, 3], atol=1e-6)
+def write_dicom(folder: Path, volume: np.ndarray, *, skip: tuple[int, ...] = ()) -> np.ndarray:
+    """An axial CT series, 1.5 x 2 x 2.5 mm, file names in no order; returns its affine."""
+    pydicom = pytest.importorskip("pydicom", reason="pydicom of the extra [test] is not installed")
+    folder.mkdir(exist_ok=True)
+    uid = pydicom.uid.generate_uid
+    series, study, frame = uid(), uid(), uid()
+    for k in (k for k in range(volume.shape[2]) if k not in skip):
+        meta = pydicom.dataset.FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = pydicom.uid.CTImageStorage, uid()
+        meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        slice_ = pydicom.dataset.FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+        slice_.SOPClassUID, slice_.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+        slice_.SeriesInstanceUID, slice_.StudyInstanceUID, slice_.FrameOfReferenceUID = series, study, frame
+        slice_.Modality, slice_.SeriesDate, slice_.InstanceNumber = "CT", "20200101", k + 1
+        slice_.ImagePositionPatient = [-10.0, -20.0, 5 + 2.5 * k]
+        slice_.ImageOrientationPatient, slice_.PixelSpacing = [1, 0, 0, 0, 1, 0], [2.0, 1.5]
+        slice_.Columns, slice_.Rows = volume.shape[:2]
+        slice_.SamplesPerPixel, slice_.PhotometricInterpretation, slice_.PixelRepresentation = 1, "MONOCHROME2", 1
+        slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit = 16, 16, 15
+        slice_.RescaleIntercept, slice_.RescaleSlope = -1024, 1
+        slice_.PixelData = (volume[:, :, k].T + 1024).astype(np.int16).tobytes()
+        slice_.save_as(folder / f"{series[-4:]}_{k * 7 % 100:03d}.dcm", enforce_file_format=True)
+    return nib.affines.from_matvec(np.diag([-1.5, -2, 2.5]), [10.0, 20, 5])
 
 
-def test_resample_identity_nearest_and_outside(scan: np.ndarray) -> None:
-    np.testing.assert_allclose(io.resample(scan, OBLIQUE, scan.shape, OBLIQUE), scan, atol=1e-5)
-    label = (scan * 5).round()
-    assert set(np.unique(io.resample(label, OBLIQUE, (30, 20, 9), np.eye(4), nearest=True))) <= set(
-        np.unique(label)
-    ) | {0.0}
-    far = np.eye(4)
-    far[:3, 3] = 1e4
-    assert not io.resample(scan, OBLIQUE, (3, 3, 3), far).any()
+def test_dicom_series(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Hounsfield units in the order of the positions; none, two or a torn series are refused."""
+    volume = rng.integers(-1000, 1000, (9, 10, 11))
+    expected = write_dicom(tmp_path / "one", volume)
+    array, affine = io.read_scan(tmp_path / "one")
+    np.testing.assert_array_equal(array[0], volume)
+    np.testing.assert_allclose(affine, expected, atol=1e-6)
+    write_dicom(tmp_path / "one", volume[:, :, :4])
+    write_dicom(tmp_path / "torn", volume, skip=(4,))
+    (tmp_path / "none").mkdir()
+    cases = {
+        "one": r"holds 2 DICOM series \(one of (4|11) files, one of (4|11) files\)",
+        "torn": "slices are missing or unevenly spaced, by up to 2.* mm",
+        "none": "must hold a DICOM series, and this one holds none",
+    }
+    for name, words in cases.items():
+        with pytest.raises(io.InputError, match=words) as caught:
+            io.read_scan(tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}: ")
 
 
 def test_label_files_keep_every_value(tmp_path: Path) -> None:
@@ -108,6 +131,16 @@ def test_refusals_name_the_file_and_the_fault(tmp_path: Path) -> None:
         with pytest.raises(io.InputError, match=words) as caught:
             io.read_scan(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, rng: np.random.Generator, kind: type) -> None:
+    """ITK would read it and fill up with 0."""
+    nib.save(nib.Nifti1Image(rng.integers(1, 999, (20, 20, 20)).astype(kind), np.eye(4)), tmp_path / "whole.nii.gz")
+    content = (tmp_path / "whole.nii.gz").read_bytes()
+    (tmp_path / "cut.nii.gz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(io.InputError, match="cut.nii.gz: not an image that can be read, the file is cut off"):
+        io.read_scan(tmp_path / "cut.nii.gz")
 
 
 def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -88,9 +88,10 @@ def test_written_files_are_kept_and_named(tmp_path: Path, monkeypatch: pytest.Mo
     size, affine = FIXED
     monkeypatch.setattr(phantom, "grids", lambda: {"fixed": (size, affine), "moving": (size, affine)})
     row = phantom.write_phantom(tmp_path / "p")
-    assert row["id"] == "phantom" and set(row) == {"id", "fixed", "moving", "fixed_label", "moving_label"}
+    assert row["id"] == "phantom"
+    assert set(row) == {"id"} | {f"{role}{kind}" for role in ("fixed", "moving") for kind in ("", "_label", "_points")}
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "p").iterdir()}
-    assert len(stamps) == 4 and phantom.write_phantom(tmp_path / "p") == row
+    assert len(stamps) == 6 and phantom.write_phantom(tmp_path / "p") == row
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "p").iterdir()}
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):

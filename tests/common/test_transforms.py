@@ -1,5 +1,6 @@
 """Geometry of the whole path: what we write, ITK alone and a plain formula must reproduce from the original files."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 
 from common import geometry, io, phantom
+from common.points import Points, read_points, write_points
 from common.prealign import prealign
 from common.transforms import AlignAndGridd, DeliverPaird, LoadScansd, PackPaird, ScaleForegroundd, ToTrainingGridd
 
@@ -60,6 +62,10 @@ def write_pair(folder: Path, moving: Grid, fixed: Grid) -> dict[str, Path]:
         paths[f"{role}_label"] = folder / f"{role}_label.nii.gz"
         io.write_scan(image, affine, paths[role])
         io.write_label(label, affine, paths[f"{role}_label"])
+        paths[f"{role}_points"] = folder / f"{role}.csv"
+        marks = np.array(list(phantom.LANDMARKS.values()))
+        marks = marks if deformation is None else deformation.truth(marks)
+        write_points(Points(marks * [-1, -1, 1], list(phantom.LANDMARKS)), paths[f"{role}_points"])
     return paths
 
 
@@ -178,9 +184,31 @@ def test_inverse_goes_back(delivered: Delivered) -> None:
     assert np.linalg.norm(found - points, axis=1).mean() < 0.5
 
 
+def test_landmarks_agree_with_itk(delivered: Delivered) -> None:
+    """ITK takes the points of warped_points.csv to the moving landmarks, and its distances are the TRE of the row."""
+    (transform,) = itk.transformread(str(delivered.out / "transform.h5"))
+    moving, fixed, warped = (
+        read_points(path).lps
+        for path in (
+            delivered.paths["moving_points"],
+            delivered.paths["fixed_points"],
+            delivered.out / "warped_points.csv",
+        )
+    )
+    there = np.array([transform.TransformPoint(point) for point in warped.tolist()])
+    assert np.linalg.norm(there - moving, axis=1).max() < 0.01
+    assert np.linalg.norm(warped - moving, axis=1).mean() > 1
+    there = np.array([transform.TransformPoint(point) for point in fixed.tolist()])
+    assert delivered.row["tre_mm_after"] == pytest.approx(np.linalg.norm(there - moving, axis=1).mean(), abs=1e-4)
+    assert delivered.row["landmarks"] == 12 and delivered.row["tre_mm_before"] > 0.5
+
+
 def test_row_and_folder_are_complete(delivered: Delivered) -> None:
     names = "warped.nii.gz transform.h5 displacement.nii.gz warped_label.nii.gz inverse_transform.h5"
-    assert set(names.split()) <= {path.name for path in delivered.out.iterdir()}
+    names += " warped_points.csv report.json report.png"
+    assert set(names.split()) == {path.name for path in delivered.out.iterdir()}
+    content = json.loads((delivered.out / "report.json").read_text())
+    assert content["verdict"] == "doubtful" and content["warnings"][0].startswith("no improvement")
     row = delivered.row
     assert row["id"] == "pair" and row["fixed"] == str(delivered.paths["fixed"])
     assert row["ncc_before"] > row["ncc_after"], "a displacement out of the air must not improve an aligned pair"

@@ -1,0 +1,211 @@
+"""python -m common COMMAND: what can be done with a registration without any bundle."""
+
+import inspect
+import os
+import sys
+from pathlib import Path
+
+import fire
+import numpy as np
+
+from common import io, mapping, phantom, points
+from common.cli import options_of, refuse_unknown
+from common.io import InputError
+
+POINT_ENDINGS = (".csv", ".fcsv", ".json")
+
+
+def apply(file: str, transform: str, output: str, reference: str = "", label: bool = False, inverse: bool = False):
+    """Apply a transform to a scan, a label map or points.
+
+    A registration's transform.h5 takes a point of the fixed space to its place in the moving space. So it brings the
+    moving scan (or its label map) onto the fixed grid, and FIXED points to the moving scan. For MOVING points to the
+    fixed scan, or the fixed scan onto the moving grid, add --inverse.
+
+    Args:
+        file: scan or label map (NIfTI, MetaImage, NRRD, DICOM folder), or points: .csv with columns x,y,z (LPS mm, as
+            ANTs) or i,j,k (voxels), .fcsv or .mrk.json of 3-D Slicer.
+        transform: .h5, .tfm, .txt, .mat, or a displacement image (.nii.gz, LPS mm).
+        output: file to write; points as .csv or .fcsv, in LPS mm.
+        reference: scan whose grid the result gets, as the fixed one; for points in voxels, the scan they belong to.
+        label: take the nearest label instead of interpolating.
+        inverse: apply the inverse, computed here: for points to 0.001 mm, for scans on the transform's grid.
+    """
+    the_map = mapping.read_transform(str(transform))
+    if str(file).lower().endswith(POINT_ENDINGS):
+        affine = io.read_scan(str(reference))[1] if reference else None
+        given = points.read_points(str(file), affine)
+        there = (mapping.invert_at if inverse else mapping.map_points)(the_map, given.lps)
+        points.write_points(points.Points(there, given.names), str(output))
+        lost = int(np.isnan(there).any(1).sum())
+        return _written(
+            output, f"{len(there)} points in LPS mm" + (f", {lost} without an inverse (nan)" if lost else "")
+        )
+    if not reference:
+        raise InputError(f"{file}: --reference is needed, a scan whose grid the result gets")
+    scan, affine = io.read_scan(str(file))
+    like, onto = io.read_scan(str(reference))
+    size = like.shape[1:]
+    the_map = mapping.invert(the_map) if inverse else the_map
+    outside = [0.0 if label else io.background(channel) for channel in scan]
+    warped = np.stack(
+        [mapping.resample(c, affine, size, onto, the_map, nearest=label, outside=o) for c, o in zip(scan, outside)]
+    )
+    if label and not np.array_equal(scan, np.rint(scan)):
+        raise InputError(f"{file}: a label map has whole numbers, this one does not; leave out --label")
+    write = (
+        (lambda path: io.write_label(warped[0], onto, path))
+        if label
+        else lambda path: io.write_scan(warped, onto, path)
+    )
+    io.write_image_file(output, write)
+    return _written(output, f"{' x '.join(map(str, size))} voxels")
+
+
+def compose(output: str, *transforms: str, reference: str = ""):
+    """Several transforms in one file: a point goes through them in the order given.
+
+    With fixed scan A and moving scan B in the first registration, B and C in the second, `compose OUT FIRST SECOND`
+    brings scan C onto A with one interpolation.
+
+    Args:
+        output: .h5 keeps the parts in an ITK composite; .nii.gz, .nrrd, .mha collapse them into one displacement image.
+        transforms: two or more files: .h5, .tfm, .txt, .mat, or displacement images.
+        reference: scan on whose grid a displacement image is written.
+    """
+    if not transforms:
+        raise InputError(f"{output}: compose needs the transforms after the name of the output")
+    return _write_map(mapping.compose(*[mapping.read_transform(str(path)) for path in transforms]), output, reference)
+
+
+def invert(transform: str, output: str, reference: str = ""):
+    """The inverse of a transform; says how far points of the reference come to lie from where they started.
+
+    Affine parts are inverted exactly, displacement fields on their own grid. Where a field folds there is no inverse.
+
+    Args:
+        transform: .h5, .tfm, .txt, .mat, or a displacement image.
+        output: file to write: .h5, or a displacement image on the grid of --reference.
+        reference: scan on whose voxels the error is measured: the fixed one.
+    """
+    the_map = mapping.read_transform(str(transform))
+    back = mapping.invert(the_map)
+    text = ""
+    if reference:
+        size, affine = _grid(reference)
+        error = mapping.inverse_error_mm(the_map, back, size, affine)
+        spread = f"median {np.median(error):.3f} mm, 99th percentile {np.percentile(error, 99):.3f} mm"
+        text = f"; inverse-consistency error on {reference}: {spread}"
+    return _write_map(back, output, reference) + text
+
+
+def make_report(
+    moving: str,
+    fixed: str,
+    transform: str,
+    output: str,
+    moving_label: str = "",
+    fixed_label: str = "",
+    moving_points: str = "",
+    fixed_points: str = "",
+    spacing: float = 0,
+):
+    """Judge a registration made by any tool: report.json and report.png, and in words what looks wrong.
+
+    Args:
+        moving: moving scan, in its own space.
+        fixed: fixed scan.
+        transform: of fixed points to the moving scan: .h5, .tfm, .txt, .mat, or a displacement image (LPS mm).
+        output: folder for the two files.
+        moving_label: label map of the moving scan; with the fixed one gives Dice, HD95 and ASSD before and after.
+        fixed_label: label map of the fixed scan.
+        moving_points: landmarks of the moving scan (.csv, .fcsv, .mrk.json); with the fixed ones gives the TRE in mm.
+        fixed_points: landmarks of the fixed scan, in the same order.
+        spacing: voxel size in mm on which the deformation is measured; 0 keeps the fixed scan's.
+    """
+    from common import measure, picture, report, verdict
+
+    paths = {"moving_label": moving_label, "fixed_label": fixed_label}
+    paths |= {"moving_points": moving_points, "fixed_points": fixed_points}
+    given = {name: str(path) for name, path in paths.items() if path}
+    pair = measure.read_registration(str(moving), str(fixed), str(transform), spacing=spacing or None, **given)
+    row, details = measure.measure(pair, measure.warp_pair(pair))
+    scans = {str(moving): pair.moving[0], str(fixed): pair.fixed[0]}
+    halves = dict(zip(scans, (half[0].numpy() for half in pair.work.chunk(2))))
+    notes = verdict.judge_scans(scans, halves, None) + verdict.judge(row)
+    row = {"id": Path(str(output)).name, "fixed": str(fixed), "moving": str(moving)} | row
+    content = report.report(row, details, notes, {"transform": str(transform)})
+    folder = io.output_folder(str(output))
+    io.replaced(folder / "report.json", lambda path: report.write_report(content, path))
+    io.replaced(folder / "report.png", lambda path: picture.draw_report(pair, row, notes, path))
+    return "\n  ".join([_written(output, f"report.json and report.png, {content['verdict']}"), *notes])
+
+
+def make_phantom(folder: str):
+    """Write the synthetic pair that the bundles register when nothing is given: scans, label maps, landmarks.
+
+    Args:
+        folder: new folder for fixed.nii.gz, moving.nii.gz, *_label.nii.gz and *_points.csv.
+    """
+    phantom.write_phantom(Path(str(folder)))
+    return _written(folder, "the phantom pair")
+
+
+def datalist(name: str, folder: str, output: str = ""):
+    """Write dataset.json for a data set of the papers, from the folder as its owners distribute it.
+
+    The sets are ixi, lpba40, abdomen_ctct, oasis, lungct, nlst, ibsr18, cumc12, mgh10. Train and infer on it with
+    --dataset_dir and the preset that is printed, as one more --config_file behind train.json or inference.json.
+
+    Args:
+        name: of the set.
+        folder: the unpacked download.
+        output: folder for dataset.json, and for what must be converted; that of the data if not given.
+    """
+    from common.datalists import write_datalist
+
+    content = write_datalist(str(name), str(folder), str(output) or None)
+    counts = ", ".join(f"{len(content[part])} {part}" for part in ("training", "validation", "test"))
+    preset = Path(__file__).parent / "presets" / f"{content['preset']}.json"
+    pairs = len(content["registration_pairs"])
+    path = Path(str(output) or str(folder)) / "dataset.json"
+    return _written(str(path), f"{counts}, {pairs} pairs; preset {os.path.relpath(preset)}")
+
+
+def _grid(path: str) -> mapping.Grid:
+    array, affine = io.read_scan(str(path))
+    return array.shape[1:], affine
+
+
+def _write_map(transform, output: str, reference: str) -> str:
+    mapping.write_transform(transform, str(output), _grid(reference) if reference else None)
+    return _written(output, f"{len(mapping.parts(transform))} part(s)")
+
+
+def _written(output: str, what: str) -> str:
+    return f"wrote {os.path.abspath(str(output))}: {what}"
+
+
+COMMANDS = {
+    "apply": apply,
+    "compose": compose,
+    "invert": invert,
+    "report": make_report,
+    "phantom": make_phantom,
+    "datalist": datalist,
+}
+
+
+def main() -> None:
+    """Run one command; an InputError ends in its sentence and exit code 1."""
+    try:
+        command, *words = sys.argv[1:] or [""]
+        for option, _ in options_of(words) if command in COMMANDS else ():
+            refuse_unknown(option, option, [*inspect.signature(COMMANDS[command]).parameters, "help"])
+        fire.Fire(COMMANDS, name="common")
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
