@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.fields import compose, invert
+from common.fields import compose
 from common.ops import warp
 from dual_flownet.cnn import RegCNN, SegCNN
 
@@ -163,7 +163,10 @@ class DualFlowNet(nn.Module):
         """
         if self.inverse == "literal":
             return -warp(disp, disp)
-        return invert(disp, iterations=self.inverse_iterations)
+        inverse = -disp
+        for _ in range(self.inverse_iterations):  # common.fields.invert, which is damped, has no gradient
+            inverse = -warp(disp, inverse)
+        return inverse
 
     def run(self, module: nn.Module, *inputs: Tensor):
         """`module` of the inputs; with `recompute`, nothing of its inside is kept for the gradient."""
