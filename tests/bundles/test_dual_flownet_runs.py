@@ -144,7 +144,7 @@ def test_inference_from_the_bundle_folder(raw: Path, tmp_path: Path) -> None:
     (row,) = table(tmp_path / "out" / "results.csv")
     folder = tmp_path / "out" / "moving_to_fixed"
     files = "warped.nii.gz transform.h5 displacement.nii.gz warped_label.nii.gz inverse_transform.h5"
-    files += " warped_segmentation.nii.gz fixed_segmentation.nii.gz"
+    files += " warped_segmentation.nii.gz fixed_segmentation.nii.gz report.json report.png"
     assert set(files.split()) == {path.name for path in folder.iterdir()}
     assert float(row["dice_after"]) > float(row["dice_before"]) and 0 < float(row["inverse_error_mm"]) < 1
     fixed = nib.load(raw / "fixed.nii.gz")
