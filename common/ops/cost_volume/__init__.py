@@ -35,7 +35,7 @@ def cost_volume(
 
     Beside the result, the lean layer holds at most `lean.BUDGET` (32 MiB, or one plane of the grid) of buffers and the
     padded features; with a `disp` and gradients, the result once more. The triton layer holds nothing,
-    and leaves gradients to the lean one; with a `disp` those are not deterministic on CUDA (grid_sample adds atomically).
+    and leaves gradients to the lean one; with a `disp` those are not deterministic on CUDA.
 
     Args:
         feat_fixed: (B, C, I, J, K) features.
