@@ -49,3 +49,22 @@ def write(folder: Path, name: str, size: tuple[int, int, int], affine: np.ndarra
 
 def centred(size: tuple[int, int, int], linear: np.ndarray) -> np.ndarray:
     return nib.affines.from_matvec(linear, -linear @ ((np.array(size) - 1) / 2))
+
+
+def faults(network: str) -> dict[str, tuple[dict[str, str], str]]:
+    """Bad input of one pair out of the folder `raw`: options, and the sentence after that folder's name."""
+    good = {"moving": "moving.nii.gz", "fixed": "fixed.nii.gz"}
+    return {
+        "missing file": (good | {"moving": "none.nii.gz"}, "none.nii.gz: no such file"),
+        "channels": (dict.fromkeys(good, "colour.nrrd"), "colour.nrrd: has 3 channels, these weights take 1"),
+        "other weights": (good | {"weights": "other.pt"}, f"other.pt: these weights do not fit the network {network}"),
+    }
+
+
+def check_refusal(name: str, raw: Path, output: Path, options: dict[str, str], sentence: str) -> None:
+    """The inference of a bundle ends in that one sentence."""
+    given = [text for option, file in options.items() for text in (f"--{option}", raw / file)]
+    done = command(*bundle_configs(name, "inference.json"), *given, "--output_dir", output, "--spacing", 4.0)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith(f"error: {raw}/{sentence}"), done.stderr[-3000:]
+    assert "Traceback" not in done.stderr and "registered" not in done.stdout

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, SPACING, bundle_configs, centred, command, succeeded, table, write
+from commands import ROOT, SPACING, bundle_configs, centred, check_refusal, command, faults, succeeded, table, write
 from monai.bundle import ConfigParser
 
 from common.data import stem
@@ -176,23 +176,9 @@ def test_evaluation_of_a_dataset(dataset: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.csv"], "an evaluation writes no volumes"
 
 
-FAULTS = {
-    "missing file": ({"moving": "none.nii.gz", "fixed": "fixed.nii.gz"}, "none.nii.gz: no such file"),
-    "channels": (
-        {"moving": "colour.nrrd", "fixed": "colour.nrrd"},
-        "colour.nrrd: has 3 channels, these weights take 1",
-    ),
-    "other weights": (
-        {"moving": "moving.nii.gz", "fixed": "fixed.nii.gz", "weights": "other.pt"},
-        "other.pt: these weights do not fit the network DualFlowNet",
-    ),
-}
+FAULTS = faults("DualFlowNet")
 
 
 @pytest.mark.parametrize("options, sentence", FAULTS.values(), ids=FAULTS)
 def test_bad_input_ends_in_one_sentence(raw: Path, tmp_path: Path, options: dict[str, str], sentence: str) -> None:
-    given = [text for name, file in options.items() for text in (f"--{name}", raw / file)]
-    done = command(*from_root("inference.json"), *given, "--output_dir", tmp_path / "out", "--spacing", 4.0)
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith(f"error: {raw}/{sentence}"), done.stderr[-3000:]
-    assert "Traceback" not in done.stderr and "registered" not in done.stdout
+    check_refusal("dual_flownet", raw, tmp_path / "out", options, sentence)

@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from monai.utils import set_determinism
 from torch import Tensor, nn
 
-from common import engines
+from common import checkpoints, engines
 from common.io import InputError
 from common.losses import lncc
 from common.ops import warp
@@ -199,7 +199,7 @@ def training(folder: Path, epochs: int, *, write: bool = True) -> tuple[Engine, 
     engine = Engine(step)
     engine.state.max_epochs = epochs  # as MONAI's trainers do; the loader keeps it
     objects = {"model": net, "optimizer": optimizer}
-    engines.LastCheckpoint(str(folder), objects, device="cpu", write=write, seed=3).attach(engine)
+    checkpoints.LastCheckpoint(str(folder), objects, device="cpu", write=write, seed=3).attach(engine)
     return engine, net, seen
 
 
@@ -259,7 +259,7 @@ def test_best_checkpoint_keeps_the_best_across_runs(tmp_path: Path) -> None:
         nn.init.constant_(net.conv.bias, value)
         engine = Engine(lambda engine, batch: None)
         engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e, v=value: e.state.metrics.update(mean_dice=v))
-        engines.BestCheckpoint(str(tmp_path), net).attach(engine)
+        checkpoints.BestCheckpoint(str(tmp_path), net).attach(engine)
         engine.run([0], max_epochs=1)
         kept.append(float(torch.load(tmp_path / "model.pt", weights_only=True)["conv.bias"][0]))
     assert kept[:3] == pytest.approx([0.5, 0.5, 0.6])

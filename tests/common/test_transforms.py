@@ -10,35 +10,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from grids import GRIDS, PLAIN, Grid, grid, voxels_of
 from monai.data import MetaTensor
 from monai.transforms import Compose
 
-from common import geometry, io, phantom
+from common import io, phantom
 from common.points import Points, read_points, write_points
-from common.prealign import prealign
 from common.transforms import AlignAndGridd, DeliverPaird, LoadScansd, PackPaird, ScaleForegroundd, ToTrainingGridd
-
-Grid = tuple[tuple[int, int, int], np.ndarray]
-
-
-def grid(size: tuple[int, int, int], columns: np.ndarray, angles: tuple[float, float, float] = (0, 0, 0)) -> Grid:
-    """A grid around the brain: `columns` are the voxel steps in mm, turned by `angles`."""
-    linear = nib.eulerangles.euler2mat(*angles) @ np.asarray(columns, dtype=float)
-    centre = linear @ ((np.array(size) - 1) / 2)
-    return size, nib.affines.from_matvec(linear, np.array([3.0, -4.0, 2.0]) - centre)
-
-
-PLAIN = grid((40, 46, 38), np.diag([4, 4, 4]))
-PERMUTED = [[0, 4, 0], [0, 0, -4], [-4, 0, 0]]  # i runs down, j to the right, k to the back
-GRIDS = {
-    "oblique": (grid((46, 52, 44), np.diag([4, 4, 4]), (0.35, -0.25, 0.2)), PLAIN),
-    "flipped and permuted": (grid((42, 44, 50), PERMUTED), grid((40, 46, 38), np.diag([-4, -4, 4]))),
-    "anisotropic": (grid((60, 44, 30), np.diag([2.7, 4, 6])), grid((44, 60, 30), np.diag([4, 3, 5.2]))),
-    "fixed oblique, sizes differ": (
-        grid((58, 49, 41), np.diag([-3, 4, 4.2]), (0.0, 0.15, -0.3)),
-        grid((47, 40, 53), np.array(PERMUTED) * [0.9, 1.0, 1.1], (-0.2, 0.3, 0.1)),
-    ),
-}
 
 
 class Delivered(NamedTuple):
@@ -74,11 +52,6 @@ def known_displacement(voxels: np.ndarray) -> np.ndarray:
     i, j, k = np.moveaxis(voxels, -1, 0)
     parts = np.sin(j / 7 + 0.4), np.cos(k / 6) * np.sin(i / 9), np.sin((i + j) / 11 - 0.5)
     return 1.8 * np.stack(parts, -1)
-
-
-def voxels_of(size: tuple[int, ...]) -> np.ndarray:
-    """Indices (I, J, K, 3) of a grid."""
-    return np.stack(np.meshgrid(*[np.arange(n) for n in size], indexing="ij"), -1)
 
 
 @pytest.fixture(scope="module", params=GRIDS)
@@ -214,125 +187,6 @@ def test_row_and_folder_are_complete(delivered: Delivered) -> None:
     assert row["ncc_before"] > row["ncc_after"], "a displacement out of the air must not improve an aligned pair"
     assert row["dice_before"] > row["dice_after"] > 0 and row["folding_pct"] == 0 and row["inverse_error_mm"] < 0.5
     assert 1.8 < row["disp_mean_mm"] < row["disp_max_mm"] < 1.8 * 4 * 3**0.5 + 0.1
-
-
-# ---- working grids --------------------------------------------------------------------------------------------------
-
-ALL_GRIDS = [pytest.param(*pair[n], id=f"{name}-{n}") for name, pair in GRIDS.items() for n in (0, 1)]
-
-
-@pytest.mark.parametrize("size, affine", ALL_GRIDS)
-@pytest.mark.parametrize("spacing", [None, 2.0, 4.0, 5.0])
-def test_working_grid_covers_the_scan_in_closest_ras(size, affine, spacing) -> None:
-    count, onto = geometry.working_grid(size, affine, spacing)
-    assert nib.aff2axcodes(onto) == ("R", "A", "S")
-    order = nib.orientations.io_orientation(affine)[:, 0].argsort().astype(int)
-    old = nib.affines.voxel_sizes(affine)[order]
-    expected = old if spacing is None else np.full(3, spacing)
-    np.testing.assert_allclose(nib.affines.voxel_sizes(onto), expected, rtol=1e-3)
-    corners = nib.affines.apply_affine(affine, [np.array(c) * (np.array(size) - 1) for c in np.ndindex(2, 2, 2)])
-    voxels = nib.affines.apply_affine(np.linalg.inv(onto), corners)
-    assert (voxels > -1e-6).all() and (voxels < np.array(count) - 1 + 1e-6).all()
-    slack = (np.array(count) - 1) * expected - (np.array(size)[order] - 1) * old
-    assert (slack < expected + 1e-6).all(), "the grid is larger than it need be"
-    for axis in np.flatnonzero(np.isclose(old, expected, rtol=1e-3)):
-        assert count[axis] == size[order[axis]]
-        np.testing.assert_allclose(voxels[:, axis], np.rint(voxels[:, axis]), atol=1e-6)
-
-
-@pytest.mark.parametrize("spacing", [4.0, 6.0])
-def test_ramp_stays_a_ramp(spacing: float) -> None:
-    """Resampling, smoothed or not, leaves a linear function of space as it is; with a matrix it is f(M p)."""
-    (size, affine), _ = GRIDS["oblique"]
-    slope = np.array([0.7, -1.1, 0.4])
-
-    def ramp(points: np.ndarray) -> np.ndarray:
-        return points @ slope + 50
-
-    scan = ramp(nib.affines.apply_affine(affine, voxels_of(size)))[None].astype(np.float32)
-    matrix = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.05, 0.02, -0.04), [3, -2, 1])
-    onto_size, onto = geometry.working_grid(size, affine, spacing)
-    inner = tuple(slice(n // 2 - 4, n // 2 + 5) for n in onto_size)
-    for move in (None, matrix):
-        found = geometry.to_working_grid(scan, affine, onto_size, onto, move)[0]
-        target = nib.affines.apply_affine(onto, voxels_of(onto_size))
-        expected = ramp(target if move is None else nib.affines.apply_affine(move, target))
-        np.testing.assert_allclose(found[inner], expected[inner], atol=2e-2)
-
-
-def test_coarser_grid_is_smoothed_and_labels_are_not() -> None:
-    noise = np.random.default_rng(0).normal(size=(1, 24, 24, 24)).astype(np.float32)
-    size, onto = geometry.working_grid((24,) * 3, np.eye(4), 2.0)
-    smoothed = geometry.to_working_grid(noise, np.eye(4), size, onto)
-    assert smoothed[:, 2:-2, 2:-2, 2:-2].std() < 0.25
-    label = (noise > 0).astype(np.float32) * 5
-    assert set(np.unique(geometry.to_working_grid(label, np.eye(4), size, onto, nearest=True))) == {0, 5}
-
-
-# ---- pre-alignment --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def brains() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    moving, fixed = GRIDS["oblique"]
-    return {
-        "fixed": (phantom.sample(*fixed)[0], fixed[1]),
-        "moving": (phantom.sample(*moving, phantom.Deformation(0), seed=1)[0], moving[1]),
-    }
-
-
-def residual(matrix: np.ndarray, brains: dict, offset: tuple[float, float, float] = (0, 0, 0)) -> float:
-    """Mean distance in mm, inside the fixed brain, between the matrix and the true map."""
-    scan, affine = brains["fixed"]
-    points = nib.affines.apply_affine(affine, np.argwhere(scan > 0))
-    truth = phantom.Deformation(0).truth(points) + offset
-    return float(np.linalg.norm(nib.affines.apply_affine(matrix, points) - truth, axis=1).mean())
-
-
-def best_residual(brains: dict) -> float:
-    """Of the least-squares affine map to the truth: 3.1 mm, as the phantom's displacement is not affine."""
-    scan, affine = brains["fixed"]
-    points = nib.affines.apply_affine(affine, np.argwhere(scan > 0))
-    columns = np.c_[points, np.ones(len(points))]
-    rows = np.linalg.lstsq(columns, phantom.Deformation(0).truth(points))[0].T
-    return residual(np.vstack([rows, [0, 0, 0, 1]]), brains)
-
-
-def test_prealign_finds_the_phantom(brains: dict) -> None:
-    matrix = prealign(*brains["fixed"], *brains["moving"])
-    assert np.linalg.det(matrix[:3, :3]) > 0 and np.array_equal(matrix[3], [0, 0, 0, 1])
-    assert residual(matrix, brains) < best_residual(brains) + 0.5 < residual(np.eye(4), brains) / 2
-    np.testing.assert_array_equal(matrix, prealign(*brains["fixed"], *brains["moving"]))
-
-
-def test_prealign_needs_no_overlap(brains: dict) -> None:
-    scan, affine = brains["moving"]
-    offset = (700.0, -900.0, 500.0)
-    matrix = prealign(*brains["fixed"], scan, nib.affines.from_matvec(np.eye(3), offset) @ affine)
-    assert residual(matrix, brains, offset) < best_residual(brains) + 0.5
-
-
-def test_prealign_modes(brains: dict) -> None:
-    rigid = prealign(*brains["fixed"], *brains["moving"], "rigid")
-    np.testing.assert_allclose(rigid[:3, :3] @ rigid[:3, :3].T, np.eye(3), atol=1e-9)
-    assert np.linalg.det(rigid[:3, :3]) > 0 and residual(rigid, brains) < 0.6 * residual(np.eye(4), brains)
-    np.testing.assert_array_equal(prealign(*brains["fixed"], *brains["moving"], "none"), np.eye(4))
-
-
-def test_prealign_rejects(brains: dict) -> None:
-    scan, affine = brains["fixed"]
-    with pytest.raises(ValueError, match=r"prealign\(\) 'mode' must be 'affine', 'rigid' or 'none', got 'elastic'"):
-        prealign(scan, affine, scan, affine, "elastic")
-    faults = {
-        "must be .I, J, K.": (scan[0], affine),
-        "at least 2 voxels": (scan[:1], affine),
-        "must not be constant": (np.ones_like(scan), affine),
-        "must be finite": (np.where(scan > 900, np.nan, scan), affine),
-        "must be an invertible": (scan, np.diag([1.0, 1, 0, 1])),
-    }
-    for words, (array, space) in faults.items():
-        with pytest.raises(ValueError, match=f"'moving.*{words}"):
-            prealign(scan, affine, array, space)
 
 
 # ---- refusals and small steps ---------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ def cost_volume(
     ssd: out[d](x) = |feat_fixed(x) - feat_moving(x + disp(x) + d)|^2
 
     Beside the result, the lean layer holds at most `lean.BUDGET` (32 MiB, or one plane of the grid) of buffers and the
-    padded features; with a `disp` and gradients, the result once more. The triton layer holds nothing,
-    and leaves gradients to the lean one; with a `disp` those are not deterministic on CUDA.
+    padded features; with a `disp` and gradients, the result once more. The triton layer holds nothing, and
+    leaves gradients to the lean one, which samples by `common.ops.warp`: on CUDA as deterministic as that.
 
     Args:
         feat_fixed: (B, C, I, J, K) features.

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.ops._patches import channels_last
 from common.ops.match.reference import offsets
-from common.ops.warp.lean import warp_lean
+from common.ops.warp import warp
 
 BUDGET = 32 << 20  # bytes of the buffers beside the result
 
@@ -167,6 +167,6 @@ def _lookup(fixed: Tensor, moving: Tensor, disp: Tensor, radius: int, similarity
 def _lookup_slab(fixed: Tensor, moving: Tensor, start: Tensor, radius: int, similarity: str, padding: str) -> Tensor:
     scores = []
     for step in offsets(radius, start):
-        sample = warp_lean(moving, start + step.view(1, 3, 1, 1, 1), "linear", padding)
+        sample = warp(moving, start + step.view(1, 3, 1, 1, 1), padding=padding)
         scores.append((fixed * sample if similarity == "dot" else (fixed - sample).square()).sum(1))
     return torch.stack(scores, 1)
