@@ -88,11 +88,24 @@ def test_synthetic_pair() -> None:
     torch.testing.assert_close(pair["image"][1:].as_tensor(), again)
     assert (pair["image"][0] - pair["image"][1]).abs().max() > 0.1
     batch = {"image": pair["image"][None], "disp": pair["disp"][None]}
-    image, truth = synthetic.prepare_synthetic(batch, torch.device("cpu"))
-    assert type(image) is Tensor and torch.equal(truth, batch["disp"])
+    image, target = synthetic.prepare_synthetic(batch, torch.device("cpu"))
+    assert type(image) is Tensor and torch.equal(target[:, :3], batch["disp"]) and (target[:, 3] == 1).all()
+
+
+def test_synthetic_loss() -> None:
+    """Squared error where either scan has something, and the smoothness everywhere."""
+    disp, image = torch.rand(1, 3, *SIZE), torch.zeros(1, 2, *SIZE)
+    image[:, 0, :5], image[:, 1, 3:9] = 1, 1
+    _, target = synthetic.prepare_synthetic({"image": image, "disp": disp}, torch.device("cpu"))
     loss = synthetic.SyntheticLoss(0.1)
-    torch.testing.assert_close(loss(truth, truth), 0.1 * diffusion(truth))
-    torch.testing.assert_close(loss(truth + 2, truth), 4 + 0.1 * diffusion(truth))
+    torch.testing.assert_close(loss(disp, target), 0.1 * diffusion(disp))
+    torch.testing.assert_close(loss(disp + 2, target), 4 + 0.1 * diffusion(disp))
+    elsewhere = disp.clone()
+    elsewhere[:, :, 9:] = 0
+    torch.testing.assert_close(loss(elsewhere, target), 0.1 * diffusion(elsewhere))
+    assert loss(elsewhere, torch.cat([disp, torch.ones(1, 1, *SIZE)], 1)) > 0.2
+    empty = torch.cat([disp, torch.zeros(1, 1, *SIZE)], 1)
+    torch.testing.assert_close(loss(disp + 2, empty), 0.1 * diffusion(disp))
 
 
 def test_same_seed_same_pair() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from common.augment import random_rotation
 from common.fields import identity
-from common.losses import diffusion, mse
+from common.losses import diffusion
 from common.ops import warp
 
 
@@ -92,19 +92,27 @@ class SyntheticPaird(Transform):
 
 
 class SyntheticLoss(nn.Module):
-    """mse(disp, truth) + smoothness * diffusion(disp), both (B, 3, I, J, K) in voxels (paper section 4.2, appendix)."""
+    """mse(disp, truth) where there is something to see + smoothness * diffusion(disp).
+
+    disp is (B, 3, I, J, K) in voxels, the target (B, 4, I, J, K) of `prepare_synthetic`: the truth and where it counts.
+
+    Source: paper section 4.2 and its appendix; the foreground is ours: where both scans are empty no network can know.
+    """
 
     def __init__(self, smoothness: float = 0.1) -> None:
         super().__init__()
         self.smoothness = smoothness
 
-    def forward(self, disp: Tensor, truth: Tensor) -> Tensor:
-        return mse(disp, truth) + self.smoothness * diffusion(disp)
+    def forward(self, disp: Tensor, target: Tensor) -> Tensor:
+        truth, seen = target[:, :3], target[:, 3:]
+        error = ((disp - truth).square() * seen).sum() / (3 * seen.sum()).clamp(min=1)
+        return error + self.smoothness * diffusion(disp)
 
 
 def prepare_synthetic(
     batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: object
 ) -> tuple[Tensor, Tensor]:
-    """Input and known displacement of a synthetic pair."""
+    """Input of a synthetic pair, and its target: known displacement, then 1 where either scan is not 0."""
     image = batch["image"].as_tensor() if hasattr(batch["image"], "as_tensor") else batch["image"]
-    return tuple(x.to(device, non_blocking=non_blocking, **kwargs) for x in (image, batch["disp"]))
+    target = torch.cat([batch["disp"], (image != 0).any(1, keepdim=True).to(batch["disp"])], 1)
+    return tuple(x.to(device, non_blocking=non_blocking, **kwargs) for x in (image, target))
