@@ -172,8 +172,9 @@ def read_dataset(dataset_dir: str) -> dict:
     """dataset.json of a folder, in the form of the Medical Segmentation Decathlon plus `registration_pairs`.
 
     Every case of training, validation and test becomes {"id", "image", "label" if there is one}; a case without an id
-    is named after its file, and an image of several contrasts is a list of files. Without a validation part, the last tenth of the training cases (at least 2, if 4 or more
-    are there) is taken for it, so that nothing is trained on that is validated on.
+    is named after its file, and an image of several contrasts is a list of files. Without a validation part, the last
+    tenth of the training cases (at least 2, if 4 or more are there) is taken for it, so that nothing is trained on that
+    is validated on.
 
     Raises:
         InputError: the folder or the file is missing, it is not JSON, or a case has no image.

@@ -280,7 +280,8 @@ class DeliverPaird(Transform):
 
     Args:
         output_dir: OUT.
-        save_inverse: also write the inverse transform and report its error.
+        save_inverse: also write the inverse transform and report the error of that file; without, the report says how
+            far the map is from one-to-one at a sample of voxels.
         surface: also measure HD, HD95 and ASSD of the labels and SSIM of the scans; None: only the distances, and only
             of few labels, as they are slow.
         minimum: labels of at most this many voxels in the fixed map are left out of the means.
