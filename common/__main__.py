@@ -127,6 +127,12 @@ def make_report(
 
     paths = {"moving_label": moving_label, "fixed_label": fixed_label}
     paths |= {"moving_points": moving_points, "fixed_points": fixed_points}
+    for kind in ("label", "points"):
+        if bool(paths[f"moving_{kind}"]) != bool(paths[f"fixed_{kind}"]):
+            has, lacks = sorted((f"moving_{kind}", f"fixed_{kind}"), key=lambda name: not paths[name])
+            raise InputError(f"{paths[has]}: with --{has}, --{lacks} is needed as well")
+    if not isinstance(spacing, (int, float)) or spacing < 0:
+        raise InputError(f"--spacing must be a size in mm, or 0 for that of the fixed scan, got {spacing}")
     given = {name: str(path) for name, path in paths.items() if path}
     pair = measure.read_registration(str(moving), str(fixed), str(transform), spacing=spacing or None, **given)
     row, details = measure.measure(pair, measure.warp_pair(pair))

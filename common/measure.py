@@ -65,6 +65,7 @@ def read_registration(
         InputError: what the readers refuse.
     """
     (scan, affine), (target, target_affine) = io.read_scan(moving), io.read_scan(fixed)
+    io.refuse_constant(scan, moving), io.refuse_constant(target, fixed)
     whole = mapping.read_transform(transform)
     linear = [part for part in mapping.parts(whole) if part.IsLinear()]
     deforms = len(linear) < len(mapping.parts(whole))
@@ -77,11 +78,9 @@ def read_registration(
         low, high = geometry.foreground_range(channel[0])
         work.append(np.clip((channel - low) / max(high - low, 1e-12), 0, 1))
     labels, marks = {}, {}
-    for name, path, like in (("moving_label", moving_label, scan), ("fixed_label", fixed_label, target)):
-        if path:
-            labels[name] = io.read_scan(path)[0][0]
-            if labels[name].shape != like.shape[1:]:
-                raise io.InputError(f"{path}: has shape {labels[name].shape}, its scan has {like.shape[1:]}")
+    if moving_label and fixed_label:
+        labels["moving_label"] = io.read_beside(moving_label, "label map", moving, scan, affine)[0]
+        labels["fixed_label"] = io.read_beside(fixed_label, "label map", fixed, target, target_affine)[0]
     if moving_points and fixed_points:
         both = read_matching(moving_points, affine, fixed_points, target_affine)
         marks = dict(zip(("moving_points", "fixed_points"), both))

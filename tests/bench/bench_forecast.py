@@ -102,6 +102,11 @@ def compare(output=None):
                     f"ratio {row['ratio']['s']:.2f} {row['ratio']['gib']:.2f}",
                     flush=True,
                 )
+                save(rows, output)
+
+
+def save(rows, output):
+    """The rows so far, so that a run that is stopped leaves what it has measured."""
     if output:
         from bench_operators import hardware
 
