@@ -58,7 +58,8 @@ def test_three_contrasts_as_channels(development_data: Path, tmp_path: Path) -> 
     inside = fixed["T1"] > 0
     for n, name in enumerate(CONTRASTS):
         scores = [inside_correlation(warped[n], fixed[other], inside) for other in CONTRASTS]
-        assert scores[n] == max(scores) > 0.8, f"{name} is not where it was put: {scores}"
+        own = scores.pop(n)
+        assert own > 0.75 and own > max(scores) + 0.25, f"{name} is not where it was put: {own}, others {scores}"
     (transform,) = itk.transformread(str(pair / "transform.h5"))
     alone = itk.resample_image_filter(
         itk.imread(str(tmp_path / "m_T2.nii.gz"), itk.F),

@@ -220,6 +220,11 @@ REFUSED = {
         "--spacing must be a size in mm",
     ),
     "no such set": (("datalist", "colours", "{pair}"), "colours: no such data set, there are ixi"),
+    "no value": (
+        ("apply", "{pair}/moving.nii.gz", "{pair}/t.h5", "{out}/w.nii.gz", "-r"),
+        "--reference: needs a value",
+    ),
+    "a file as folder": (("datalist", "ixi", "{pair}", "--output", "{pair}/t.h5"), "t.h5: results cannot be written"),
     "another folder": (("datalist", "ixi", "{pair}", "--output", "{out}"), "does not look like ixi"),
     "no folder": (("invert", "{pair}/t.h5", "{out}/no/i.h5"), "cannot be written"),
 }
