@@ -1,8 +1,10 @@
 """python -m common COMMAND: what can be done with a registration without any bundle."""
 
+import functools
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import fire
@@ -15,7 +17,7 @@ from common.io import InputError
 POINT_ENDINGS = (".csv", ".fcsv", ".json")
 
 
-def apply(file: str, transform: str, output: str, reference: str = "", label: bool = False, inverse: bool = False):
+def apply(file: str, transform: str, output: str, *, reference: str = "", label: bool = False, inverse: bool = False):
     """Apply a transform to a scan, a label map or points.
 
     A registration's transform.h5 takes a point of the fixed space to its place in the moving space. So it brings the
@@ -78,7 +80,7 @@ def compose(output: str, *transforms: str, reference: str = ""):
     return _write_map(mapping.compose(*[mapping.read_transform(str(path)) for path in transforms]), output, reference)
 
 
-def invert(transform: str, output: str, reference: str = ""):
+def invert(transform: str, output: str, *, reference: str = ""):
     """The inverse of a transform; says how far points of the reference come to lie from where they started.
 
     Affine parts are inverted exactly, displacement fields on their own grid. Where a field folds there is no inverse.
@@ -104,6 +106,7 @@ def make_report(
     fixed: str,
     transform: str,
     output: str,
+    *,
     moving_label: str = "",
     fixed_label: str = "",
     moving_points: str = "",
@@ -127,6 +130,12 @@ def make_report(
 
     paths = {"moving_label": moving_label, "fixed_label": fixed_label}
     paths |= {"moving_points": moving_points, "fixed_points": fixed_points}
+    for kind in ("label", "points"):
+        if bool(paths[f"moving_{kind}"]) != bool(paths[f"fixed_{kind}"]):
+            has, lacks = sorted((f"moving_{kind}", f"fixed_{kind}"), key=lambda name: not paths[name])
+            raise InputError(f"{paths[has]}: with --{has}, --{lacks} is needed as well")
+    if not isinstance(spacing, (int, float)) or spacing < 0:
+        raise InputError(f"--spacing must be a size in mm, or 0 for that of the fixed scan, got {spacing}")
     given = {name: str(path) for name, path in paths.items() if path}
     pair = measure.read_registration(str(moving), str(fixed), str(transform), spacing=spacing or None, **given)
     row, details = measure.measure(pair, measure.warp_pair(pair))
@@ -151,7 +160,7 @@ def make_phantom(folder: str):
     return _written(folder, "the phantom pair")
 
 
-def datalist(name: str, folder: str, output: str = ""):
+def datalist(name: str, folder: str, *, output: str = ""):
     """Write dataset.json for a data set of the papers, from the folder as its owners distribute it.
 
     The sets are ixi, lpba40, abdomen_ctct, oasis, lungct, nlst, ibsr18, cumc12, mgh10. Train and infer on it with
@@ -170,6 +179,19 @@ def datalist(name: str, folder: str, output: str = ""):
     pairs = len(content["registration_pairs"])
     path = Path(str(output) or str(folder)) / "dataset.json"
     return _written(str(path), f"{counts}, {pairs} pairs; preset {os.path.relpath(preset)}")
+
+
+def _with_values(command: Callable[..., str]) -> Callable[..., str]:
+    """The command, refusing an option without its value: Fire gives True for it."""
+
+    @functools.wraps(command)
+    def checked(*words: object, **options: object) -> str:
+        for name, value in options.items():
+            if value is True and inspect.signature(command).parameters[name].annotation is not bool:
+                raise InputError(f"--{name}: needs a value")
+        return command(*words, **options)
+
+    return checked
 
 
 def _grid(path: str) -> mapping.Grid:
@@ -202,7 +224,7 @@ def main() -> None:
         command, *words = sys.argv[1:] or [""]
         for option, _ in options_of(words) if command in COMMANDS else ():
             refuse_unknown(option, option, [*inspect.signature(COMMANDS[command]).parameters, "help"])
-        fire.Fire(COMMANDS, name="common")
+        fire.Fire({name: _with_values(function) for name, function in COMMANDS.items()}, name="common")
     except InputError as error:
         sys.exit(f"error: {error}")
 

@@ -89,8 +89,11 @@ def list_pairs(
 
 def _absolute(value: str | list[str], folder: Path | None = None) -> str:
     """Absolute path of a scan, or of its contrasts (a list, or joined by ";")."""
-    parts = map(str, value) if isinstance(value, (list, tuple)) else contrasts_of(value)
-    return ";".join(os.path.abspath((folder or Path()) / part) for part in parts)
+    return ";".join(os.path.abspath((folder or Path()) / part) for part in contrasts_of(_joined(value)))
+
+
+def _joined(value: str | list[str]) -> str:
+    return ";".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def stem(path: str) -> str:
@@ -169,8 +172,9 @@ def read_dataset(dataset_dir: str) -> dict:
     """dataset.json of a folder, in the form of the Medical Segmentation Decathlon plus `registration_pairs`.
 
     Every case of training, validation and test becomes {"id", "image", "label" if there is one}; a case without an id
-    is named after its file. Without a validation part, the last tenth of the training cases (at least 2, if 4 or more
-    are there) is taken for it, so that nothing is trained on that is validated on.
+    is named after its file, and an image of several contrasts is a list of files. Without a validation part, the last
+    tenth of the training cases (at least 2, if 4 or more are there) is taken for it, so that nothing is trained on that
+    is validated on.
 
     Raises:
         InputError: the folder or the file is missing, it is not JSON, or a case has no image.
@@ -186,7 +190,7 @@ def read_dataset(dataset_dir: str) -> dict:
         cases = [{"image": case} if isinstance(case, str) else case for case in found.get(part, [])]
         if any("image" not in case for case in cases):
             raise InputError(f"{path}: a case of {part!r} has no image")
-        found[part] = [{"id": stem(case["image"])} | case for case in cases]
+        found[part] = [{"id": stem(_joined(case["image"]))} | case for case in cases]
     if not found["validation"] and len(found["training"]) >= 4:
         kept = max(len(found["training"]) // 10, 2)
         found["training"], found["validation"] = found["training"][:-kept], found["training"][-kept:]
@@ -216,7 +220,7 @@ def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> li
                 raise InputError(
                     f"{root / 'dataset.json'}: the pair's {role} scan {pair[role]!r} is not among the cases"
                 )
-            row[role] = str(root / case["image"])
+            row[role] = _absolute(case["image"], root)
             row |= {f"{role}_{name}": str(root / case[name]) for name in ("label", "points", "mask") if name in case}
         rows.append(row)
     if not rows:
@@ -236,6 +240,28 @@ def validation_pairs(dataset_dir: str | None, *, limit: int | None = None) -> li
         if pair.get("kind", "inter-subject") == "inter-subject" and {pair["moving"], pair["fixed"]} <= known
     ]
     return pairs[:limit] or None
+
+
+def training_pairs(dataset_dir: str | None) -> list[tuple[str, str]] | None:
+    """(moving id, fixed id) of a dataset's `training_pairs`, as atlas to subject, or the two breaths of one person.
+
+    Returns:
+        None where the dataset names none: every scan with every other.
+
+    Raises:
+        InputError: a pair names a scan that the dataset does not have, or none is left without the validation scans.
+    """
+    if not dataset_dir or not (Path(dataset_dir) / "dataset.json").exists():
+        return None
+    found, path = read_dataset(dataset_dir), Path(dataset_dir) / "dataset.json"
+    pairs = [(pair["moving"], pair["fixed"]) for pair in found.get("training_pairs", [])]
+    known = {part: {case["id"] for case in found[part]} for part in ("training", "validation", "test")}
+    if strange := sorted(name for pair in pairs for name in pair if not any(name in ids for ids in known.values())):
+        raise InputError(f"{path}: the training pairs' scan {strange[0]!r} is not among the cases")
+    left = [pair for pair in pairs if set(pair) <= known["training"]]
+    if pairs and not left:
+        raise InputError(f"{path}: no training pair has both its scans in the training part")
+    return left or None
 
 
 def label_groups(dataset_dir: str | None, name: str = "coarse27") -> dict | None:
@@ -265,7 +291,7 @@ def list_scans(dataset_dir: str | None, part: str = "training", *, output_dir: s
     root = Path(dataset_dir).absolute()
     if (root / "dataset.json").exists():
         scans = [
-            {"id": case["id"]} | {name: str(root / case[name]) for name in ("image", "label") if name in case}
+            {"id": case["id"]} | {name: _absolute(case[name], root) for name in ("image", "label") if name in case}
             for case in read_dataset(dataset_dir)[part]
         ]
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.io import InputError, replaced, write_label, write_scan
+from common.io import InputError, output_folder, replaced, write_label, write_scan
 
 # The 30 structures of TransMorph's Dice, in the FreeSurfer numbers that the pickles hold; one list for either side.
 _SIDES = "Cerebral-White-Matter,Cerebral-Cortex,Lateral-Ventricle,Cerebellum-White-Matter,Cerebellum-Cortex,Thalamus,"
@@ -49,14 +49,15 @@ def write_datalist(name: str, folder: str, output: str | None = None) -> dict:
         What was written.
 
     Raises:
-        InputError: unknown name, missing folder, or a folder that does not look like this data set.
+        InputError: unknown name, missing folder, a folder that does not look like this data set, or one for the output
+            that cannot be written to.
     """
     if name not in DATASETS:
         raise InputError(f"{name}: no such data set, there are {', '.join(DATASETS)}")
     root, out = Path(folder), Path(output or folder)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     content = DATASETS[name](root, out)
     if not any(content.get(part) for part in ("training", "validation", "test")):
         raise InputError(f"{root}: does not look like {name}: {LAYOUTS[name]} not found")

@@ -82,8 +82,10 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None, device: tor
 class RegistrationInferer(Inferer):
     """Run a network on the packed image and, if asked, improve its displacement for this pair.
 
-    Before, time and memory are forecast (above `forecast.SIDE` voxels a side), shown, and kept for the report;
-    a pair that will not fit is stopped, tiled or coarsened. What network and refinement warn of is kept for the row.
+    Before, time and memory of the two are forecast, shown, and kept for the report; a pair that will not fit is
+    stopped, tiled or coarsened. Up to `forecast.SIDE`^3 voxels nothing is forecast unless `memory` is given: measuring
+    would be the registration itself, which takes seconds and 0.1 GiB. What network and refinement warn of is kept for
+    the row.
 
     Args:
         refine_steps: steps of `common.refine.refine`; 0 leaves the network's displacement.
@@ -162,16 +164,19 @@ class RegistrationInferer(Inferer):
     def _forecast(self, image: Tensor, run: Callable[..., forecast.Run]) -> tuple[str, tuple[int, int, int]]:
         size = tuple(image.shape[2:])
         voxels = image[0, 0].numel()
-        if voxels <= forecast.SIDE**3:
+        small = voxels <= forecast.SIDE**3
+        if small and self.memory is None:
             return "whole", size
-        if self._cost is None:
+        cost = self._cost
+        if cost is None:
             progress.stage("forecasting")
             steps = {"steps": self.refine_steps, "run_steps": lambda steps: run(steps, quiet=True)}
-            self._cost = forecast.measure_cost(run(0), image, **steps)
+            cost = forecast.measure_cost(run(0), image, **steps)
+            self._cost = None if small else cost
         free = forecast.free_memory(image.device)
         limit = self.memory * forecast.GIB if self.memory else free and forecast.MARGIN * free
-        how, size = forecast.plan(size, self._cost, limit, self.too_large)
-        told = {"seconds": voxels * self._cost.seconds, "gib": voxels * self._cost.bytes / forecast.GIB}
+        how, size = forecast.plan(size, cost, limit, self.too_large)
+        told = {"seconds": voxels * cost.seconds, "gib": voxels * cost.bytes / forecast.GIB}
         told |= {"free_gib": None if free is None else free / forecast.GIB, "plan": how, "size": list(size)}
         progress.put(forecast=told)
         free_text = "unknown" if free is None else f"{told['free_gib']:.1f} GiB"

@@ -64,26 +64,46 @@ def invert(disp: Tensor, *, iterations: int = 60, tolerance: float = 1e-3) -> Te
     Source: Chen et al., A simple fixed-point approach to invert a deformation field, Medical Physics 2008; the damping
         is ours.
     """
-    inverse = -disp
-    for field, found in zip(disp, inverse):  # (3, I, J, K) each; only voxels that are not there yet are worked on
-        flat = found.flatten(1)
-        x = identity(field.shape[1:], field)[0].flatten(1).to(field.dtype)
-        rest = flat + _sample(field, x + flat)
-        size, step = rest.square().sum(0), torch.ones_like(rest[0])
-        for _ in range(iterations):
-            active = (size > tolerance**2).nonzero()[:, 0]
-            if not len(active):
-                break
-            trial = flat[:, active] - step[active] * rest[:, active]
-            new = trial + _sample(field, x[:, active] + trial)
-            new_size = new.square().sum(0)
-            better = new_size < size[active]
-            flat[:, active] = torch.where(better, trial, flat[:, active])
-            rest[:, active] = torch.where(better, new, rest[:, active])
-            size[active] = torch.where(better, new_size, size[active])
-            step[active] = torch.where(better, (1.2 * step[active]).clamp(max=1), step[active] / 2)
-        found.copy_(flat.view_as(found))
+    inverse = torch.empty_like(disp)
+    for field, found in zip(disp, inverse):  # (3, I, J, K) each
+        points = identity(field.shape[1:], field)[0].flatten(1).to(field.dtype)
+        found.copy_(_invert_at(field, points, iterations, tolerance).view_as(found))
     return inverse
+
+
+def round_trip(disp: Tensor, points: Tensor, *, iterations: int = 60, tolerance: float = 1e-3) -> Tensor:
+    """T^-1(T(x)) - x of T(x) = x + disp(x) at some points only: what `invert` would do there, without a whole inverse.
+
+    Args:
+        disp: (3, I, J, K) in voxels.
+        points: x (3, N) in voxels.
+        iterations, tolerance: of `invert`.
+
+    Returns:
+        (3, N) in voxels; 0 up to the tolerance where T is one-to-one, beyond half a voxel where it folds.
+    """
+    there = points + _sample(disp, points)
+    return there + _invert_at(disp, there, iterations, tolerance) - points
+
+
+def _invert_at(field: Tensor, points: Tensor, iterations: int, tolerance: float) -> Tensor:
+    """v (3, N) with v + field(points + v) = 0; only the points that are not there yet are worked on."""
+    flat = -_sample(field, points)
+    rest = flat + _sample(field, points + flat)
+    size, step = rest.square().sum(0), torch.ones_like(rest[0])
+    for _ in range(iterations):
+        active = (size > tolerance**2).nonzero()[:, 0]
+        if not len(active):
+            break
+        trial = flat[:, active] - step[active] * rest[:, active]
+        new = trial + _sample(field, points[:, active] + trial)
+        new_size = new.square().sum(0)
+        better = new_size < size[active]
+        flat[:, active] = torch.where(better, trial, flat[:, active])
+        rest[:, active] = torch.where(better, new, rest[:, active])
+        size[active] = torch.where(better, new_size, size[active])
+        step[active] = torch.where(better, (1.2 * step[active]).clamp(max=1), step[active] / 2)
+    return flat
 
 
 def _sample(field: Tensor, points: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from common.fields import resize_disp
 from common.io import InputError
 
 SIDE = 64  # of the crop that is measured; below this, sizes that do not depend on the voxels dominate
+PROBE = 4  # steps of the refinement that are timed: of one alone, any other job on the machine is the larger part
 POLICIES = ("stop", "tile", "coarsen")
 MARGIN = 0.8  # share of the free memory that may be planned for
 OVERLAP = 0.25  # of neighbouring tiles
@@ -35,20 +36,21 @@ class Cost(NamedTuple):
 
 
 def measure_cost(run: Run, image: Tensor, *, steps: int = 0, run_steps: Callable[[int], Run] | None = None) -> Cost:
-    """Cost of a voxel, on the middle of `image` (B, C, I, J, K), SIDE voxels wide.
+    """Cost of a voxel, on the middle of `image` (B, C, I, J, K), SIDE voxels wide; all of a smaller image.
 
     Args:
         run: the registration, without refinement.
-        steps: of the refinement to come; its cost is taken from one step and scaled.
+        steps: of the refinement to come; its cost is taken from PROBE steps and scaled.
         run_steps: gives the registration with so many steps.
     """
     box = [slice(max((n - SIDE) // 2, 0), max((n - SIDE) // 2, 0) + SIDE) for n in image.shape[2:]]
     crop = image[(..., *box)]
-    run(crop[..., :32, :32, :32])  # the first call pays for what is set up once
+    (run_steps(1) if steps else run)(crop[..., :32, :32, :32])  # the first call pays for what is set up once
     seconds, size = _timed(lambda: run(crop), image.device)
     if steps:
-        with_one, size = _timed(lambda: run_steps(1)(crop), image.device)
-        seconds += steps * max(with_one - seconds, 0.0)
+        some = min(steps, PROBE)
+        with_some, size = _timed(lambda: run_steps(some)(crop), image.device)
+        seconds += steps / some * max(with_some - seconds, 0.0)
     voxels = crop[0, 0].numel()
     return Cost(seconds / voxels, size / voxels)
 
@@ -62,9 +64,7 @@ def _timed(work: Callable[[], object], device: torch.device) -> tuple[float, int
         work()
         torch.cuda.synchronize(device)
         return time.perf_counter() - started, torch.cuda.max_memory_allocated(device) - before
-    started = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - started
+    seconds = min(_seconds(work), _seconds(work))
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would write to stderr
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
@@ -75,6 +75,12 @@ def _timed(work: Callable[[], object], device: torch.device) -> tuple[float, int
         alive += event.nbytes()
         most = max(most, alive)
     return seconds, most
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -61,8 +61,8 @@ def overlap(
 
 
 def length_mm(disp: np.ndarray, affine_ras: np.ndarray) -> np.ndarray:
-    """Length in mm of a displacement (3, I, J, K) in voxels of a grid: (I, J, K)."""
-    return np.linalg.norm(np.einsum("ab,bijk->aijk", affine_ras[:3, :3], disp), axis=0)
+    """Length in mm of displacements (3, ...) in voxels of a grid: (...), as (I, J, K)."""
+    return np.linalg.norm(np.einsum("ab,b...->a...", affine_ras[:3, :3], disp), axis=0)
 
 
 def is_stripped(channel: np.ndarray) -> bool:

@@ -56,6 +56,39 @@ def contrasts_of(path: str | os.PathLike) -> list[str]:
     return [part.strip() for part in str(path).split(";") if part.strip()]
 
 
+def refuse_constant(array: np.ndarray, path: str | os.PathLike) -> None:
+    """Stop at a scan (C, I, J, K) with a channel that shows nothing.
+
+    Raises:
+        InputError: every voxel of a channel has the same value.
+    """
+    for number, channel in enumerate(array):
+        if channel.min() == channel.max():
+            which = f"channel {number} " if len(array) > 1 else ""
+            raise InputError(f"{path}: {which}is constant, every voxel is {channel.min():g}")
+
+
+def read_beside(
+    path: str | os.PathLike, kind: str, scan_path: str, scan: np.ndarray, scan_affine: np.ndarray
+) -> np.ndarray:
+    """Read a label map or mask (its `kind`) of a scan: (1, I, J, K).
+
+    Raises:
+        InputError: what `read_scan` refuses, several channels, values that are not whole, another place or shape than
+            its scan.
+    """
+    label, affine = read_scan(path)
+    if len(label) > 1 or not (label == np.rint(label)).all():
+        found = f"{len(label)} channels" if len(label) > 1 else "values that are not whole numbers"
+        raise InputError(f"{path}: a {kind} has one channel of whole numbers, this one has {found}")
+    if label.shape[1:] != scan.shape[1:]:
+        sizes = f"shape {label.shape[1:]}, its scan {scan_path} has {scan.shape[1:]}"
+        raise InputError(f"{path}: the {kind} has {sizes}")
+    if not np.allclose(affine, scan_affine, atol=1e-2):
+        raise InputError(f"{path}: the {kind} lies elsewhere in space than its scan {scan_path}")
+    return label
+
+
 def _onto(channel: np.ndarray, own: np.ndarray, size: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     like = to_itk(np.zeros(size, np.float32), affine)
     options = {"use_reference_image": True, "reference_image": like, "default_pixel_value": background(channel)}

@@ -57,14 +57,13 @@ class LoadScansd(Transform):
         for key, label_key in zip(self.keys, self.label_keys):
             path = str(data[key])
             array, affine = io.read_scan(path)
-            for number, channel in enumerate(array):
-                if channel.min() == channel.max():
-                    which = f"channel {number} " if len(array) > 1 else ""
-                    raise InputError(f"{path}: {which}is constant, every voxel is {channel.min():g}")
+            io.refuse_constant(array, path)
             data[key] = _meta(array, affine, path)
             for name, kind in ((label_key, "label map"), (f"{key}_mask", "mask")):
                 if name in data:
-                    data[name] = _load_beside(str(data[name]), kind, path, array, affine)
+                    data[name] = _meta(
+                        io.read_beside(str(data[name]), kind, path, array, affine), affine, str(data[name])
+                    )
         if len(marks := [str(data[f"{key}_points"]) for key in self.keys if f"{key}_points" in data]) == 2:
             affines = [np.asarray(data[key].affine) for key in self.keys]
             points.read_matching(marks[0], affines[0], marks[1], affines[1])  # refused now, used at the end
@@ -72,20 +71,6 @@ class LoadScansd(Transform):
             key = next(key for key in self.keys if f"{key}_points" in data)
             points.read_points(marks[0], np.asarray(data[key].affine))
         return data
-
-
-def _load_beside(path: str, kind: str, scan_path: str, scan: np.ndarray, scan_affine: np.ndarray) -> MetaTensor:
-    """A label map or mask, checked against its scan."""
-    label, affine = io.read_scan(path)
-    if len(label) > 1 or not (label == np.rint(label)).all():
-        found = f"{len(label)} channels" if len(label) > 1 else "values that are not whole numbers"
-        raise InputError(f"{path}: a {kind} has one channel of whole numbers, this one has {found}")
-    if label.shape[1:] != scan.shape[1:]:
-        sizes = f"shape {label.shape[1:]}, its scan {scan_path} has {scan.shape[1:]}"
-        raise InputError(f"{path}: the {kind} has {sizes}")
-    if not np.allclose(affine, scan_affine, atol=1e-2):
-        raise InputError(f"{path}: the {kind} lies elsewhere in space than its scan {scan_path}")
-    return _meta(label, scan_affine, path)
 
 
 class AlignAndGridd(Transform):
@@ -280,13 +265,14 @@ class DeliverPaird(Transform):
 
     Args:
         output_dir: OUT.
-        save_inverse: also write the inverse transform and report its error.
+        save_inverse: also write the inverse transform and report the error of that file; without, the report says how
+            far the map is from one-to-one at a sample of voxels.
         surface: also measure HD, HD95 and ASSD of the labels and SSIM of the scans; None: only the distances, and only
             of few labels, as they are slow.
         minimum: labels of at most this many voxels in the fixed map are left out of the means.
         groups: coarse label groups as {name: {"members": [...]}}; adds the mean Dice over them.
         save: False measures only.
-        trained_on: what the weights were trained on, a key of `common.verdict.TRAINING`; None if they were not.
+        trained_on: what the weights were trained on, a key of `common.verdict.TRAINING`; None or "" if they were not.
     """
 
     def __init__(
@@ -300,10 +286,10 @@ class DeliverPaird(Transform):
         save: bool = True,
         trained_on: str | None = None,
     ) -> None:
-        if trained_on is not None and trained_on not in verdict.TRAINING:
+        if trained_on and trained_on not in verdict.TRAINING:
             raise InputError(f"--trained_on must be one of {', '.join(verdict.TRAINING)}, got {trained_on}")
         self.output_dir, self.save_inverse, self.surface = Path(output_dir), save_inverse, surface
-        self.minimum, self.groups, self.save, self.trained_on = minimum, groups, save, trained_on
+        self.minimum, self.groups, self.save, self.trained_on = minimum, groups, save, trained_on or None
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)

@@ -12,7 +12,7 @@ OVERLAP = 0.5  # Dice of the two foregrounds after the pre-alignment
 UNRELATED = 0.2  # correlation inside the fixed foreground, after registration
 GAIN = 0.002  # similarity that counts as an improvement
 ALIGNED = 0.98  # correlation of a pair that leaves nothing to improve
-INVERSE_PCT = 1.0  # of the fixed foreground where the inverse is half a voxel off or more
+INVERSE_PCT = 5.0  # of the fixed foreground, with the inverse half a voxel off or more: about what folding of 1 % does
 
 
 class Training(NamedTuple):

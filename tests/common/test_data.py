@@ -109,6 +109,37 @@ def test_dataset_pairs_and_scans(files: Path) -> None:
     assert data.validation_pairs(str(files)) == [("b", "a")]
 
 
+def test_training_pairs(files: Path) -> None:
+    """Only those that the dataset names, without its validation scans; a name that it does not know is refused."""
+
+    def pairs(*named: tuple[str, str], training: str = "abc") -> list | None:
+        content = {"training": [], "validation": []}
+        for n in "abc":
+            content["training" if n in training else "validation"].append({"id": n, "image": f"{n}.nii.gz"})
+        content["training_pairs"] = [{"moving": moving, "fixed": fixed} for moving, fixed in named]
+        (files / "dataset.json").write_text(json.dumps(content))
+        return data.training_pairs(str(files))
+
+    assert pairs() is None and data.training_pairs(None) is None
+    assert pairs(("a", "b"), ("a", "c")) == [("a", "b"), ("a", "c")]
+    assert pairs(("a", "b"), ("a", "c"), training="ab") == [("a", "b")]
+    with pytest.raises(InputError, match="the training pairs' scan 'z' is not among the cases"):
+        pairs(("a", "z"))
+    with pytest.raises(InputError, match="no training pair has both its scans in the training part"):
+        pairs(("a", "c"), training="ab")
+
+
+def test_contrasts_in_a_dataset(files: Path) -> None:
+    """As a list of files, in training and in pairs; the case is named after the first, if it has no id."""
+    cases = [{"image": ["a.nii.gz", "b.nii.gz"], "label": "c.nii.gz"}, {"id": "x", "image": ["b.nii.gz", "c.nii.gz"]}]
+    content = {"training": cases, "registration_pairs": [{"fixed": "x", "moving": "a"}]}
+    (files / "dataset.json").write_text(json.dumps(content))
+    first = ";".join(str(files / name) for name in cases[0]["image"])
+    assert data.list_scans(str(files))[0] == {"id": "a", "image": first, "label": str(files / "c.nii.gz")}
+    (row,) = data.list_pairs(dataset_dir=str(files))
+    assert row["moving"] == first and row["id"] == "a_to_b" and row["moving_label"] == str(files / "c.nii.gz")
+
+
 def test_decathlon_dataset(files: Path) -> None:
     """A dataset.json as the Decathlon ships it: no ids, the test part a list of paths, no validation part."""
     cases = [{"image": f"./imagesTr/s_{n:03d}.nii.gz", "label": f"./labelsTr/s_{n:03d}.nii.gz"} for n in range(25)]

@@ -10,6 +10,7 @@ import itk
 import nibabel as nib
 import numpy as np
 import pytest
+from monai.bundle import ConfigParser
 
 from common import data, datalists, io
 from common.datalists import DATASETS, write_datalist
@@ -66,6 +67,9 @@ def learn2reg(root: Path, name: str, *, keypoints: bool = False, paired: bool = 
         cases.append(case)
     last = [f"./imagesTr/{code}.nii.gz" for code in codes[-2:]]
     content = {"name": name, "training": cases, "registration_val": [{"fixed": last[0], "moving": last[1]}]}
+    if paired:  # as NLST: the two breaths of each person, those of the validation among them
+        breaths = [f"./imagesTr/{code}.nii.gz" for code in codes]
+        content["training_paired_images"] = [{"fixed": a, "moving": b} for a, b in zip(breaths[::2], breaths[1::2])]
     (root / f"{name}_dataset.json").write_text(json.dumps(content))
 
 
@@ -104,6 +108,8 @@ def test_datalist(name: str, tmp_path: Path) -> None:
     assert (PRESETS / f"{content['preset']}.json").is_file()
     if counts[0]:
         assert len(data.list_scans(str(tmp_path))) == counts[0]
+    trained = {"ixi": 2, "lungct": 3, "nlst": 3}.get(name)  # atlas to subject, breath to breath; else all with all
+    assert len(data.training_pairs(str(tmp_path)) or []) == (trained or 0)
 
 
 def test_names_of_structures(tmp_path: Path) -> None:
@@ -130,6 +136,19 @@ def test_ixi_is_atlas_to_subject_and_keeps_the_values(tmp_path: Path) -> None:
     np.testing.assert_array_equal(label, np.where(kept, stored[1], 0))
     assert 0.2 < kept.mean() < 0.8 and content["labels"]["17"] == "Left-Hippocampus", "30 of 64 numbers"
     assert not (tmp_path / "in" / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("bundle", ["sacb_net", "dual_flownet", "residual_aligner"])
+def test_training_reads_the_pairs(bundle: str, tmp_path: Path, repository: Path) -> None:
+    """The atlas is the moving scan of every training pair of IXI, and never the fixed one."""
+    ixi(tmp_path)
+    write_datalist("ixi", str(tmp_path))
+    parser = ConfigParser()
+    parser.read_config(str(repository / "bundles" / bundle / "configs" / "train.json"))
+    parser["dataset_dir"] = str(tmp_path)
+    parser["train"]["preprocessing"] = parser["train"]["pair_transform"] = None
+    found = parser.get_parsed_content("train::dataset")
+    assert [found[n]["id"] for n in range(len(found))] == ["atlas_to_subject_0", "atlas_to_subject_1"]
 
 
 class Evil:

@@ -113,6 +113,22 @@ def test_the_inferer_tiles_when_memory_is_short() -> None:
     assert coarse.shape == whole.shape and "coarser grid" in progress.take()[0][0]
 
 
+def test_a_small_pair_is_forecast_only_against_a_limit() -> None:
+    """And what was measured on it does not stand for larger ones."""
+    small, large, net = torch.rand(1, 2, 48, 48, 48), torch.rand(1, 2, 80, 72, 64), Wide()
+    with torch.inference_mode():
+        progress.take()
+        RegistrationInferer()(small, net)
+        assert "forecast" not in progress.take()[1]
+        with pytest.raises(InputError, match="GiB are needed for 48 x 48 x 48 voxels"):
+            RegistrationInferer(memory=0.01)(small, net)
+        both = RegistrationInferer(memory=10)
+        both(small, net)
+        assert both._cost is None and progress.take()[1]["forecast"]["plan"] == "whole"
+        both(large, net)
+        assert both._cost is not None
+
+
 def test_options_are_checked() -> None:
     with pytest.raises(InputError, match="--memory must be a number of GiB, got many"):
         RegistrationInferer(memory="many")

@@ -1,6 +1,8 @@
 """The command line `python -m common`: results against ITK and the formula, help, one-sentence errors."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +12,7 @@ import itk
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from common import io, mapping, phantom
 from common.__main__ import main
@@ -139,6 +142,43 @@ def test_phantom(tmp_path: Path, command: Command) -> None:
     assert fixed.names == moving.names and np.linalg.norm(moving.lps - fixed.lps, axis=1).mean() > 5
 
 
+def test_report(pair: Path, tmp_path: Path, command: Command) -> None:
+    """Both files, the verdict in the printed words too; labels and landmarks where they are given."""
+    scans = [pair / f"{name}.nii.gz" for name in ("moving", "fixed")]
+    marks = [tmp_path / f"{name}.csv" for name in ("moving", "fixed")]
+    fixed = np.array([[10.0, -20, 5], [-30, 12, -8]])
+    there = mapping.map_points(mapping.read_transform(pair / "t.h5"), fixed) + [3, 0, 4]
+    for path, points in zip(marks, (there, fixed)):
+        write_points(Points(points, ["a", "b"]), path)
+    options = [f"--{role}_{kind}" for kind in ("label", "points") for role in ("moving", "fixed")]
+    files = [pair / "moving_label.nii.gz", pair / "fixed_label.nii.gz", *marks]
+    text = command("report", *scans, pair / "t.h5", tmp_path / "r", *[w for both in zip(options, files) for w in both])
+    found = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert f"report.json and report.png, {found['verdict']}" in text
+    assert text.splitlines()[1:] == [f"  {warning}" for warning in found["warnings"]]
+    assert found["landmarks"]["tre_mm_after"] == pytest.approx(5, abs=1e-2)
+    assert found["deformation"]["inverse_failed_pct"] < 1 and found["deformation"]["displacement_mm"]["p50"] > 1
+    assert 0 < found["overlap"]["dice_after"] < 1 and len(found["overlap"]["each"]) >= 5
+    assert found["run"]["transform"] == str(pair / "t.h5")
+    assert Image.open(tmp_path / "r" / "report.png").size[0] > 1200
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["report.json", "report.png"]
+
+
+def test_datalist(pair: Path, tmp_path: Path, command: Command) -> None:
+    """Counts, pairs and a preset that exists are printed; the folder of the data is left as it is."""
+    root = tmp_path / "set"
+    for n in range(1, 4):
+        (root / f"IBSR_{n:02d}").mkdir(parents=True)
+        for kind, name in (("ana_strip", "fixed"), ("seg_ana", "fixed_label")):
+            shutil.copy(pair / f"{name}.nii.gz", root / f"IBSR_{n:02d}" / f"IBSR_{n:02d}_{kind}.nii.gz")
+    text = command("datalist", "ibsr18", root, "--output", tmp_path / "out")
+    told, preset = text.strip().split("; preset ")
+    assert told == f"wrote {tmp_path / 'out' / 'dataset.json'}: 0 training, 0 validation, 3 test, 6 pairs"
+    assert json.loads(Path(preset).read_text())["spacing"] == 1.0
+    content = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert (tmp_path / "out" / content["test"][0]["image"]).is_file() and not (root / "dataset.json").exists()
+
+
 REFUSED = {
     "no transform": (("apply", "{pair}/moving.nii.gz", "none.h5", "{out}/w.nii.gz"), "none.h5: no such file"),
     "no reference": (("apply", "{pair}/moving.nii.gz", "{pair}/t.h5", "{out}/w.nii.gz"), "--reference is needed"),
@@ -161,6 +201,31 @@ REFUSED = {
         ("invert", "{pair}/t.h5", "{out}/i.h5", "--refrence", "{pair}/fixed.nii.gz"),
         "--refrence: there is no such option, did you mean --reference?",
     ),
+    "no scan to report": (
+        ("report", "{out}/m.nii.gz", "{pair}/fixed.nii.gz", "{pair}/t.h5", "{out}/r"),
+        "m.nii.gz: no such file",
+    ),
+    "label of another scan": (
+        ("report", "{pair}/moving.nii.gz", "{pair}/fixed.nii.gz", "{pair}/t.h5", "{out}/r")
+        + ("--moving_label", "{pair}/fixed_label.nii.gz", "--fixed_label", "{pair}/fixed_label.nii.gz"),
+        "fixed_label.nii.gz: the label map has shape (30, 38, 28), its scan",
+    ),
+    "one half of the landmarks": (
+        ("report", "{pair}/moving.nii.gz", "{pair}/fixed.nii.gz", "{pair}/t.h5", "{out}/r")
+        + ("--fixed_points", "{pair}/t.h5"),
+        "t.h5: with --fixed_points, --moving_points is needed as well",
+    ),
+    "no spacing": (
+        ("report", "{pair}/moving.nii.gz", "{pair}/fixed.nii.gz", "{pair}/t.h5", "{out}/r", "--spacing", "-1"),
+        "--spacing must be a size in mm",
+    ),
+    "no such set": (("datalist", "colours", "{pair}"), "colours: no such data set, there are ixi"),
+    "no value": (
+        ("apply", "{pair}/moving.nii.gz", "{pair}/t.h5", "{out}/w.nii.gz", "-r"),
+        "--reference: needs a value",
+    ),
+    "a file as folder": (("datalist", "ixi", "{pair}", "--output", "{pair}/t.h5"), "t.h5: results cannot be written"),
+    "another folder": (("datalist", "ixi", "{pair}", "--output", "{out}"), "does not look like ixi"),
     "no folder": (("invert", "{pair}/t.h5", "{out}/no/i.h5"), "cannot be written"),
 }
 

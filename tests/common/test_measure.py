@@ -1,5 +1,6 @@
 """Measures, verdict, report and pictures of registrations with known answers, good and bad."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -60,6 +61,20 @@ def test_known_values(files: Path) -> None:
     assert details["displacement_mm"]["p50"] == pytest.approx(shift, rel=1e-4)
     assert set(details["labels"]) == {str(n) for n in range(1, 10)} and details["labels"]["5"]["dice_after"] == 1
     assert measure.inverse_error(pair, mapping.invert(pair.whole))["inverse_error_mm"] < 1e-4
+    assert row["inverse_error_mm"] < 0.01 and row["inverse_failed_pct"] == 0
+
+
+def test_inverse_consistency_of_a_folded_field(files: Path) -> None:
+    """Measured in every report, at a sample of the voxels: what folds is not one-to-one, the rest is."""
+    pair = registration(files, "good")
+    disp = torch.zeros_like(pair.disp)
+    i = torch.arange(disp.shape[1], dtype=torch.float32)
+    disp[0] = (3 * torch.sin(i / 2) * (i < disp.shape[1] // 2))[:, None, None]  # slope down to -1.5 in one half
+    row = measure.measure(dataclasses.replace(pair, disp=disp), measure.warp_pair(pair))[0]
+    assert 10 < row["folding_pct"] < 40 and 10 < row["inverse_failed_pct"] < 70
+    assert row["inverse_error_p99_mm"] > 8, "more than two voxels of 4 mm"
+    smooth = measure.measure(dataclasses.replace(pair, disp=0.1 * disp), measure.warp_pair(pair))[0]
+    assert smooth["inverse_failed_pct"] == 0 and 0 < smooth["inverse_error_mm"] < 0.01
 
 
 def test_surfaces_of_many_labels_are_left_out_unless_asked_for(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +147,7 @@ FAULTS = {
     "folding": ({"folding_pct": 3.2}, "much folding: 3.2 % of the fixed foreground"),
     "rough": ({"sdlogj": 2.0}, "rough deformation"),
     "lost": ({"labels_lost": 2}, "2 of 9 labels vanish"),
-    "inverse": ({"inverse_failed_pct": 4.0}, "the inverse is half a voxel off or more in 4.0 %"),
+    "inverse": ({"inverse_failed_pct": 6.0}, "the inverse is half a voxel off or more in 6.0 %"),
     "nan": ({"ncc_after": float("nan"), "nmi_after": float("nan")}, "no improvement"),
 }
 

@@ -1,0 +1,117 @@
+"""The forecast of time and memory beside the real run: bundles with their shipped weights, one thread, the phantom.
+
+    python tests/bench/bench_forecast.py --output tests/bench/results/forecast.json
+
+Each row is two processes: one forecasts, as the inferer does, the other runs the pair and is measured from outside: how
+much its resident memory grew (Linux only). Both count CPU seconds, so that other jobs on the machine do not matter; the
+forecast that users see is in wall seconds. `ratio` is forecast / measured.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import fire
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+SIZES = ((64, 64, 64), (80, 96, 80), (96, 112, 96))
+STEPS = {"sacb_net": (0, 20), "samconvex": (0,)}
+
+
+def registration(bundle, steps):
+    """The bundle's inferer, as a function of an image and the number of steps."""
+    from monai.bundle import ConfigParser
+
+    from common.engines import RegistrationInferer
+
+    root = ROOT / "bundles" / bundle
+    sys.path.insert(1, str(root))
+    parser = ConfigParser()
+    parser.read_config(str(root / "configs" / "inference.json"))
+    parser["bundle_root"], parser["device"] = str(root), "cpu"
+    network = parser.get_parsed_content("network").eval()
+    inferer = RegistrationInferer(steps)
+    return lambda image, steps=steps: inferer._register(image, network, None, steps, True, (), {})
+
+
+def memory_gib(line):
+    """VmRSS, resident now, or VmHWM, the most so far."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{line}:")[1].split()[0]) / 2**20
+
+
+def child(what, bundle, path, steps):
+    """One measurement, printed as JSON."""
+    import torch
+
+    from common import forecast
+
+    torch.set_num_threads(1)
+    forecast.time.perf_counter = time.process_time
+    image, run = torch.load(path, weights_only=True), registration(bundle, steps)
+    with torch.no_grad():
+        if what == "forecast":
+            refined = {"steps": steps, "run_steps": lambda n: lambda part: run(part, n)}
+            begin = time.process_time()
+            cost = forecast.measure_cost(lambda part: run(part, 0), image, **refined)
+            voxels = image[0, 0].numel()
+            row = {"s": voxels * cost.seconds, "gib": voxels * cost.bytes / 2**30}
+            row["itself_s"] = time.process_time() - begin
+        else:
+            run(image[..., :32, :32, :32])
+            Path("/proc/self/clear_refs").write_text("5")  # the most so far counts from here
+            before, begin = memory_gib("VmRSS"), time.process_time()
+            run(image)
+            row = {"s": time.process_time() - begin}
+            row["gib"] = memory_gib("VmHWM") - before
+    print(json.dumps(row))
+
+
+def image_file(folder, size):
+    return f"{folder}/{'x'.join(map(str, size))}.pt"
+
+
+def compare(output=None):
+    """Every bundle at every size; the table, and its file."""
+    import torch
+    from bench_sacb_net import phantom_image
+
+    rows, kept = [], tempfile.TemporaryDirectory()
+    folder = kept.name
+    for size in SIZES:
+        torch.save(phantom_image(size), image_file(folder, size))
+    for bundle, all_steps in STEPS.items():
+        for size in SIZES:
+            for steps in all_steps:
+                found = {}
+                for what in ("forecast", "measured"):
+                    line = [sys.executable, __file__, "child", what, bundle, image_file(folder, size), str(steps)]
+                    done = subprocess.run(line, capture_output=True, text=True, check=True)
+                    found[what] = json.loads(done.stdout.splitlines()[-1])
+                row = {"bundle": bundle, "size": list(size), "refine_steps": steps} | found
+                row["ratio"] = {name: found["forecast"][name] / found["measured"][name] for name in ("s", "gib")}
+                rows.append(row)
+                print(
+                    f"{bundle:10s} {'x'.join(map(str, size)):10s} {steps:2d} steps  forecast "
+                    f"{found['forecast']['s']:5.1f} s {found['forecast']['gib']:.2f} GiB, measured "
+                    f"{found['measured']['s']:5.1f} s {found['measured']['gib']:.2f} GiB, "
+                    f"ratio {row['ratio']['s']:.2f} {row['ratio']['gib']:.2f}",
+                    flush=True,
+                )
+                save(rows, output)
+
+
+def save(rows, output):
+    """The rows so far, so that a run that is stopped leaves what it has measured."""
+    if output:
+        from bench_operators import hardware
+
+        Path(output).write_text(json.dumps({"rows": rows, "hardware": hardware("cpu")}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    fire.Fire({"child": child, "compare": compare} if "child" in sys.argv[1:2] else compare)
