@@ -22,6 +22,7 @@ from common.io import InputError
 SIDE = 64  # of the crop that is measured; below this, sizes that do not depend on the voxels dominate
 PROBE = 4  # steps of the refinement that are timed: of one alone, any other job on the machine is the larger part
 POLICIES = ("stop", "tile", "coarsen")
+HEAP = 1.5  # a process's memory over its tensors': 0.9 to 1.8 on CPU by tests/bench/bench_forecast.py
 MARGIN = 0.8  # share of the free memory that may be planned for
 OVERLAP = 0.25  # of neighbouring tiles
 GIB = 2**30
@@ -56,7 +57,7 @@ def measure_cost(run: Run, image: Tensor, *, steps: int = 0, run_steps: Callable
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> tuple[float, int]:
-    """Seconds, and bytes of tensors alive at once beyond those before."""
+    """Seconds, and bytes beyond those before: on a GPU of tensors alive at once, on CPU HEAP times that."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -74,7 +75,7 @@ def _timed(work: Callable[[], object], device: torch.device) -> tuple[float, int
     for event in sorted(events, key=lambda event: event.start_ns()):
         alive += event.nbytes()
         most = max(most, alive)
-    return seconds, most
+    return seconds, int(HEAP * most)
 
 
 def _seconds(work: Callable[[], object]) -> float:
