@@ -7,14 +7,16 @@ from collections.abc import Iterable
 
 from common.io import InputError
 
-OUR_WORDS = re.compile(r"\w+\(\) '\w+' must ")  # how our argument checks begin
+# How our argument checks begin, and a bundle that meets another version of `common`.
+OUR_WORDS = re.compile(r"\w+\(\) '\w+' must |this bundle needs `common`")
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """The sentence of the InputError among the causes of an error, or of one of our argument checks; None without."""
+    """The sentence of the InputError among the causes of an error, or of one of our own checks; None without."""
     cause, seen = error, set()
     while cause is not None and id(cause) not in seen:
-        if isinstance(cause, InputError) or (isinstance(cause, ValueError) and OUR_WORDS.match(str(cause))):
+        ours = isinstance(cause, (ValueError, ImportError)) and OUR_WORDS.match(str(cause))
+        if isinstance(cause, InputError) or ours:
             return str(cause)
         seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
@@ -24,7 +26,7 @@ def sentence_of(error: BaseException) -> str | None:
 def one_sentence_errors() -> None:
     """From now on an InputError that nobody catches ends the program with its sentence instead of a traceback.
 
-    So does a ValueError in the words of our own argument checks. For command lines: it replaces sys.excepthook, which
+    So do our own argument checks and the check of `common`'s version. For command lines: it replaces sys.excepthook, which
     looks through the causes that MONAI wraps around an error.
     """
     usual = sys.excepthook
