@@ -4,6 +4,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from common.io import InputError
 
@@ -61,3 +62,19 @@ def refuse_unknown(option: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise InputError(f"--{option}: there is no such option" + (f", did you mean --{near[0]}?" if near else ""))
+
+
+def bundle_folder(name: str) -> Path:
+    """The folder of a bundle: given as such, or a name in bundles/ here, or beside this package.
+
+    Raises:
+        InputError: there is none.
+    """
+    beside = Path(__file__).parents[1]
+    places = [Path(name), Path("bundles") / name, beside / "bundles" / name, *([beside] if beside.name == name else [])]
+    for place in places:
+        if (place / "configs" / "inference.json").is_file():
+            return place.resolve()
+    known = sorted(path.parents[1].name for path in beside.glob("bundles/*/configs/inference.json"))
+    there = f"; there are {', '.join(known)}" if known else ""
+    raise InputError(f"{name}: no such bundle, nor a folder with configs/inference.json{there}")
