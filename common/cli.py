@@ -27,8 +27,8 @@ def sentence_of(error: BaseException) -> str | None:
 def one_sentence_errors() -> None:
     """From now on an InputError that nobody catches ends the program with its sentence instead of a traceback.
 
-    So do our own argument checks and the check of `common`'s version. For command lines: it replaces sys.excepthook, which
-    looks through the causes that MONAI wraps around an error.
+    So do our own argument checks and the check of `common`'s version. For command lines: it replaces sys.excepthook,
+    which looks through the causes that MONAI wraps around an error.
     """
     usual = sys.excepthook
 

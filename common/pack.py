@@ -26,7 +26,7 @@ def pack(name: str, *, output: str | os.PathLike = "dist", url: str = "") -> lis
     Args:
         name: of a bundle, or its folder.
         output: folder for the files.
-        url: folder of the published files, as https://HOST/OWNER/REPOSITORY/releases/download/TAG; "source" in the list.
+        url: folder of the published files, https://HOST/OWNER/REPOSITORY/releases/download/TAG; "source" in the list.
 
     Returns:
         The zip, the checksum and the list.
@@ -106,7 +106,7 @@ def _write_zip(bundle: Path, path: Path) -> None:
 
 
 def _list(path: Path, key: str, entry: dict[str, str]) -> Path:
-    """Add an entry to models/model_info.json: the folder's name is fixed by MONAI, which reads it at a release's tag."""
+    """Add an entry to models/model_info.json, whose place is fixed by MONAI: it reads it at the tag of a release."""
     path.parent.mkdir(exist_ok=True)
     try:
         known = json.loads(path.read_text()) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Bundles as zips: the same bytes again, downloaded by MONAI from the loopback, run from there alone, damage noticed."""
+"""Bundles as zips: the same bytes again, downloaded by MONAI from the loopback, run alone, damage noticed."""
 
 import functools
 import http.server
