@@ -32,7 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_overlays_have_all_properties(overlay: Path, results: Path) -> None:
     """Each over the config that it changes: what names a training over train.json, the others over inference.json."""
     bundle, content = overlay.parents[1], json.loads(overlay.read_text())
-    training = any(key.startswith(("train", "validate")) or key in ("run", "loss") for key in content)
+    training = any(key.startswith(("train::", "validate::")) or key in ("run", "loss") for key in content)
     base = "train" if training else "inference"
     workflow = create_workflow(
         config_file=[str(bundle / "configs" / f"{base}.json"), str(overlay)],
