@@ -194,6 +194,52 @@ def _with_values(command: Callable[..., str]) -> Callable[..., str]:
     return checked
 
 
+def pack_bundles(*names: str, output: str = "dist", url: str = ""):
+    """Write each bundle as NAME_vVERSION.zip that runs alone, NAME_vVERSION.zip.sha256, and models/model_info.json.
+
+    The list is what MONAI's downloader reads in a repository, at the tag of a release: commit it there as it is.
+
+    Args:
+        names: of bundles, or their folders.
+        output: folder for the files.
+        url: folder where the files will be published, https://...; goes into the list.
+    """
+    from common.pack import pack
+
+    if not names:
+        raise InputError("pack needs the names of bundles")
+    zips = [pack(str(name), output=str(output), url=str(url))[0] for name in names]
+    return _written(output, f"{', '.join(path.name for path in zips)}, .sha256 beside, models/model_info.json")
+
+
+def verify_zip(file: str, checksum: str = ""):
+    """Compare a downloaded bundle with its SHA-256.
+
+    Args:
+        file: the zip; `monai.bundle download` calls it NAME.zip.
+        checksum: the .sha256 file of the release, or its 64 digits; by default FILE.sha256.
+    """
+    from common.pack import verify
+
+    return f"{file}: is as published, SHA-256 {verify(str(file), str(checksum))}"
+
+
+def export_network(name: str, output: str, size: tuple[int, int, int], weights: str = "", config: str = ""):
+    """Write a bundle's network as a torch.export program (.pt2): torch.export.load(...).module()(image) gives disp.
+
+    Args:
+        name: of a bundle, or its folder.
+        output: file to write, ending in .pt2.
+        size: I,J,K of the images in voxels, as 96,112,96; the program takes this size only.
+        weights: of the network; models/model.pt if not given.
+        config: one more config file, laid over inference.json, that changes network_def.
+    """
+    from common.export import export
+
+    export(str(name), str(output), size=size, weights=str(weights), config=str(config))
+    return _written(output, f"torch.export program for images of {' x '.join(map(str, size))} voxels")
+
+
 def _grid(path: str) -> mapping.Grid:
     array, affine = io.read_scan(str(path))
     return array.shape[1:], affine
@@ -215,6 +261,9 @@ COMMANDS = {
     "report": make_report,
     "phantom": make_phantom,
     "datalist": datalist,
+    "pack": pack_bundles,
+    "verify": verify_zip,
+    "export": export_network,
 }
 
 

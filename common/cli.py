@@ -4,17 +4,20 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from common.io import InputError
 
-OUR_WORDS = re.compile(r"\w+\(\) '\w+' must ")  # how our argument checks begin
+# How our argument checks begin, and a bundle that meets another version of `common`.
+OUR_WORDS = re.compile(r"\w+\(\) '\w+' must |this bundle needs `common`")
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """The sentence of the InputError among the causes of an error, or of one of our argument checks; None without."""
+    """The sentence of the InputError among the causes of an error, or of one of our own checks; None without."""
     cause, seen = error, set()
     while cause is not None and id(cause) not in seen:
-        if isinstance(cause, InputError) or (isinstance(cause, ValueError) and OUR_WORDS.match(str(cause))):
+        ours = isinstance(cause, (ValueError, ImportError)) and OUR_WORDS.match(str(cause))
+        if isinstance(cause, InputError) or ours:
             return str(cause)
         seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
@@ -24,8 +27,8 @@ def sentence_of(error: BaseException) -> str | None:
 def one_sentence_errors() -> None:
     """From now on an InputError that nobody catches ends the program with its sentence instead of a traceback.
 
-    So does a ValueError in the words of our own argument checks. For command lines: it replaces sys.excepthook, which
-    looks through the causes that MONAI wraps around an error.
+    So do our own argument checks and the check of `common`'s version. For command lines: it replaces sys.excepthook,
+    which looks through the causes that MONAI wraps around an error.
     """
     usual = sys.excepthook
 
@@ -59,3 +62,19 @@ def refuse_unknown(option: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise InputError(f"--{option}: there is no such option" + (f", did you mean --{near[0]}?" if near else ""))
+
+
+def bundle_folder(name: str) -> Path:
+    """The folder of a bundle: given as such, or a name in bundles/ here, or beside this package.
+
+    Raises:
+        InputError: there is none.
+    """
+    beside = Path(__file__).parents[1]
+    places = [Path(name), Path("bundles") / name, beside / "bundles" / name, *([beside] if beside.name == name else [])]
+    for place in places:
+        if (place / "configs" / "inference.json").is_file():
+            return place.resolve()
+    known = sorted(path.parents[1].name for path in beside.glob("bundles/*/configs/inference.json"))
+    there = f"; there are {', '.join(known)}" if known else ""
+    raise InputError(f"{name}: no such bundle, nor a folder with configs/inference.json{there}")

@@ -24,13 +24,13 @@ from monai.metrics import CumulativeIterationMetric
 from torch import Tensor, nn
 
 from common import RegistrationWarning, forecast, progress
-from common.cli import one_sentence_errors, options_of, refuse_unknown
+from common.cli import options_of, refuse_unknown
 from common.cohort import PairTable, run
 from common.io import InputError
 from common.metrics import label_overlap, mean_over_labels
 from common.refine import SIMILARITIES, refine
 
-__all__ = ["PairTable", "one_sentence_errors", "run"]  # which the configs name as part of this module
+__all__ = ["PairTable", "run"]  # which the configs name as part of this module
 
 
 def refuse_unknown_options() -> None:

@@ -129,9 +129,14 @@ def resize_disp(disp: Tensor, size: tuple[int, int, int]) -> Tensor:
     Returns:
         (B, 3, I', J', K') in voxels of the new grid: component c times (size'_c - 1) / (size_c - 1).
     """
-    scale = [(new - 1) / max(old - 1, 1) for new, old in zip(size, disp.shape[2:])]
     resampled = F.interpolate(disp, size=tuple(size), mode="trilinear", align_corners=True)
-    return resampled * disp.new_tensor(scale).view(1, 3, 1, 1, 1)
+    return _rescaled(resampled, disp)
+
+
+@torch.jit.script_if_tracing  # a trace would keep the sizes that it has seen as constants
+def _rescaled(resampled: Tensor, disp: Tensor) -> Tensor:
+    scale = [(resampled.shape[axis] - 1) / max(disp.shape[axis] - 1, 1) for axis in (2, 3, 4)]
+    return resampled * torch.tensor(scale, dtype=disp.dtype, device=disp.device).view(1, 3, 1, 1, 1)
 
 
 def pool_disp(disp: Tensor, factor: int) -> Tensor:

@@ -31,6 +31,7 @@ if HAS_TRITON and KERNEL_DEVICE == "cpu":
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.*is deprecated:DeprecationWarning")
     config.addinivalue_line("markers", "gpu: needs a CUDA device, skipped elsewhere")
+    config.addinivalue_line("markers", "slow: more than ten CPU-seconds; leave them out by -m 'not slow'")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

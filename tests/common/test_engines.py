@@ -157,7 +157,7 @@ def test_one_sentence_errors(repository: Path) -> None:
     """One process for both: the hook is called by hand with the second error, then by Python with the first."""
     code = """
 import sys
-from common.engines import one_sentence_errors
+from common.cli import one_sentence_errors
 from common.io import InputError
 one_sentence_errors()
 one_sentence_errors()  # twice changes nothing

@@ -153,8 +153,7 @@ class ResidualAligner(nn.Module):
                 stack += [weighted.expand(-1, self.heads, -1, -1, -1, -1), old]
             each = torch.cat(stack, 1).transpose(1, 2).flatten(0, 1)  # one component a sample
             disp = shared.disp_out(lrelu(self.disp_in(each))).view(-1, 3, *fields.shape[3:])
-            limit = disp.new_tensor([2 * int(n) - 1 for n in disp.shape[2:]]).view(1, 3, 1, 1, 1)
-            return torch.minimum(torch.maximum(disp, -limit), limit), attributes
+            return within_twice_the_grid(disp), attributes
 
     def weights(self, attributes: Tensor | None, reliable: Tensor | None) -> Tensor | float:
         """Head masks times confidence of eq. 12, (B, m or 1, 1, I, J, K) or 1; the confidence is that of `reliable`."""
@@ -166,3 +165,11 @@ class ResidualAligner(nn.Module):
             reliable = reliable.to(torch.promote_types(reliable.dtype, torch.float32))
             weight = weight * F.relu(self.confidence(F.leaky_relu(reliable, 0.01))).unsqueeze(2)
         return weight
+
+
+@torch.jit.script_if_tracing  # a trace would keep the sizes that it has seen as constants
+def within_twice_the_grid(disp: Tensor) -> Tensor:
+    """Each component c held within 2 size_c - 1 voxels."""
+    sizes = [2.0 * disp.shape[axis] - 1 for axis in (2, 3, 4)]
+    limit = torch.tensor(sizes, dtype=disp.dtype, device=disp.device).view(1, 3, 1, 1, 1)
+    return torch.minimum(torch.maximum(disp, -limit), limit)

@@ -1,6 +1,7 @@
 """Coupled convex optimisation: the displacement that a cost volume wants, made smooth by turns."""
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -80,8 +81,8 @@ def _coupled(cost: Tensor, disp: Tensor, radius: int, theta: float, step: Tensor
 
 
 def _length(cost: Tensor) -> int:
-    """Voxels whose scores are looked at together."""
-    return max(SLAB // cost.shape[1], 1)
+    """Voxels whose scores are looked at together: in a trace all, as it would keep the number of parts it has seen."""
+    return sys.maxsize if torch.jit.is_tracing() else max(SLAB // cost.shape[1], 1)
 
 
 def _field(index: Tensor, table: Tensor, size: Sequence[int]) -> Tensor:

@@ -135,7 +135,7 @@ class SAMConvex(nn.Module):
         volumes = 3 if self.cost_smoothing else 1  # a box mean holds two beside its result
         per_plane = 4 * (2 * radius + 1) ** 3 * feat_fixed[:, 0, 0].numel() * volumes
         planes = max(int(self.budget * 2**30 / per_plane), 1)
-        if planes >= size[0]:
+        if planes >= size[0] or torch.jit.is_tracing():  # a trace would keep the slabs of the size that it has seen
             cost = box_mean(pyramid(0), times=self.cost_smoothing)
         else:
             planes = max(planes - 2 * (radius + self.cost_smoothing), 1)  # what a slab looks at beside it

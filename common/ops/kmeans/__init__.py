@@ -51,6 +51,8 @@ def kmeans(
     points to the fixed point, and gives an emptied cluster the zero vector as here.
     """
     _check(points, clusters, iterations, init, sample)
+    if torch.jit.is_tracing() and isinstance(init, str):  # a trace would keep the stride of the size that it has seen
+        return torch.jit.script(reference.kmeans)(points, clusters, iterations, init, sample)
     assign = _assignment(choose("kmeans", points, backend))
     work = points.float() if points.dtype in (torch.float16, torch.bfloat16) else points
     stride = 1 if sample is None or iterations is None else max(work.shape[1] // sample, 1)

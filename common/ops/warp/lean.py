@@ -9,7 +9,7 @@ from common.ops.warp.reference import voxel_coords, warp_reference
 
 def warp_lean(image: Tensor, disp: Tensor, mode: str, padding: str) -> Tensor:
     """See `common.ops.warp`."""
-    size = [int(n) for n in image.shape[2:]]  # plain numbers: a traced size would turn into a float32 tensor
+    size = [int(n) for n in image.shape[2:]]
     if min(size) == 1 and padding == "zeros":
         return warp_reference(image, disp, mode, padding)  # grid_sample cannot leave an axis of one voxel
     dtype = torch.promote_types(disp.dtype, torch.float32)
@@ -21,7 +21,8 @@ def warp_lean(image: Tensor, disp: Tensor, mode: str, padding: str) -> Tensor:
     name = "bilinear" if mode == "linear" else "nearest"
     if image.shape[1] >= 8 and image.device.type == "cpu":  # a corner is then one stretch of memory: a third faster
         image = image.contiguous(memory_format=torch.channels_last_3d)
-    grid = _sampling_grid(disp.to(dtype), size)
+    disp = disp.to(dtype)
+    grid = _traced_grid(disp, image) if torch.jit.is_tracing() else _sampling_grid(disp, size)
     return F.grid_sample(image, grid, mode=name, padding_mode=padding, align_corners=True)
 
 
@@ -39,3 +40,18 @@ def _sampling_grid(disp: Tensor, size: list[int]) -> Tensor:
         out = None if grid is None else grid[..., n]
         axes.append(torch.add(start, disp[:, axis], alpha=scale, out=out))
     return torch.stack(axes, dim=-1) if grid is None else grid
+
+
+@torch.jit.script_if_tracing
+def _traced_grid(disp: Tensor, image: Tensor) -> Tensor:
+    """`_sampling_grid` as TorchScript: a trace would keep the sizes that it has seen as constants."""
+    axes = []
+    for axis in range(3):
+        size = image.shape[2 + axis]
+        scale = 2.0 / max(size - 1, 1)
+        start = torch.arange(disp.shape[2 + axis], device=disp.device, dtype=disp.dtype) * scale
+        start = start - (1.0 if size > 1 else 0.0)
+        shape = [1, 1, 1]
+        shape[axis] = -1
+        axes.append(disp[:, axis] * scale + start.view(shape))
+    return torch.stack([axes[2], axes[1], axes[0]], dim=-1)

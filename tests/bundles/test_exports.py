@@ -1,0 +1,156 @@
+"""Exported networks: the displacement of the eager network, in a process that has neither this collection nor MONAI."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import ROOT
+from monai.bundle import ckpt_export, onnx_export
+from torch import Tensor
+
+from common.engines import load_weights
+from common.export import export, network_of
+from common.io import InputError
+from common.phantom import Deformation, sample
+
+BUNDLES = sorted(path for path in (ROOT / "bundles").iterdir() if path.is_dir())
+SIZES = ((32, 48, 32), (40, 36, 44))
+BLOCK = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ImportError(f"{{name}} is not to be had here")
+sys.meta_path.insert(0, Blocked())
+"""
+TORCH = """
+import torch
+run = {load}
+for n in range({sizes}):
+    with torch.no_grad():
+        torch.save(run(torch.load(f"image{{n}}.pt")), f"found{{n}}.pt")
+try:
+    run(torch.load("image1.pt"))
+except AssertionError as error:
+    print("refused:", error)
+"""
+ONNX = """
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession("model.onnx")
+name = session.get_inputs()[0].name
+numpy.save("found0.npy", session.run(None, {name: numpy.load("image0.npy")})[0])
+try:
+    session.run(None, {name: numpy.load("image1.npy")})
+except Exception as error:
+    print("refused:", error)
+"""
+
+
+@pytest.fixture(params=BUNDLES, ids=lambda path: path.name, scope="module")
+def bundle(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pairs(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Tensor]]:
+    """A folder with images of two sizes and nothing else, and what the eager network makes of them.
+
+    Of the second with the layers that exports hold: summing in another order than the lean ones do, these choose
+    another of nearly equal offsets in a tenth of SAMConvex's voxels there.
+    """
+    folder = tmp_path_factory.mktemp("alone")
+    net = load_weights(network_of(bundle), bundle / "models" / "model.pt").eval()
+    expected = []
+    for n, size in enumerate(SIZES):
+        scans = [sample(size, np.diag([5.0, 5.0, 5.0, 1.0]), moved, seed=0)[0] for moved in (Deformation(0), None)]
+        image = torch.from_numpy(np.stack(scans)[None])
+        image /= image.max()
+        torch.save(image, folder / f"image{n}.pt")
+        np.save(folder / f"image{n}.npy", image.numpy())
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            if n > 0:
+                patch.setattr(torch.compiler, "is_exporting", lambda: True)
+            expected.append(net(image))
+        assert expected[n].abs().mean() > 0.05
+    return folder, expected
+
+
+def alone(folder: Path, code: str, *blocked: str) -> str:
+    """Run Python in that folder, isolated from the environment and the working directory, some packages forbidden."""
+    names = {"common", "monai", *(path.name for path in BUNDLES), *blocked}
+    line = [sys.executable, "-I", "-c", BLOCK.format(blocked=names) + code]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def compare(found: Tensor, expected: Tensor, name: str) -> None:
+    """Not every voxel: where two k-means clusters or two offsets of a cost volume are equally good, rounding decides,
+    and smoothing carries that to the neighbourhood."""
+    assert found.shape == expected.shape
+    error = (found - expected).abs()
+    assert error.mean() <= 3e-3 * expected.abs().mean()
+    assert (error <= 1e-3).double().mean() >= (0.95 if name == "samconvex" else 0.99)
+
+
+def options(bundle: Path, output: Path) -> dict:
+    return {
+        "net_id": "network_def",
+        "filepath": str(output),
+        "ckpt_file": str(bundle / "models" / "model.pt"),
+        "config_file": str(bundle / "configs" / "inference.json"),
+        "meta_file": str(bundle / "configs" / "metadata.json"),
+        "input_shape": [1, 2, *SIZES[0]],
+        "bundle_root": str(bundle),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_torchscript(bundle: Path, pairs: tuple[Path, list[Tensor]]) -> None:
+    """Traced on one size by MONAI's ckpt_export, it takes any other, too."""
+    folder, expected = pairs
+    ckpt_export(**options(bundle, folder / "model.ts"), use_trace=True)
+    assert "monai_registration" not in str(torch.jit.load(folder / "model.ts").inlined_graph), "an operator of ours"
+    alone(folder, TORCH.format(load="torch.jit.load('model.ts')", sizes=2))
+    for n, value in enumerate(expected):
+        compare(torch.load(folder / f"found{n}.pt"), value, bundle.name)
+
+
+@pytest.mark.slow
+def test_onnx(bundle: Path, pairs: tuple[Path, list[Tensor]]) -> None:
+    """MONAI's onnx_export; the graph has the size of its example, and onnxruntime refuses another."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime of the extra [export] is not installed")
+    folder, expected = pairs
+    onnx_export(**options(bundle, folder / "model.onnx"))
+    assert "refused: " in alone(folder, ONNX, "torch")
+    compare(torch.from_numpy(np.load(folder / "found0.npy")), expected[0], bundle.name)
+
+
+@pytest.mark.slow
+def test_torch_export(bundle: Path, pairs: tuple[Path, list[Tensor]]) -> None:
+    """Our command; the program has the size it was made for and refuses another."""
+    folder, expected = pairs
+    export(str(bundle), folder / "model.pt2", size=SIZES[0])
+    told = alone(folder, TORCH.format(load="torch.export.load('model.pt2').module()", sizes=1))
+    assert "refused: Guard failed: image.size()[2]" in told
+    compare(torch.load(folder / "found0.pt"), expected[0], bundle.name)
+    program = torch.export.load(folder / "model.pt2")
+    assert not [node for node in program.graph.nodes if "monai_registration" in str(node.target)], "operator of ours"
+
+
+FAULTS = {
+    "ending": (("dual_flownet", "model.onnx", (32, 32, 32)), "model.onnx: the file must end in .pt2"),
+    "size": (("dual_flownet", "model.pt2", (32, 32)), "--size must be three numbers of voxels, as 96,112,96"),
+    "bundle": (("flownet", "model.pt2", (32, 32, 32)), "flownet: no such bundle"),
+}
+
+
+@pytest.mark.parametrize("arguments, sentence", FAULTS.values(), ids=FAULTS)
+def test_export_refuses(arguments: tuple, sentence: str, tmp_path: Path) -> None:
+    name, file, size = arguments
+    with pytest.raises(InputError, match=sentence):
+        export(name, tmp_path / file, size=size)
+    assert list(tmp_path.iterdir()) == []

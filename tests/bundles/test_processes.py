@@ -1,0 +1,96 @@
+"""Several processes: the numbers of one process, a rank that is killed, an evaluation that is shared."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT, SPACING, bundle_configs, command, succeeded, table
+
+pytestmark = pytest.mark.slow
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+MULTI = ("train.json", "multi_gpu_train.json")
+
+
+@pytest.fixture
+def two_scans(dataset: Path, tmp_path: Path) -> Path:
+    """The dataset with two training scans: two ordered pairs, which are one batch of two, or one pair for each rank."""
+    folder = tmp_path / "two"
+    shutil.copytree(dataset, folder)
+    content = json.loads((folder / "dataset.json").read_text())
+    content["training"] = content["training"][:2]
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["sacb_net", "residual_aligner"])
+def test_two_ranks_train_as_one_process(name: str, two_scans: Path, tmp_path: Path) -> None:
+    """Two steps on the same pairs from the same weights: the movement of the weights agrees to 0.1 % of its size.
+
+    By gradient descent; Adam divides by the gradient's size, which makes rounding as large as the gradient itself where
+    that is nearly zero.
+    """
+    start = ROOT / "bundles" / name / "models" / "model.pt"
+    options = "--dataset_dir", two_scans, "--spacing", 9, "--minimum", 0, "--weights", start
+    options += "--max_epochs", 2, "--epoch_length", 1, "--learning_rate", 0.01
+    options += "--optimizer#_target_", "torch.optim.SGD"
+    one = "--batch_size", 2, "--output_dir", tmp_path / "one"
+    succeeded(command(*bundle_configs(name, "train.json"), *options, *one))
+    two = "--batch_size", 1, "--output_dir", tmp_path / "two_ranks"
+    succeeded(command(*bundle_configs(name, *MULTI), *options, *two, launcher=TORCHRUN))
+    first = torch.load(start, weights_only=True)
+    found = [weights_after(tmp_path / folder) for folder in ("one", "two_ranks")]
+    moved, apart = (
+        sum(float((a[key] - b[key]).double().square().sum()) for key in first if first[key].is_floating_point()) ** 0.5
+        for a, b in ((found[0], first), (found[1], found[0]))
+    )
+    assert moved > 1e-5
+    assert apart <= 1e-3 * moved
+
+
+def weights_after(output: Path) -> dict[str, torch.Tensor]:
+    return torch.load(output / "models" / "checkpoint_epoch=2.pt", weights_only=False)["model"]
+
+
+def test_training_goes_on_after_a_rank_was_killed(dataset: Path, tmp_path: Path) -> None:
+    """torchrun stops the other rank and fails; the same command goes on from the last whole epoch."""
+    output = tmp_path / "out"
+    options = "--dataset_dir", dataset, "--output_dir", output, "--spacing", 9, "--minimum", 0, "--epoch_length", 1
+    words = [*bundle_configs("sacb_net", *MULTI), *map(str, options), "--max_epochs"]
+    line = [sys.executable, *TORCHRUN, "-m", "monai.bundle", "run", *words, "500"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    log = (tmp_path / "log.txt").open("w+")
+    process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    limit = time.time() + 300
+    while not list(output.glob("models/checkpoint_epoch=*.pt")):
+        assert process.poll() is None and time.time() < limit, (tmp_path / "log.txt").read_text()[-3000:]
+        time.sleep(0.1)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert process.wait(timeout=120) != 0
+    assert not any(Path(f"/proc/{rank}/cmdline").exists() for rank in ranks), "a rank is left behind"
+    epoch, checkpoint = max((int(p.stem.partition("=")[2]), p) for p in output.glob("models/checkpoint_epoch=*.pt"))
+    text = succeeded(command(*words, epoch + 1, launcher=TORCHRUN))
+    assert f"going on from {checkpoint}" in text and f"Epoch: {epoch + 1}/{epoch + 1}" in text
+    left = sorted(path.name for path in (output / "models").iterdir())
+    assert left == sorted([f"checkpoint_epoch={epoch + 1}.pt", "model.json", "model.pt"])
+
+
+def test_two_processes_evaluate_as_one(dataset: Path, tmp_path: Path) -> None:
+    """Each takes half of the pairs, and one of them writes the table, which is that of a single process."""
+    options = "--dataset_dir", dataset, "--spacing", SPACING, "--minimum", 5
+    configs = bundle_configs("sacb_net", "inference.json", "evaluate.json")
+    text = succeeded(command(*configs, *options, "--output_dir", tmp_path / "two", launcher=TORCHRUN))
+    assert text.count("2 pairs registered") == 1
+    succeeded(command(*configs, *options, "--output_dir", tmp_path / "one"))
+    one, two = (table(tmp_path / folder / "results.csv") for folder in ("one", "two"))
+    assert [row["id"] for row in two] == ["p3_to_p4", "p4_to_p3"]
+    for row in one + two:
+        row.pop("seconds")
+    assert one == two
