@@ -11,6 +11,7 @@ import numpy as np
 from common import io, mapping, phantom, points
 from common.cli import options_of, refuse_unknown
 from common.io import InputError
+from common.label.command import label
 
 POINT_ENDINGS = (".csv", ".fcsv", ".json")
 
@@ -193,6 +194,7 @@ COMMANDS = {
     "report": make_report,
     "phantom": make_phantom,
     "datalist": datalist,
+    "label": label,
 }
 
 
