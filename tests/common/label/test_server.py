@@ -101,6 +101,12 @@ def left_over(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith((TEMPORARY, "tmp"))]
 
 
+def asked(server: MONAILabelClient, model: str, image: str, options: dict, **more: str) -> tuple[str | None, dict]:
+    """File and JSON of a request; the client gives JSON that comes without a file as it came, as bytes."""
+    file, result = server.infer(model, image, options, **more)
+    return file, json.loads(result) if isinstance(result, bytes) else result
+
+
 def test_info(app: RegistrationApp) -> None:
     models = app.info()["models"]
     assert models["sacb_net_propagate"]["type"] == "segmentation" and models["sacb_net_register"]["type"] == "others"
@@ -161,12 +167,12 @@ def test_registration(app: RegistrationApp, studies: Path, tmp_path: Path) -> No
 
 def test_server_propagates(server: MONAILabelClient, studies: Path, tmp_path: Path) -> None:
     assert server.info()["models"]["sacb_net_propagate"]["config"]["moving"] == ["atlas"]
-    file, result = server.infer("sacb_net_propagate", "p1", {"moving": "atlas"})
+    file, result = asked(server, "sacb_net_propagate", "p1", {"moving": "atlas"})
     assert_same_image(file, by_bundle(studies, "atlas", "p1", tmp_path) / "warped_label.nii.gz", studies / "p1.nii.gz")
     assert result["label_names"]["label_1"] == 1 and result["registration"]["id"] == "atlas_to_p1"
-    file, result = server.infer("sacb_net_propagate", "p1", {"moving": "p2"})
+    file, result = asked(server, "sacb_net_propagate", "p1", {"moving": "p2"})
     assert file is None and result["error"] == "p2: has no label 'final' to propagate, none at all"
-    file, result = server.infer("sacb_net_propagate", "", {"moving": "atlas"}, file=str(studies / "p3.nii.gz"))
+    file, result = asked(server, "sacb_net_propagate", "", {"moving": "atlas"}, file=str(studies / "p3.nii.gz"))
     assert_same_image(file, by_bundle(studies, "atlas", "p3", tmp_path) / "warped_label.nii.gz", studies / "p3.nii.gz")
 
 
@@ -193,7 +199,7 @@ def test_server_does_not_leak(server: MONAILabelClient) -> None:
             ("sacb_net_register", {"moving": "atlas", "returns": "transform"}),
             ("sacb_net_propagate", {"moving": "nobody"}),
         )[n % 3]
-        file, result = server.infer(model, f"p{n % 2 + 1}", options)
+        file, result = asked(server, model, f"p{n % 2 + 1}", options)
         assert ("error" in result) == (n % 3 == 2) == (file is None)
         used.append(resident_mib(server.process.pid))
     assert left_over(server.temporary) == []
