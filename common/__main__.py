@@ -10,6 +10,7 @@ import numpy as np
 
 from common import io, mapping, phantom, points
 from common.cli import options_of, refuse_unknown
+from common.deploy.command import deploy
 from common.io import InputError
 from common.label.command import label
 
@@ -195,6 +196,7 @@ COMMANDS = {
     "phantom": make_phantom,
     "datalist": datalist,
     "label": label,
+    "deploy": deploy,
 }
 
 

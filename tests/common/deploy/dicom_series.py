@@ -12,7 +12,7 @@ from common.io import LPS_FROM_RAS
 def write_series(
     scan: np.ndarray, affine_ras: np.ndarray, folder: Path, *, patient: str, description: str, study: str = ""
 ) -> str:
-    """Write a scan (I, J, K), 0 to 1, as CT slices of 0 to 1000 HU, last axis through the slices; gives its UID.
+    """Write a scan (I, J, K) of whole numbers as CT slices, last axis through the slices; gives its UID.
 
     The axes of `affine_ras` must be orthogonal and right-handed.
     """
@@ -45,6 +45,6 @@ def write_series(
         data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
         data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
         data.RescaleIntercept, data.RescaleSlope, data.RescaleType = "0", "1", "HU"
-        data.PixelData = np.rint(1000 * scan[:, :, k].T).astype("<i2").tobytes()
+        data.PixelData = np.rint(scan[:, :, k].T).astype("<i2").tobytes()
         data.save_as(folder / f"slice_{k:03d}.dcm", enforce_file_format=True)
     return series
