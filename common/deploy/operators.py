@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from common import io, mapping
-from common.deploy import dsro
 from common.registrar import Registrar
 
 try:
     from monai.deploy.core import ConditionType, Fragment, Image, Operator, OperatorSpec
+
+    from common.deploy import dsro
 except ImportError as error:
     text = f"the MONAI Deploy App SDK cannot be used here ({error}); common/deploy/README.md says how to install"
     raise ImportError(text) from error
