@@ -145,7 +145,9 @@ class RegistrationApp(MONAILabelApp):
             if task is None:
                 raise InputError(f"model: must be one of {', '.join(self._infers)}, got {request.get('model')!r}")
             local = None if self.studies.startswith(("http://", "https://")) else Path(self.studies)
-            pair = requests.resolve(request, studies, label=task.propagate, folder=local)
+            kept = self.sessions()
+            sessions = None if kept is None else Path(kept.store_path)
+            pair = requests.resolve(request, studies, label=task.propagate, folder=local, sessions=sessions)
         except InputError as error:
             return {"label": None, "tag": None, "file": None, "params": problem(str(error))}
         saved = {} if task.propagate else {"save_label": False}  # a scan must not become a label

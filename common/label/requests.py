@@ -48,20 +48,28 @@ def labelled(studies: Studies, tag: str = FINAL) -> list[str]:
     return sorted(image for image in studies.list_images() if tag in studies.get_labels_by_image_id(image))
 
 
-def resolve(request: Mapping[str, Any], studies: Studies, *, label: bool, folder: Path | None = None) -> Pair:
+def resolve(
+    request: Mapping[str, Any],
+    studies: Studies,
+    *,
+    label: bool,
+    folder: Path | None = None,
+    sessions: Path | None = None,
+) -> Pair:
     """The files of the scans that a request names: "image" is the fixed scan, "moving" the other one.
 
     Args:
-        request: "image" is an id or the temporary file of an upload, "moving" an id.
+        request: "image" is an id, or a file that the host keeps of an upload; "moving" an id.
         label: whether the moving scan's label is needed; "moving_tag" in the request says which, else the final one.
         folder: of the studies on this machine, to find a label that has no scan.
+        sessions: folder of the host's sessions: scans that a client has uploaded for more than one request.
 
     Raises:
         InputError: an id is missing or unknown, both are the same, or the moving scan has no such label.
     """
     known = studies.list_images()
     image = request.get("image")
-    uploaded = isinstance(image, str) and Path(image).parent == Path(tempfile.gettempdir()) and Path(image).is_file()
+    uploaded = isinstance(image, str) and _is_upload(Path(image), sessions)
     if not uploaded and image not in known:
         raise InputError(_unknown("image", image, known, folder))
     tag = first(request.get("moving_tag")) or FINAL
@@ -84,6 +92,13 @@ def resolve(request: Mapping[str, Any], studies: Studies, *, label: bool, folder
         found = f"only {', '.join(map(repr, tags))}" if tags else "none at all"
         raise InputError(f"{moving}: has no label {tag!r} to propagate, {found}")
     return Pair(*paths, studies.get_label_uri(moving, tag))
+
+
+def _is_upload(path: Path, sessions: Path | None) -> bool:
+    """Other files of the server are nobody's to name."""
+    whole = path.resolve()
+    single = path.is_absolute() and whole.parent == Path(tempfile.gettempdir()).resolve()
+    return whole.exists() and (single or (sessions is not None and sessions.resolve() in whole.parents))
 
 
 def _unknown(role: str, name: Any, known: list[str], folder: Path | None) -> str:

@@ -60,6 +60,20 @@ def test_only_choice_needs_no_name() -> None:
         resolve({"image": "patient"}, STUDIES, label=False)
 
 
+def test_session(tmp_path: Path) -> None:
+    """A scan that the host keeps for a client; nothing beside that folder, by whatever way it is named."""
+    for name in ("sessions/1/scan.nii.gz", "private.nii.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    sessions = tmp_path / "sessions"
+    asked = {"image": str(sessions / "1" / "scan.nii.gz"), "moving": "atlas"}
+    assert resolve(asked, STUDIES, label=False, sessions=sessions).fixed == asked["image"]
+    with pytest.raises(InputError, match="image: no scan of the studies has the id"):
+        resolve(asked, STUDIES, label=False)
+    with pytest.raises(InputError, match="image: no scan of the studies has the id"):
+        resolve(asked | {"image": f"{sessions}/1/../../private.nii.gz"}, STUDIES, label=False, sessions=sessions)
+
+
 def test_upload_is_the_only_path() -> None:
     with tempfile.NamedTemporaryFile(suffix=".nii.gz") as upload:
         assert resolve({"image": upload.name, "moving": "atlas"}, STUDIES, label=False).fixed == upload.name
