@@ -32,6 +32,8 @@ class RegisterOperator(Operator):
         registrar: the bundle.
         output_dir: where the pair's folder is made.
         names: of the moving and of the fixed image; the folder is called MOVING_to_FIXED.
+        affines: by role, (column, row, slice) -> RAS mm, as `Series.affine_ras` of the headers; else those of the images
+            count, which SDK 4.0.0 gets wrong where rows and columns are spaced differently.
         options: further ones of the bundle, as {"refine_steps": 20}.
     """
 
@@ -42,11 +44,12 @@ class RegisterOperator(Operator):
         registrar: Registrar,
         output_dir: str | Path,
         names: tuple[str, str] = ("moving", "fixed"),
+        affines: dict[str, np.ndarray] | None = None,
         options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.registrar, self.output_dir, self.names = registrar, output_dir, names
-        self.bundle_options = options or {}
+        self.affines, self.bundle_options = affines or {}, options or {}
         super().__init__(fragment, *args, **kwargs)
 
     def setup(self, spec: OperatorSpec) -> None:
@@ -60,22 +63,25 @@ class RegisterOperator(Operator):
             for role, name in zip(("moving", "fixed"), self.names):
                 files.append(Path(place, role, f"{name}.nrrd"))  # holds the affine in double precision
                 files[-1].parent.mkdir()
-                io.write_scan(*scan_of(op_input.receive(role)), files[-1])
+                io.write_scan(*scan_of(op_input.receive(role), self.affines.get(role)), files[-1])
             _, folder = self.registrar.register(*files, self.output_dir, **self.bundle_options)
         op_output.emit(folder, "folder")
 
 
-def scan_of(image: Image) -> tuple[np.ndarray, np.ndarray]:
-    """The SDK's image, slices first, as (I, J, K) float32 and `affine_ras`.
+def scan_of(image: Image, affine: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The SDK's image, slices first, as (I, J, K) float32 and `affine_ras`: the given one, else the image's own.
 
     Raises:
         InputError: it has no affine, or says that it is in LPS.
     """
     meta = image.metadata()
+    values = np.transpose(image.asnumpy()).astype(np.float32)
+    if affine is not None:
+        return values, affine
     affine = meta.get("affine", meta.get("nifti_affine_transform"))
     if affine is None or meta.get("space", "RAS") != "RAS":
         raise io.InputError("an image needs its affine, in RAS, in the metadata; leave affine_lps_to_ras as it is")
-    return np.transpose(image.asnumpy()).astype(np.float32), np.asarray(affine, np.float64)
+    return values, np.asarray(affine, np.float64)
 
 
 class RegistrationWriterOperator(Operator):

@@ -42,7 +42,8 @@ class PairApplication(Application):
     def compose(self) -> None:
         names = (self.series["moving"].folder.absolute().name, self.series["fixed"].folder.absolute().name)
         common = {"registrar": self.registrar, "output_dir": self.output_dir, "options": self.bundle_options}
-        register = RegisterOperator(self, name="register", names=names, **common)
+        affines = {role: series.affine_ras for role, series in self.series.items()}
+        register = RegisterOperator(self, name="register", names=names, affines=affines, **common)
         writer = RegistrationWriterOperator(self, name="writer")
         for role, series in self.series.items():
             loader = DICOMDataLoaderOperator(

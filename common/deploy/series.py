@@ -8,7 +8,7 @@ import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
 
-from common.io import UNEVEN_MM, InputError
+from common.io import LPS_FROM_RAS, UNEVEN_MM, InputError
 
 
 class Series(NamedTuple):
@@ -20,6 +20,18 @@ class Series(NamedTuple):
     @property
     def uid(self) -> str:
         return str(self.headers[0].SeriesInstanceUID)
+
+    @property
+    def affine_ras(self) -> np.ndarray:
+        """4x4 map of (column, row, slice) to RAS mm."""
+        first, last = self.headers[0], self.headers[-1]
+        places = [np.array(header.ImagePositionPatient, float) for header in (first, last)]
+        row, column = np.reshape(np.array(first.ImageOrientationPatient, float), (2, 3))
+        between_rows, between_columns = np.array(first.PixelSpacing, float)
+        step = (places[1] - places[0]) / (len(self.headers) - 1)
+        lps = np.eye(4)
+        lps[:3] = np.transpose([row * between_columns, column * between_rows, step, places[0]])
+        return LPS_FROM_RAS @ lps
 
 
 def find_series(folder: str | Path, uid: str = "") -> Series:

@@ -11,7 +11,7 @@ import pytest
 from dicom_series import write_series
 from pydicom.uid import generate_uid
 
-from common import mapping, phantom
+from common import io, mapping, phantom
 from common.deploy.dsro import read_dsro, registration_of, write_dsro
 from common.deploy.series import find_series
 from common.io import InputError
@@ -112,3 +112,12 @@ def test_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     slice_file = sorted(folders[0].iterdir())[0]
     with pytest.raises(InputError, match="not a DICOM Deformable Spatial Registration with a grid"):
         read_dsro(slice_file)
+
+
+def test_affine_of_headers(tmp_path: Path) -> None:
+    """As ITK has it: pixels that are not square, oblique slices."""
+    affine = nib.affines.from_matvec(TURNED @ np.diag([-3.0, -2.0, 4.5]), [30, 40, -20])
+    write_series(np.arange(7 * 6 * 5).reshape(7, 6, 5), affine, tmp_path / "s", patient="P", description="s")
+    found = find_series(tmp_path / "s").affine_ras
+    np.testing.assert_allclose(found, affine, atol=1e-6)
+    np.testing.assert_allclose(found, io.read_scan(tmp_path / "s")[1], atol=1e-6)
