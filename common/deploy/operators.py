@@ -32,8 +32,8 @@ class RegisterOperator(Operator):
         registrar: the bundle.
         output_dir: where the pair's folder is made.
         names: of the moving and of the fixed image; the folder is called MOVING_to_FIXED.
-        affines: by role, (column, row, slice) -> RAS mm, as `Series.affine_ras` of the headers; else those of the images
-            count, which SDK 4.0.0 gets wrong where rows and columns are spaced differently.
+        affines: by role, (column, row, slice) -> RAS mm, as `Series.affine_ras` of the headers; else those of the
+            images count, which SDK 4.0.0 gets wrong where rows and columns are spaced differently.
         options: further ones of the bundle, as {"refine_steps": 20}.
     """
 
