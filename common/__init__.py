@@ -8,7 +8,7 @@ Conventions, everywhere in this package:
 - compose(first, then)(x) = then(x) + first(x + then(x)): warping by the composite equals warping by `first` and the
   result by `then`.
 - Other frames carry a suffix (`_mm`, `_ras`, `_lps`) and live in io.py, mapping.py, points.py, geometry.py,
-  measure.py, prealign.py and phantom.py only.
+  measure.py, prealign.py, phantom.py and deploy/ only.
 """
 
 from pathlib import Path

@@ -12,7 +12,9 @@ import numpy as np
 
 from common import io, mapping, phantom, points
 from common.cli import options_of, refuse_unknown
+from common.deploy.command import deploy
 from common.io import InputError
+from common.label.command import label
 
 POINT_ENDINGS = (".csv", ".fcsv", ".json")
 
@@ -264,6 +266,8 @@ COMMANDS = {
     "pack": pack_bundles,
     "verify": verify_zip,
     "export": export_network,
+    "label": label,
+    "deploy": deploy,
 }
 
 

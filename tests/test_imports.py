@@ -21,9 +21,13 @@ GATES = {
     "triton": ("common/ops/_triton.py", "common/ops/*/kernel.py"),
     "common.ops._triton": ("common/ops/*/kernel.py",),
     "itk": ("common/io.py", "common/mapping.py", "common/geometry.py"),
-    "monailabel": ("common/label/*",),
-    "monai.deploy": ("common/deploy/*",),
-    "highdicom": ("common/deploy/*",),
+    "monailabel": ("common/label/app.py",),
+    "common.label.app": (),
+    "monai.deploy": ("common/deploy/operators.py", "common/deploy/pair_app.py"),
+    "common.deploy.pair_app": ("common/deploy/command.py",),
+    "common.deploy.operators": ("common/deploy/pair_app.py",),
+    "pydicom": ("common/deploy/series.py", "common/deploy/dsro.py"),
+    "highdicom": (),
 }
 
 
@@ -157,3 +161,30 @@ def test_runs_without_triton() -> None:
     installed = [line for line in run.stdout.splitlines() if line.endswith("'triton': Triton is not installed")]
     named = {line.partition("()")[0] for line in installed}
     assert named == {"warp", "match", "cost_volume", "modulated_conv3d", "kmeans"}, run.stdout
+
+
+WITHOUT_HOSTS = """
+import sys
+for host in ("monailabel", "monai.deploy", "pydicom"):
+    sys.modules[host] = None  # what an import of it then raises is ModuleNotFoundError
+from common.__main__ import main
+
+sys.argv = ["common", "deploy", "run", "--fixed", "a", "--moving", "b", "--bundle", "sacb_net", "--output", "c"]
+try:
+    main()
+except SystemExit as error:
+    print(error)
+try:
+    import common.label.app
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_hosts_are_optional() -> None:
+    """The commands start without MONAI Label, the Deploy SDK and pydicom; what needs them says so in a sentence."""
+    run = subprocess.run([sys.executable, "-c", WITHOUT_HOSTS], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    deploy, label = run.stdout.splitlines()
+    assert deploy.startswith("error: the MONAI Deploy App SDK cannot be used here (") and "README.md" in deploy
+    assert label.startswith("MONAI Label cannot be used here (") and "common/label/README.md" in label

@@ -1,0 +1,5 @@
+"""MONAI Deploy: DICOM in, DICOM out.
+
+`series` reads headers, `dsro` writes DICOM Deformable Spatial Registration objects, both with pydicom alone;
+`operators` and `pair_app` need the MONAI Deploy App SDK.
+"""

@@ -1,0 +1,4 @@
+"""MONAI Label: label propagation and registration by the bundles, in the annotator's tool.
+
+`folder` writes an app folder, `requests` says what a request means; both need no MONAI Label. `app` is the app itself.
+"""

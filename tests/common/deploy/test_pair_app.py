@@ -1,0 +1,106 @@
+"""Two DICOM series through the Deploy SDK, each app in a process of its own; and the SDK's own bundle operator."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from dicom_series import write_series
+from monai.bundle import ConfigParser
+from people import SPACING
+
+from common import io, mapping, phantom
+from common.deploy.dsro import read_dsro
+from common.registrar import Registrar, find_bundle
+
+ROOT = Path(__file__).resolve().parents[3]
+if importlib.util.find_spec("monai.deploy") is None:
+    pytest.skip("the MONAI Deploy App SDK is not installed; common/deploy/README.md", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders fixed and moving: two people, each on an oblique grid, as series of slices."""
+    folder = tmp_path_factory.mktemp("series")
+    grids = {"fixed": ((5, 5, 6.0), (36, 40, 26)), "moving": ((4.5, 5, 5.0), (40, 42, 30))}
+    for seed, (name, (spacing, size)) in enumerate(grids.items()):
+        linear = nib.eulerangles.euler2mat(0.1 * seed, 0.05, -0.1) @ np.diag([-spacing[0], -spacing[1], spacing[2]])
+        affine = nib.affines.from_matvec(linear, -linear @ ((np.array(size) - 1) / 2))
+        scan = phantom.sample(size, affine, phantom.Deformation(seed, amplitude=8), seed=seed)[0]
+        write_series(scan, affine, folder / name, patient="P1", description=name)
+    return folder
+
+
+def python(*words: object) -> subprocess.CompletedProcess:
+    line = [sys.executable, *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def run(fixed: Path, moving: Path, output: Path) -> subprocess.CompletedProcess:
+    options = ["--bundle", "sacb_net", "--output", output, "--spacing", SPACING, "--device", "cpu"]
+    return python("-m", "common", "deploy", "run", "--fixed", fixed, "--moving", moving, *options)
+
+
+def test_pair(series: Path, tmp_path: Path) -> None:
+    """The same result as the bundle gives for the two folders, and the DICOM object says the same as transform.h5."""
+    done = run(series / "fixed", series / "moving", tmp_path / "out")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["moving_to_fixed"]
+    assert done.stdout.count("pair registered") == 1
+    registrar = Registrar(find_bundle("sacb_net"), device="cpu", spacing=SPACING)
+    row, expected = registrar.register(series / "moving", series / "fixed", tmp_path / "expected")
+    assert row["ncc_before"] > 0.8
+    found = tmp_path / "out" / "moving_to_fixed"
+    assert {p.name for p in found.iterdir()} == {p.name for p in expected.iterdir()} | {"registration.dcm"}
+    (mine, affine), (theirs, _) = (io.read_scan(folder / "warped.nii.gz") for folder in (found, expected))
+    (scan, own), (fixed, onto) = (io.read_scan(series / role) for role in ("moving", "fixed"))
+    np.testing.assert_allclose(affine, onto, atol=1e-4)
+    whole = mapping.read_transform(found / "transform.h5")
+    again = mapping.resample(scan[0], own, fixed.shape[1:], onto, whole)
+    assert np.abs(again - mine[0]).mean() < 0.05, "of 1000: the slices as ITK reads them, where the transform says"
+    assert np.abs(mine - theirs).mean() < 2, "of 1000: the bundle's own result, but for rounding in the alignment"
+    landmarks = np.array(list(phantom.LANDMARKS.values())) * [-1, -1, 1]
+    there = mapping.map_points(whole, landmarks)
+    assert np.linalg.norm(there - landmarks, axis=1).max() > 1
+    apart = np.linalg.norm(read_dsro(found / "registration.dcm").map_points(landmarks) - there, axis=1)
+    assert apart.max() < 0.1, apart
+    print(f"registration.dcm against transform.h5 at {len(apart)} landmarks: at most {apart.max():.1e} mm")
+
+
+def test_sentences(series: Path, tmp_path: Path) -> None:
+    """One sentence, exit code 1, nothing written."""
+    (tmp_path / "empty").mkdir()
+    for fixed, moving, sentence in (
+        (tmp_path / "empty", series / "moving", f"{tmp_path}/empty: holds no DICOM series of slices"),
+        (series, series / "moving", f"{series}: holds 2 series, name one of them: "),
+        (series / "fixed", series / "fixed", f"{series}/fixed: holds the fixed series itself, "),
+    ):
+        done = run(fixed, moving, tmp_path / "out")
+        assert done.returncode == 1 and f"error: {sentence}" in done.stderr, done.stderr[-2000:]
+        assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["sacb_net", "samconvex"])
+def test_stock_operator(name: str, tmp_path: Path) -> None:
+    """MonaiBundleInferenceOperator runs the bundle's folder with configs/deploy.json; its output stays as it is."""
+    image = np.random.default_rng(0).random((32, 48, 32, 2), dtype=np.float32)
+    np.save(tmp_path / "image.npy", image)
+    app = Path(__file__).parent / "stock_app.py"
+    done = python(app, find_bundle(name), tmp_path / "image.npy", tmp_path / "pred.npy")
+    assert (tmp_path / "pred.npy").exists(), done.stdout[-2000:] + done.stderr[-4000:]
+    parser = ConfigParser()
+    parser.read_config(str(find_bundle(name) / "configs" / "inference.json"))
+    parser.update({"bundle_root": str(find_bundle(name)), "device": "cpu"})
+    with torch.no_grad():
+        network = parser.get_parsed_content("network").eval()
+        expected = network(torch.from_numpy(np.moveaxis(image, -1, 0))[None])[0].numpy()
+    found = np.load(tmp_path / "pred.npy")
+    assert found.dtype == np.float32 and found.shape == (3, 32, 48, 32)
+    assert np.abs(found - np.rint(found)).max() > 0.1 and found.min() < 0, "fractions and signs are kept"
+    np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -1,0 +1,214 @@
+"""The app in MONAI Label: called directly, and as a real server driven by the host's own client."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import itk
+import nibabel as nib
+import numpy as np
+import pytest
+from people import SPACING, label_of, write_person
+
+from common import io, mapping
+from common.label.folder import write_app
+from common.registrar import Registrar, find_bundle
+
+pytest.importorskip("monailabel", reason="MONAI Label is not installed; common/label/README.md says how")
+START = 180  # s that a server may take to start
+
+from monailabel.client import MONAILabelClient  # noqa: E402
+
+from common.label.app import TEMPORARY, RegistrationApp  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An atlas with labels, three patients without, a single slice, and a label without its scan."""
+    folder = tmp_path_factory.mktemp("studies")
+    for seed, name in enumerate(("atlas", "p1", "p2", "p3")):
+        write_person(folder, name, seed)
+        if seed:
+            label_of(folder, name).rename(folder.parent / f"{folder.name}_{name}_truth.nii.gz")
+    nib.save(nib.Nifti1Image(np.ones((20, 20), np.float32), np.eye(4)), folder / "flat.nii.gz")
+    io.write_label(np.ones((9, 9, 9)), np.eye(4), label_of(folder, "ghost"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def app_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_app(str(tmp_path_factory.mktemp("app") / "new"), ["sacb_net"], options={"spacing": SPACING})
+
+
+@pytest.fixture(scope="module")
+def app(app_folder: Path, studies: Path) -> RegistrationApp:
+    return RegistrationApp(str(app_folder), str(studies), {})
+
+
+@pytest.fixture(scope="module")
+def server(app_folder: Path, studies: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MONAILabelClient]:
+    """A server on this machine only, with its temporary files in a folder of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    temporary = tmp_path_factory.mktemp("temporary")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+    options = ["--app", str(app_folder), "--studies", str(studies), "--host", "127.0.0.1", "--port", str(port)]
+    line = [sys.executable, "-m", "monailabel.main", "start_server", *options]
+    with (temporary.parent / "server.log").open("w") as log:
+        process = subprocess.Popen(line, env=environment, cwd=temporary.parent, stdout=log, stderr=log)
+    address, began = f"http://127.0.0.1:{port}", time.time()
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/info/", timeout=60).read()
+                break
+            except OSError:
+                told = Path(log.name).read_text()[-3000:]
+                assert process.poll() is None and time.time() - began < START, told
+                time.sleep(1)
+        client = MONAILabelClient(address, tmpdir=str(tmp_path_factory.mktemp("client")))
+        client.process, client.temporary = process, temporary
+        yield client
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def by_bundle(studies: Path, moving: str, fixed: str, output: Path) -> Path:
+    """The folder that the bundle writes for the same pair."""
+    registrar = Registrar(find_bundle("sacb_net"), device="cpu", spacing=SPACING)
+    scans = (studies / f"{name}.nii.gz" for name in (moving, fixed))
+    return registrar.register(*scans, output, moving_label=label_of(studies, moving))[1]
+
+
+def assert_same_image(found: str | Path, expected: Path, like: Path) -> None:
+    mine, theirs = itk.imread(str(found)), itk.imread(str(expected))
+    np.testing.assert_array_equal(itk.array_from_image(mine), itk.array_from_image(theirs))
+    np.testing.assert_array_equal(io.affine_of(mine), io.affine_of(theirs))
+    np.testing.assert_allclose(io.affine_of(mine), io.affine_of(itk.imread(str(like))), atol=1e-5)  # NIfTI: float32
+
+
+def left_over(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith((TEMPORARY, "tmp"))]
+
+
+def asked(server: MONAILabelClient, model: str, image: str, options: dict, **more: str) -> tuple[str | None, dict]:
+    """File and JSON of a request; the client gives JSON that comes without a file as it came, as bytes."""
+    file, result = server.infer(model, image, options, **more)
+    return file, json.loads(result) if isinstance(result, bytes) else result
+
+
+def test_info(app: RegistrationApp) -> None:
+    models = app.info()["models"]
+    assert models["sacb_net_propagate"]["type"] == "segmentation" and models["sacb_net_register"]["type"] == "others"
+    assert models["sacb_net_propagate"]["config"]["moving"] == ["atlas"]
+    assert models["sacb_net_register"]["config"]["moving"] == ["atlas", "flat", "p1", "p2", "p3"]
+    assert models["sacb_net_propagate"]["labels"]["label_1"] == 1
+    json.dumps(models)
+
+
+def test_problems_are_sentences(app: RegistrationApp, studies: Path) -> None:
+    model, before = "sacb_net_propagate", set(left_over(Path(tempfile.gettempdir())))
+    for asked, sentence in (
+        ({"model": "nothing", "image": "p1"}, "model: must be one of sacb_net_propagate, sacb_net_register"),
+        (
+            {"model": model, "image": "p9", "moving": "atlas"},
+            "image: no scan of the studies has the id 'p9'; there are 5",
+        ),
+        ({"model": model, "image": "p1", "moving": "p2"}, "p2: has no label 'final' to propagate"),
+        (
+            {"model": model, "image": "p1", "moving": "ghost"},
+            "moving: there is a label of 'ghost' among the studies, but",
+        ),
+        (
+            {"model": model, "image": "flat", "moving": "atlas"},
+            f"{studies}/flat.nii.gz: must be a 3-D scan, got 2-D data",
+        ),
+        ({"model": model, "image": "p1", "refine_steps": "$exit()"}, "refine_steps: must be a whole number from 0"),
+        ({"model": "sacb_net_register", "image": "p1", "moving": "p2", "returns": "x"}, "returns: must be one of"),
+    ):
+        answer = app.infer(asked)
+        assert answer["file"] is None and answer["params"]["error"].startswith(sentence), answer
+    assert set(left_over(Path(tempfile.gettempdir()))) == before
+
+
+def test_registration(app: RegistrationApp, studies: Path, tmp_path: Path) -> None:
+    """The warped scan, the transform, and everything in one archive; nothing is saved as a label."""
+    asked = {"model": "sacb_net_register", "image": "p1", "moving": "atlas", "save_label": True}
+    expected = by_bundle(studies, "atlas", "p1", tmp_path)
+    for returned, ending in (("warped", ".nii.gz"), ("transform", ".h5"), ("all", ".zip")):
+        answer = app.infer(asked | {"returns": returned})
+        file = Path(answer["file"])
+        assert file.name.endswith(ending) and answer["params"]["registration"]["ncc_after"] > 0.5
+        if returned == "warped":
+            assert_same_image(file, expected / "warped.nii.gz", studies / "p1.nii.gz")
+        elif returned == "transform":
+            points = np.random.default_rng(0).uniform(-40, 40, (20, 3))
+            mine, theirs = (
+                mapping.map_points(mapping.read_transform(f), points) for f in (file, expected / "transform.h5")
+            )
+            np.testing.assert_array_equal(mine, theirs)
+        else:
+            names = set(zipfile.ZipFile(file).namelist())
+            assert names >= {path.name for path in expected.iterdir() if path.name != "warped_label.nii.gz"}
+            assert "inverse_transform.h5" in names
+        file.unlink()
+    assert not any(label_of(studies, "p1", tag).exists() for tag in ("final", "original"))
+
+
+def test_server_propagates(server: MONAILabelClient, studies: Path, tmp_path: Path) -> None:
+    assert server.info()["models"]["sacb_net_propagate"]["config"]["moving"] == ["atlas"]
+    file, result = asked(server, "sacb_net_propagate", "p1", {"moving": "atlas"})
+    assert_same_image(file, by_bundle(studies, "atlas", "p1", tmp_path) / "warped_label.nii.gz", studies / "p1.nii.gz")
+    assert result["label_names"]["label_1"] == 1 and result["registration"]["id"] == "atlas_to_p1"
+    file, result = asked(server, "sacb_net_propagate", "p1", {"moving": "p2"})
+    assert file is None and result["error"] == "p2: has no label 'final' to propagate, none at all"
+    file, result = asked(server, "sacb_net_propagate", "", {"moving": "atlas"}, file=str(studies / "p3.nii.gz"))
+    assert_same_image(file, by_bundle(studies, "atlas", "p3", tmp_path) / "warped_label.nii.gz", studies / "p3.nii.gz")
+
+
+def test_server_batch(server: MONAILabelClient, studies: Path) -> None:
+    """An atlas to all scans without a final label; the single slice fails alone."""
+    before = {path: path.stat().st_mtime_ns for path in studies.glob("*.nii.gz")}
+    url = f"{server.get_server_url()}/batch/infer/sacb_net_propagate?images=unlabeled&run_sync=true"
+    body = json.dumps({"moving": "atlas"}).encode()
+    asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    answer = json.loads(urllib.request.urlopen(asked, timeout=600).read())
+    assert set(answer) == {"p1", "p2", "p3", "flat"}
+    assert "must be a 3-D scan" in answer["flat"]["params"]["error"]
+    for name in ("p1", "p2", "p3"):
+        assert (io.read_scan(label_of(studies, name, "original"))[0] > 0).any()
+    assert before == {path: path.stat().st_mtime_ns for path in studies.glob("*.nii.gz")}
+
+
+def test_server_does_not_leak(server: MONAILabelClient) -> None:
+    """20 requests: no temporary file is left, and memory stops growing."""
+    used, before = [], left_over(server.temporary)  # the host's own settings for its log, written once
+    for n in range(20):
+        model, options = (
+            ("sacb_net_propagate", {"moving": "atlas"}),
+            ("sacb_net_register", {"moving": "atlas", "returns": "transform"}),
+            ("sacb_net_propagate", {"moving": "nobody"}),
+        )[n % 3]
+        file, result = asked(server, model, f"p{n % 2 + 1}", options)
+        assert ("error" in result) == (n % 3 == 2) == (file is None)
+        used.append(resident_mib(server.process.pid))
+    assert left_over(server.temporary) == before
+    growth = used[-1] - used[7]
+    print(f"resident memory in MiB: {used[0]:.0f} after 1, {used[7]:.0f} after 8, {used[-1]:.0f} after 20 requests")
+    assert growth < 20, used
+
+
+def resident_mib(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
