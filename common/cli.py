@@ -1,6 +1,7 @@
 """Command lines: options that do not exist are refused, and what the user did wrong is said in one sentence."""
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -64,7 +65,7 @@ def refuse_unknown(option: str, name: str, known: Iterable[str]) -> None:
         raise InputError(f"--{option}: there is no such option" + (f", did you mean --{near[0]}?" if near else ""))
 
 
-def bundle_folder(name: str) -> Path:
+def bundle_folder(name: str | os.PathLike) -> Path:
     """The folder of a bundle: given as such, or a name in bundles/ here, or beside this package.
 
     Raises:

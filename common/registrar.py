@@ -111,18 +111,3 @@ def _own_search_path() -> Iterator[None]:
         yield
     finally:
         sys.path[:] = before
-
-
-def find_bundle(name: str | os.PathLike) -> Path:
-    """Folder of a bundle: `name` itself, or that of this name in the repository which `common` is part of.
-
-    Raises:
-        InputError: neither is a bundle; names those of the repository.
-    """
-    ours = Path(__file__).absolute().parents[1] / "bundles"
-    for folder in (Path(name).absolute(), ours / str(name)):
-        if (folder / "configs" / "inference.json").is_file():
-            return folder
-    known = sorted(path.parents[1].name for path in ours.glob("*/configs/inference.json"))
-    choice = f", nor one of {', '.join(known)}" if known else ""
-    raise InputError(f"{name}: not the folder of a bundle{choice}")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from common import io
-from common.cli import sentence_of
+from common.cli import bundle_folder, sentence_of
 from common.data import unique
 from common.deploy.operators import RegisterOperator, RegistrationWriterOperator, rules_for
 from common.deploy.series import Series, find_series
 from common.io import InputError
-from common.registrar import Registrar, find_bundle
+from common.registrar import Registrar
 
 from monai.deploy.conditions import CountCondition  # isort: skip
 from monai.deploy.core import Application  # isort: skip
@@ -81,7 +81,7 @@ def run_pair(
     Raises:
         InputError: what is wrong with a folder, a scan or an option.
     """
-    registrar = Registrar(find_bundle(bundle))
+    registrar = Registrar(bundle_folder(bundle))
     series = find_series(fixed, fixed_series), find_series(moving, moving_series)
     if series[0].uid == series[1].uid:
         raise InputError(f"{moving}: holds the fixed series itself, {series[0].uid}")

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.cli import bundle_folder
 from common.io import InputError, output_folder, replaced
-from common.registrar import Registrar, find_bundle
+from common.registrar import Registrar
 
 CONTENT = "registration.json"
 MAIN = '''"""MONAI Label app that offers registration bundles; registration.json says which."""
@@ -30,7 +31,7 @@ def write_app(folder: str, bundles: list[str], *, labels: str = "", options: dic
     """
     if not bundles:
         raise InputError(f"{folder}: name the bundles to offer, --bundles sacb_net samconvex")
-    found = {path.name: str(path) for path in map(find_bundle, bundles)}
+    found = {path.name: str(path) for path in map(bundle_folder, bundles)}
     for path in found.values():
         Registrar(path, **(options or {}))  # refuses an option that there is not
     content = {"bundles": found, "options": options or {}, "labels": _read_names(labels) if labels else {}}

@@ -12,9 +12,9 @@ import pytest
 from people import SPACING, label_of, write_person
 
 from common import io
-from common.cli import sentence_of
+from common.cli import bundle_folder, sentence_of
 from common.io import InputError
-from common.registrar import Registrar, find_bundle
+from common.registrar import Registrar
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +29,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def registrar() -> Registrar:
-    return Registrar(find_bundle("sacb_net"), device="cpu", spacing=SPACING)
+    return Registrar(bundle_folder("sacb_net"), device="cpu", spacing=SPACING)
 
 
 def test_equals_the_command(people: Path, tmp_path: Path, registrar: Registrar) -> None:
@@ -75,5 +75,5 @@ def test_problems(people: Path, tmp_path: Path, registrar: Registrar) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="not a bundle, it has no configs/inference.json"):
         Registrar(tmp_path)
-    with pytest.raises(InputError, match="none: not the folder of a bundle, nor one of dual_flownet, .*, samconvex"):
-        find_bundle("none")
+    with pytest.raises(InputError, match="none: no such bundle, nor a folder with .*; there are dual_flownet, .*, samconvex"):
+        bundle_folder("none")

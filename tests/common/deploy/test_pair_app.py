@@ -15,8 +15,9 @@ from monai.bundle import ConfigParser
 from people import SPACING
 
 from common import io, mapping, phantom
+from common.cli import bundle_folder
 from common.deploy.dsro import read_dsro
-from common.registrar import Registrar, find_bundle
+from common.registrar import Registrar
 
 ROOT = Path(__file__).resolve().parents[3]
 if importlib.util.find_spec("monai.deploy") is None:
@@ -53,7 +54,7 @@ def test_pair(series: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["moving_to_fixed"]
     assert done.stdout.count("pair registered") == 1
-    registrar = Registrar(find_bundle("sacb_net"), device="cpu", spacing=SPACING)
+    registrar = Registrar(bundle_folder("sacb_net"), device="cpu", spacing=SPACING)
     row, expected = registrar.register(series / "moving", series / "fixed", tmp_path / "expected")
     assert row["ncc_before"] > 0.8
     found = tmp_path / "out" / "moving_to_fixed"
@@ -92,11 +93,11 @@ def test_stock_operator(name: str, tmp_path: Path) -> None:
     image = np.random.default_rng(0).random((32, 48, 32, 2), dtype=np.float32)
     np.save(tmp_path / "image.npy", image)
     app = Path(__file__).parent / "stock_app.py"
-    done = python(app, find_bundle(name), tmp_path / "image.npy", tmp_path / "pred.npy")
+    done = python(app, bundle_folder(name), tmp_path / "image.npy", tmp_path / "pred.npy")
     assert (tmp_path / "pred.npy").exists(), done.stdout[-2000:] + done.stderr[-4000:]
     parser = ConfigParser()
-    parser.read_config(str(find_bundle(name) / "configs" / "inference.json"))
-    parser.update({"bundle_root": str(find_bundle(name)), "device": "cpu"})
+    parser.read_config(str(bundle_folder(name) / "configs" / "inference.json"))
+    parser.update({"bundle_root": str(bundle_folder(name)), "device": "cpu"})
     with torch.no_grad():
         network = parser.get_parsed_content("network").eval()
         expected = network(torch.from_numpy(np.moveaxis(image, -1, 0))[None])[0].numpy()

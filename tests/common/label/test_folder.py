@@ -37,7 +37,7 @@ def test_init_again_keeps_what_the_server_added(tmp_path: Path) -> None:
     ("bundles", "options", "sentence"),
     [
         ([], {}, "name the bundles to offer"),
-        (["sacb"], {}, "sacb: not the folder of a bundle, nor one of .*sacb_net"),
+        (["sacb"], {}, "sacb: no such bundle, .*; there are .*sacb_net"),
         (["sacb_net"], {"spacin": 2}, "--spacin: there is no such option, did you mean --spacing?"),
         (["sacb_net"], {"device": "$exit()"}, "a value must not begin with"),
     ],
