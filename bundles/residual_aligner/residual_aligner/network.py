@@ -2,8 +2,7 @@
 
 Source: Zheng et al., Residual Aligner Network, 2022. Channel numbers follow the paper's appendix, layers that the paper
 does not describe the released code. Different from the released code: any input size, batch and channel count; both
-directions and both scans run as one batch; the fields of all modules are there for training; the last convolution
-starts by passing the last module's displacement on, instead of adding a random field.
+directions and both scans run as one batch; the fields of all modules are there for training.
 """
 
 from collections.abc import Iterator
@@ -118,8 +117,7 @@ class RAN(nn.Module):
         )
         self.shared = SharedLayers(heads, multi_head or confidence)
         self.flow = nn.Conv3d(g.decoder[-1] + 3, 3, 3, padding=1)
-        nn.init.normal_(self.flow.weight, std=1e-5)
-        self.flow.weight.data[:, -3:, 1, 1, 1] += torch.eye(3)
+        nn.init.xavier_uniform_(self.flow.weight)
         nn.init.zeros_(self.flow.bias)
         self.to(memory_format=torch.channels_last_3d)
 
