@@ -75,5 +75,5 @@ def test_problems(people: Path, tmp_path: Path, registrar: Registrar) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="not a bundle, it has no configs/inference.json"):
         Registrar(tmp_path)
-    with pytest.raises(InputError, match="none: no such bundle, nor a folder with .*; there are dual_flownet, .*, samconvex"):
+    with pytest.raises(InputError, match="none: no such bundle, .*; there are dual_flownet, .*, samconvex"):
         bundle_folder("none")
