@@ -20,7 +20,12 @@ from monai.bundle import ConfigParser
 from common import mapping, pack, phantom
 from common.points import Points, write_points
 
-FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "bundles").glob("*/docs/README.md"))]
+FILES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "bundles").glob("*/docs/README.md")),
+    *sorted((ROOT / "common").glob("*/README.md")),
+]
 # How a command begins -> why no test runs it.
 EXCLUDED = {
     "pip install": "changes the environment; that its extras exist is tested below",
@@ -30,9 +35,12 @@ EXCLUDED = {
     "python -m monai.bundle download": "needs the published file; test_pack.py downloads it from the loopback",
     "python -m common datalist NAME": "stands for nine data sets; test_datalists.py runs each",
     "srun": "needs a SLURM cluster; one node of it is the line with torchrun, which is run",
+    "monailabel": "needs MONAI Label; tests/common/label/test_server.py starts it where it is installed",
+    "curl": "needs the server; tests/common/label/test_server.py sends the same requests",
+    "python -m common deploy": "needs the Deploy SDK; tests/common/deploy runs it where that is installed",
     "antsApplyTransforms": "a program of ANTs; test_mapping.py tests that ANTs reads our transforms",
 }
-STARTS = ("python", "torchrun", "bash", "srun", "antsApplyTransforms", "pip")
+STARTS = ("python", "torchrun", "bash", "srun", "antsApplyTransforms", "pip", "monailabel", "curl")
 TRAINING = {"--max_epochs": "1", "--epoch_length": "1", "--val_interval": "1", "--minimum": "0"}
 BY_BUNDLE = {"samconvex": {"--sizes": "[16, 12, 12]", "--val_pairs": "1"}}  # of a training
 SPACING = {"sacb_net": "4.5", "samconvex": "4.5", "dual_flownet": "9", "residual_aligner": "9"}  # of every run
