@@ -58,8 +58,8 @@ def bundle(request: pytest.FixtureRequest) -> Path:
 def pairs(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Tensor]]:
     """A folder with images of two sizes and nothing else, and what the eager network makes of them.
 
-    Of the second with the layers that exports hold: summing in another order than the lean ones do, these choose
-    another of nearly equal offsets in a tenth of SAMConvex's voxels there.
+    SAMConvex of the second with the layers that exports hold: summing in another order than the lean ones do, these
+    choose another of nearly equal offsets in a tenth of the phantom's voxels there.
     """
     folder = tmp_path_factory.mktemp("alone")
     net = load_weights(network_of(bundle), bundle / "models" / "model.pt").eval()
@@ -71,7 +71,7 @@ def pairs(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         torch.save(image, folder / f"image{n}.pt")
         np.save(folder / f"image{n}.npy", image.numpy())
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            if n > 0:
+            if n > 0 and bundle.name == "samconvex":
                 patch.setattr(torch.compiler, "is_exporting", lambda: True)
             expected.append(net(image))
         assert expected[n].abs().mean() > 0.05
