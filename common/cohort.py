@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 
 from common import progress
 from common.cli import sentence_of
-from common.io import InputError, contrasts_of, output_folder, replaced, write_table
+from common.io import InputError, contrasts_of, output_folder, remove_leftovers, replaced, write_table
 from common.picture import draw_summary
 
 IDENTITY = ("id", "fixed", "moving", "settings")  # columns that say which pair a row is of, and how it was made
@@ -93,6 +93,15 @@ class PairTable:
             if row and all(str(row.get(name)) == expected[name] for name in IDENTITY) and self._stands(pair):
                 self.rows[pair["id"]] = row
         return [n for n, pair in enumerate(pairs) if pair["id"] not in self.rows]
+
+    def settle(self) -> None:
+        """Take over the rows that a run which was killed left in journals, and clear what else it left behind."""
+        journals = list(self.folder.glob(".rows.*.jsonl"))
+        if journals and self.rows:
+            write_table(self.path, [self.rows[name] for name in self.order if name in self.rows])
+        for path in journals:
+            path.unlink()
+        remove_leftovers(self.folder)
 
     def _stands(self, pair: dict) -> bool:
         """Whether the pair's folder is there, if there should be one, and not older than its files."""
@@ -178,6 +187,9 @@ def run(engine: Evaluator) -> None:
     output_folder(table.folder)
     todo = table.begin(pairs)
     wait()  # nobody writes before all have read what is done
+    if not rank():
+        table.settle()
+    wait()
     if len(todo) < len(pairs) and not rank():
         print(f"{len(pairs) - len(todo)} of {len(pairs)} pairs were done before, with these settings", flush=True)
     share = todo[rank() :: processes()]

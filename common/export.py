@@ -33,7 +33,7 @@ def export(
     """
     if not str(output).endswith(".pt2"):
         raise InputError(f"{output}: the file must end in .pt2")
-    if len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+    if not isinstance(size, (tuple, list)) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
         raise InputError(f"--size must be three numbers of voxels, as 96,112,96, got {size}")
     bundle = bundle_folder(name)
     net = network_of(bundle, config)

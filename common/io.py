@@ -278,6 +278,14 @@ def output_folder(path: str | os.PathLike) -> Path:
     return path
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed has left of `write_folder` and `replaced` in a folder for results."""
+    for path in (*folder.glob(".*.partial"), *folder.glob(".*.old")):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".[0-9]*.*.*"):
+        path.unlink()
+
+
 def replaced(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
     """Let `write` make a file beside `path`, with the same ending, and put it in its place: whole, or not at all.
 

@@ -85,14 +85,20 @@ def sha256(path: Path) -> str:
 
 
 def _contents(bundle: Path) -> Iterator[tuple[str, Path]]:
-    """Names in the zip and their files: what a bundle consists of, without what runs have left in its folder."""
+    """Names in the zip and their files: what a bundle consists of, without what runs have left in its folder.
+
+    Of models/ these are the weights that a config names, so no exported network and no checkpoint.
+    """
+    configs = "".join(path.read_text() for path in sorted((bundle / "configs").glob("*.json")))
     parts = ["LICENSE", "large_files.yml", "configs", "docs", "models", bundle.name]
     for root, names in ((bundle, parts), (COMMON.parent, [COMMON.name])):
         for name in names:
             top = root / name
             for path in [top] if top.is_file() else sorted(top.rglob("*")):
                 inside = path.relative_to(root)
-                if path.is_file() and "__pycache__" not in inside.parts and not path.name.startswith("."):
+                hidden = any(part == "__pycache__" or part.startswith(".") for part in inside.parts)
+                stray = name == "models" and f"/models/{path.name}'" not in configs
+                if path.is_file() and not hidden and not stray:
                     yield f"{bundle.name}/{inside.as_posix()}", path
 
 

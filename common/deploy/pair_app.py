@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pydicom
+
 from common import io
 from common.cli import bundle_folder, sentence_of
-from common.data import unique
 from common.deploy.operators import RegisterOperator, RegistrationWriterOperator, rules_for
 from common.deploy.series import Series, find_series
 from common.io import InputError
@@ -93,9 +94,24 @@ def run_pair(
             if sentence := sentence_of(error):
                 raise InputError(sentence) from error
             raise
-        (made,) = (path for path in Path(place).iterdir() if path.is_dir())
-        if not (made / "registration.dcm").exists():
-            raise RuntimeError(f"the application ended without its result; its log above says why ({made.name})")
-        name = unique(made.name, set())
+        made = next((path for path in Path(place).iterdir() if (path / "registration.dcm").exists()), None)
+        if made is None:
+            raise RuntimeError("the application ended without its result; its log above says why")
+        name = made.name
+        refuse_other(target / name, series)
         io.write_folder(target / name, {path.name: partial(shutil.move, path) for path in sorted(made.iterdir())})
     return target / name
+
+
+def refuse_other(folder: Path, series: tuple[Series, Series]) -> None:
+    """The results of other series, from folders of the same names, are not replaced.
+
+    Raises:
+        InputError: `folder` holds them.
+    """
+    file = folder / "registration.dcm"
+    if not file.exists():
+        return
+    found = {element.value for element in pydicom.dcmread(file).iterall() if element.keyword == "SeriesInstanceUID"}
+    if not {one.uid for one in series} <= found:
+        raise InputError(f"{folder}: holds the registration of other series; name another --output")

@@ -20,6 +20,8 @@ def label(action: str, folder: str, *more: str, bundles: Any = "", labels: str =
     """
     if action != "init":
         raise InputError(f"label {action}: there is only `label init`")
+    if spacing is not None and not (isinstance(spacing, (int, float)) and spacing >= 0):
+        raise InputError(f"--spacing must be a number of mm, or 0 for that of the fixed scan, got {spacing}")
     given = [bundles, *more] if isinstance(bundles, str) else [*bundles, *more]
     options = {} if spacing is None else {"spacing": spacing}
     path = write_app(str(folder), [str(b) for b in given if b], labels=str(labels), options=options).absolute()

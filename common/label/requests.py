@@ -70,9 +70,11 @@ def resolve(
     known = studies.list_images()
     image = request.get("image")
     uploaded = isinstance(image, str) and _is_upload(Path(image), sessions)
-    if not uploaded and image not in known:
+    if not uploaded and (not isinstance(image, str) or image not in known):
         raise InputError(_unknown("image", image, known, folder))
     tag = first(request.get("moving_tag")) or FINAL
+    if not isinstance(tag, str):
+        raise InputError(f"moving_tag: must be a word, got {tag!r}")
     moving = request.get("moving")
     if not isinstance(moving, str) or not moving:  # the whole drop-down comes back where nothing was chosen
         choice = labelled(studies, tag) if label else sorted(known)
@@ -96,9 +98,14 @@ def resolve(
 
 def _is_upload(path: Path, sessions: Path | None) -> bool:
     """Other files of the server are nobody's to name."""
-    whole = path.resolve()
-    single = path.is_absolute() and whole.parent == Path(tempfile.gettempdir()).resolve()
-    return whole.exists() and (single or (sessions is not None and sessions.resolve() in whole.parents))
+    try:
+        whole = path.resolve()
+        there = whole.exists()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
+    temporary = whole.parent == Path(tempfile.gettempdir()).resolve()
+    single = path.is_absolute() and temporary and path.name.startswith(tempfile.gettempprefix())
+    return there and (single or (sessions is not None and sessions.resolve() in whole.parents))
 
 
 def _unknown(role: str, name: Any, known: list[str], folder: Path | None) -> str:
@@ -107,7 +114,7 @@ def _unknown(role: str, name: Any, known: list[str], folder: Path | None) -> str
     labels = sorted(folder.glob("labels/*/*")) if folder else []
     if any(path.name.partition(".")[0] == str(name).partition(".")[0] for path in labels):
         return f"{role}: there is a label of {name!r} among the studies, but not the scan that it belongs to"
-    return f"{role}: no scan of the studies has the id {name!r}; there are {len(known)}" + (
+    return f"{role}: no scan of the studies has the id {repr(name)[:80]}; there are {len(known)}" + (
         f", as {sorted(known)[0]!r}" if known else ""
     )
 

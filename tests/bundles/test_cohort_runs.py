@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from commands import ROOT, bundle_configs, table
 
+pytestmark = pytest.mark.slow
+
 PAIRS = 40
 
 

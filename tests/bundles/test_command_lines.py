@@ -83,6 +83,8 @@ def test_lines_are_found() -> None:
     assert len(TO_RUN) > 30 and {path for path, _ in LINES} == {path.relative_to(ROOT).as_posix() for path in FILES}
     assert {excluded(words) for _, words in LINES} - {None} == set(EXCLUDED)
     assert {words[0] for _, words in TO_RUN} <= {"python", "torchrun"}
+    programs = {ROOT / word for _, words in LINES for word in words if word.startswith("tests/bench/bench_")}
+    assert programs and [path for path in programs if path.suffix == ".py" and not path.is_file()] == []
     unknown = [(path, word) for path, words in TO_RUN for word in words if "$" in word]
     assert unknown == [], "a variable that no line above sets"
 
@@ -152,7 +154,7 @@ def smaller(words: list[str]) -> list[str]:
     """The same run on a coarse grid and, if it is a training, for one step."""
     text = " ".join(words)
     name = re.search(r"bundles/(\w+)/configs", text)[1]
-    options = {"--spacing": SPACING[name]}
+    options = {"--spacing": SPACING.get(name, "9")}
     if "train.json" in text:
         options |= TRAINING | BY_BUNDLE.get(name, {})
     elif "--dataset_dir" in words:
@@ -179,7 +181,9 @@ def test_line(path: str, words: tuple[str, ...], files: Path, server, tmp_path: 
     given = list(words)
     if "--size" in words:
         given[given.index("--size") + 1] = "16,16,16"
-    if "monai.bundle" in words:
+    if "--input_shape" in words:
+        given[given.index("--input_shape") + 1] = "[1,2,32,32,32]"
+    elif "monai.bundle" in words:
         given = smaller(given)
         if "--weights" in given and not Path(weights := given[given.index("--weights") + 1]).exists():
             network_weights(given, Path(weights))
@@ -194,6 +198,9 @@ def test_line(path: str, words: tuple[str, ...], files: Path, server, tmp_path: 
         code = int(server.stdout.readline())
         text = log.read_text()
     assert code == 0, text[-4000:]
+    if "--filepath" in given:
+        assert Path(given[given.index("--filepath") + 1]).is_file()
+        return
     told = {
         "common": "wrote |is as published",
         "train": "Engine run complete|pairs of correct",

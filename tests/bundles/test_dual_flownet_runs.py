@@ -12,6 +12,8 @@ from monai.bundle import ConfigParser
 
 from common.data import stem
 
+pytestmark = pytest.mark.slow
+
 BUNDLE = ROOT / "bundles" / "dual_flownet"
 COARSE = 9  # mm: 16x20x16 voxels of the synthetic dataset
 TABLE_2 = {"dfn": "both+rcc", "gfn": "global", "grfn": "both", "rfn": "region"}

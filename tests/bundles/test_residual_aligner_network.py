@@ -371,3 +371,11 @@ def test_on_kernels(kernel_device: torch.device) -> None:
     with torch.no_grad():
         expected, disp = net(image), net.to(kernel_device)(image.to(kernel_device)).cpu()
     torch.testing.assert_close(disp, expected, rtol=0, atol=1e-3)
+
+
+def test_shipped_weights_are_the_seeded_initial_state() -> None:
+    """As the card says, as long as nothing is trained."""
+    torch.manual_seed(0)
+    found = torch.load(Path(__file__).parents[2] / "bundles/residual_aligner/models/model.pt", weights_only=True)
+    expected = RAN().state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)

@@ -11,6 +11,8 @@ from monai.bundle import ConfigParser
 
 from common.data import stem
 
+pytestmark = pytest.mark.slow
+
 BUNDLE = ROOT / "bundles" / "residual_aligner"
 COARSE = 9  # mm: 16x20x16 voxels of the synthetic dataset
 TABLE_2 = sorted(path.name for path in (BUNDLE / "configs").glob("table2_*.json"))

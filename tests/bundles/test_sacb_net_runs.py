@@ -12,6 +12,8 @@ from commands import ROOT, SPACING, bundle_configs, centred, command, succeeded,
 
 from common import phantom
 
+pytestmark = pytest.mark.slow
+
 BUNDLE = ROOT / "bundles" / "sacb_net"
 OUTPUTS = "warped.nii.gz transform.h5 displacement.nii.gz warped_label.nii.gz inverse_transform.h5"
 

@@ -11,6 +11,8 @@ from commands import ROOT, SPACING, bundle_configs, centred, command, succeeded,
 
 from common import phantom
 
+pytestmark = pytest.mark.slow
+
 BUNDLE = ROOT / "bundles" / "samconvex"
 SMALL = "--sizes", "[16, 12, 12]", "--epoch_length", 2
 

@@ -155,6 +155,20 @@ def test_rows_of_other_processes_are_read_even_when_cut_off(tmp_path: Path) -> N
     assert not list(tmp_path.glob(".rows.*"))
 
 
+def test_what_a_killed_run_left_does_not_count(tmp_path: Path) -> None:
+    """A row of another process that failed is done again and its new row stays; half-written files go."""
+    failed = {"id": "1001", "error": "was killed"}
+    first = evaluator(tmp_path, pairs(3))
+    failed["settings"] = first.state.table.settings
+    (tmp_path / ".rows.1.jsonl").write_text(json.dumps(failed) + "\n")
+    (tmp_path / ".1000.123.partial").mkdir()
+    (tmp_path / ".1000.123.partial" / "warped.nii.gz").write_text("half")
+    (tmp_path / ".123.results.csv").write_text("half")
+    cohort.run(first)
+    assert [row["error"] for row in table(tmp_path)] == [""] * 3
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
 def start(out: Path, count: int, seconds: float, *launcher: str) -> subprocess.Popen:
     out.mkdir(exist_ok=True)
     script = out.parent / "script.py"

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -56,9 +57,13 @@ def archive(dist: Path, name: str = NAME) -> Path:
 
 
 def python(*words: object, cwd: Path) -> subprocess.CompletedProcess:
-    """Python as after an installation of the dependencies: this repository is nowhere on its path."""
+    """Python as after an installation of the dependencies: this repository is nowhere on its path.
+
+    -S leaves out the files in site-packages by which `pip install -e` leads to this repository.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    line = [sys.executable, *map(str, words)]
+    environment["PYTHONPATH"] = os.pathsep.join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    line = [sys.executable, "-S", *map(str, words)]
     return subprocess.run(
         line, cwd=cwd, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400
     )
@@ -75,6 +80,7 @@ def test_contents(dist: Path, name: str) -> None:
     needed = "LICENSE configs/metadata.json configs/inference.json models/model.pt docs/README.md common/engines.py"
     needed += f" common/presets/oasis.json common/ops/warp/kernel.py {name}/network.py"
     assert {f"{name}/{path}" for path in needed.split()} <= set(names)
+    assert {f"{name}/models/{path.name}" for path in (ROOT / "bundles" / name / "models").glob("*.pt")} <= set(names)
     assert not [path for path in names if "__pycache__" in path or path.split("/")[1] in ("eval", "train", "runs")]
     assert {info.date_time for info in infos} == {(1980, 1, 1, 0, 0, 0)} and names == sorted(names)
 
@@ -83,7 +89,9 @@ def test_same_files_same_bytes(dist: Path, tmp_path: Path) -> None:
     """From a copy elsewhere, with other times and with what runs leave behind."""
     shutil.copytree(ROOT / "bundles" / NAME, tmp_path / NAME, copy_function=shutil.copyfile)
     (tmp_path / NAME / "eval").mkdir(exist_ok=True)
-    (tmp_path / NAME / "eval" / "results.csv").write_text("id\n")
+    (tmp_path / NAME / "docs" / ".ipynb_checkpoints").mkdir()
+    for left in ("eval/results.csv", "models/model.ts", "models/checkpoint_epoch=3.pt", "docs/.ipynb_checkpoints/a.md"):
+        (tmp_path / NAME / left).write_text("left behind")
     path, checksum, _ = pack.pack(str(tmp_path / NAME), output=tmp_path / "again")
     assert path.read_bytes() == archive(dist).read_bytes()
     assert checksum.read_text() == f"{pack.sha256(path)}  {path.name}\n"

@@ -1,9 +1,11 @@
 """Two DICOM series through the Deploy SDK, each app in a process of its own; and the SDK's own bundle operator."""
 
+import copy
 import importlib.util
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -14,11 +16,14 @@ from dicom_series import write_series
 from monai.bundle import ConfigParser
 from people import SPACING
 
-from common import io, mapping, phantom
+from common import io, mapping, pack, phantom
 from common.cli import bundle_folder
-from common.deploy.dsro import read_dsro
+from common.deploy.dsro import read_dsro, registration_of, write_dsro
+from common.deploy.series import find_series
+from common.io import InputError
 from common.registrar import Registrar
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
 if importlib.util.find_spec("monai.deploy") is None:
     pytest.skip("the MONAI Deploy App SDK is not installed; common/deploy/README.md", allow_module_level=True)
@@ -74,6 +79,23 @@ def test_pair(series: Path, tmp_path: Path) -> None:
     print(f"registration.dcm against transform.h5 at {len(apart)} landmarks: at most {apart.max():.1e} mm")
 
 
+def test_other_series_are_not_replaced(series: Path, tmp_path: Path) -> None:
+    """Folders of the same names, other patients: the first result stays."""
+    from common.deploy.pair_app import refuse_other
+
+    folder = tmp_path / "moving_to_fixed"
+    folder.mkdir()
+    found = tuple(find_series(series / role) for role in ("fixed", "moving"))
+    empty = registration_of(mapping.affine_transform(np.eye(4)), (4, 4, 4), np.eye(4))
+    write_dsro(empty, found[0].headers, found[1].headers, folder / "registration.dcm")
+    refuse_other(folder, found)
+    other = copy.deepcopy(found[1])
+    for header in other.headers:
+        header.SeriesInstanceUID = "1.2.3"
+    with pytest.raises(InputError, match="moving_to_fixed: holds the registration of other series"):
+        refuse_other(folder, (found[0], other))
+
+
 def test_sentences(series: Path, tmp_path: Path) -> None:
     """One sentence, exit code 1, nothing written."""
     (tmp_path / "empty").mkdir()
@@ -89,11 +111,13 @@ def test_sentences(series: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sacb_net", "samconvex"])
 def test_stock_operator(name: str, tmp_path: Path) -> None:
-    """MonaiBundleInferenceOperator runs the bundle's folder with configs/deploy.json; its output stays as it is."""
+    """MonaiBundleInferenceOperator runs the packed bundle by configs/deploy.json; its output stays as it is."""
+    with zipfile.ZipFile(pack.pack(name, output=tmp_path / "dist")[0]) as file:
+        file.extractall(tmp_path)
     image = np.random.default_rng(0).random((32, 48, 32, 2), dtype=np.float32)
     np.save(tmp_path / "image.npy", image)
     app = Path(__file__).parent / "stock_app.py"
-    done = python(app, bundle_folder(name), tmp_path / "image.npy", tmp_path / "pred.npy")
+    done = python(app, tmp_path / name, tmp_path / "image.npy", tmp_path / "pred.npy")
     assert (tmp_path / "pred.npy").exists(), done.stdout[-2000:] + done.stderr[-4000:]
     parser = ConfigParser()
     parser.read_config(str(bundle_folder(name) / "configs" / "inference.json"))

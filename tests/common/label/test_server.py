@@ -20,10 +20,12 @@ import pytest
 from people import SPACING, label_of, write_person
 
 from common import io, mapping
+from common.cli import bundle_folder
 from common.label.folder import write_app
-from common.registrar import Registrar, find_bundle
+from common.registrar import Registrar
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed; common/label/README.md says how")
+pytestmark = pytest.mark.slow
 START = 180  # s that a server may take to start
 
 from monailabel.client import MONAILabelClient  # noqa: E402
@@ -86,7 +88,7 @@ def server(app_folder: Path, studies: Path, tmp_path_factory: pytest.TempPathFac
 
 def by_bundle(studies: Path, moving: str, fixed: str, output: Path) -> Path:
     """The folder that the bundle writes for the same pair."""
-    registrar = Registrar(find_bundle("sacb_net"), device="cpu", spacing=SPACING)
+    registrar = Registrar(bundle_folder("sacb_net"), device="cpu", spacing=SPACING)
     scans = (studies / f"{name}.nii.gz" for name in (moving, fixed))
     return registrar.register(*scans, output, moving_label=label_of(studies, moving))[1]
 
