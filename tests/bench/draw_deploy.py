@@ -3,7 +3,6 @@
 python tests/bench/draw_deploy.py common/deploy/report.png. Needs the MONAI Deploy App SDK.
 """
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from PIL import Image
 
 from common import phantom
 
@@ -28,4 +28,5 @@ if __name__ == "__main__":
             write_series(scan, affine, Path(name, role), patient="phantom", description=role)
         line = [sys.executable, "-m", "common", "deploy", "run", "--bundle", "sacb_net", "--output", f"{name}/out"]
         subprocess.run([*line, "--fixed", f"{name}/fixed", "--moving", f"{name}/moving"], cwd=ROOT, check=True)
-        shutil.copy(f"{name}/out/moving_to_fixed/report.png", sys.argv[1])
+        picture = Image.open(f"{name}/out/moving_to_fixed/report.png").convert("RGB")
+        picture.quantize(128).save(sys.argv[1], optimize=True)

@@ -1,0 +1,41 @@
+"""The README's table of methods is what the committed results say, and they belong to the weights that are shipped."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import bench_methods
+
+    yield bench_methods
+    sys.modules.pop("bench_methods")
+
+
+def test_table_is_current(bench) -> None:
+    """Otherwise: python tests/bench/bench_methods.py table --write True."""
+    text = (bench.ROOT / "README.md").read_text()
+    shown = text.split(bench.BEGIN)[1].split(bench.END)[0]
+    assert shown == bench.markdown(json.loads(bench.RESULTS.read_text()))
+
+
+def test_results_belong_to_the_weights(bench) -> None:
+    """Otherwise measure those rows again: python tests/bench/bench_methods.py measure DATA --methods "..."."""
+    rows = json.loads(bench.RESULTS.read_text())["rows"]
+    assert set(rows) == {*bench.TOOLS, *bench.BUNDLES}
+    stale = [name for name, (bundle, _) in bench.BUNDLES.items() if rows[name]["weights"] != bench.sha256(bundle)]
+    assert not stale, f"measured with other weights: {stale}"
+
+
+def test_every_trained_bundle_has_a_row(bench) -> None:
+    trained = set()
+    for path in (bench.ROOT / "bundles").glob("*/configs/metadata.json"):
+        source = json.loads(path.read_text())["data_source"]
+        trained |= set() if source.startswith("none yet") else {path.parents[1].name}
+    assert {bundle for bundle, _ in bench.BUNDLES.values()} == trained
