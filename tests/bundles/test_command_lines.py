@@ -203,7 +203,7 @@ def test_line(path: str, words: tuple[str, ...], files: Path, server, tmp_path: 
         return
     told = {
         "common": "wrote |is as published",
-        "train": "Engine run complete|pairs of correct",
+        "train": "Iter: 1/1 -- train_loss: |pairs of correct",
         "": "pairs? registered",
     }
     kind = "common" if "common" in given else "train" if "train.json" in " ".join(given) else ""
