@@ -7,12 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pydicom
-
 from common import io
 from common.cli import bundle_folder, sentence_of
 from common.deploy.operators import RegisterOperator, RegistrationWriterOperator, rules_for
-from common.deploy.series import Series, find_series
+from common.deploy.series import Series, find_series, refuse_other
 from common.io import InputError
 from common.registrar import Registrar
 
@@ -101,17 +99,3 @@ def run_pair(
         refuse_other(target / name, series)
         io.write_folder(target / name, {path.name: partial(shutil.move, path) for path in sorted(made.iterdir())})
     return target / name
-
-
-def refuse_other(folder: Path, series: tuple[Series, Series]) -> None:
-    """The results of other series, from folders of the same names, are not replaced.
-
-    Raises:
-        InputError: `folder` holds them.
-    """
-    file = folder / "registration.dcm"
-    if not file.exists():
-        return
-    found = {element.value for element in pydicom.dcmread(file).iterall() if element.keyword == "SeriesInstanceUID"}
-    if not {one.uid for one in series} <= found:
-        raise InputError(f"{folder}: holds the registration of other series; name another --output")

@@ -79,3 +79,17 @@ def _in_order(root: Path, headers: list[pydicom.Dataset]) -> list[pydicom.Datase
     if not headers[0].get("FrameOfReferenceUID"):
         raise InputError(f"{root}: the series has no Frame of Reference UID, so a registration could not refer to it")
     return headers
+
+
+def refuse_other(folder: Path, series: tuple[Series, Series]) -> None:
+    """The results of other series, from folders of the same names, are not replaced.
+
+    Raises:
+        InputError: `folder` holds them.
+    """
+    file = folder / "registration.dcm"
+    if not file.exists():
+        return
+    found = {element.value for element in pydicom.dcmread(file).iterall() if element.keyword == "SeriesInstanceUID"}
+    if not {one.uid for one in series} <= found:
+        raise InputError(f"{folder}: holds the registration of other series; name another --output")

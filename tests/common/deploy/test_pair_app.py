@@ -19,7 +19,7 @@ from people import SPACING
 from common import io, mapping, pack, phantom
 from common.cli import bundle_folder
 from common.deploy.dsro import read_dsro, registration_of, write_dsro
-from common.deploy.series import find_series
+from common.deploy.series import find_series, refuse_other
 from common.io import InputError
 from common.registrar import Registrar
 
@@ -81,8 +81,6 @@ def test_pair(series: Path, tmp_path: Path) -> None:
 
 def test_other_series_are_not_replaced(series: Path, tmp_path: Path) -> None:
     """Folders of the same names, other patients: the first result stays."""
-    from common.deploy.pair_app import refuse_other
-
     folder = tmp_path / "moving_to_fixed"
     folder.mkdir()
     found = tuple(find_series(series / role) for role in ("fixed", "moving"))
