@@ -17,13 +17,14 @@ def match(feat_fixed: Tensor, feat_moving: Tensor, radius: int = 1, backend: str
 
 
 def match_reference(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Tensor:
-    """See `common.ops.match`; keeps the (B, C, (2r+1)^3, I, J, K) neighbourhood in memory."""
+    """See `common.ops.match`; keeps the (B I J K, (2r+1)^3, C) neighbourhoods in memory."""
     dtype = torch.promote_types(feat_fixed.dtype, torch.float32)
     feat_fixed, feat_moving = feat_fixed.to(dtype), feat_moving.to(dtype)
     width = 2 * radius + 1
     padded = F.pad(feat_moving, [radius] * 6)
     windows = padded.unfold(2, width, 1).unfold(3, width, 1).unfold(4, width, 1)  # (B, C, I, J, K, w, w, w)
-    patches = windows.flatten(5).permute(0, 5, 1, 2, 3, 4).contiguous()  # (B, w^3, C, I, J, K)
-    score = (feat_fixed.unsqueeze(1) * patches).sum(2)
-    weight = score.softmax(1)
-    return torch.einsum("bnijk,nc->bcijk", weight, offsets(radius, feat_fixed))
+    keys = windows.permute(0, 2, 3, 4, 5, 6, 7, 1).reshape(-1, width**3, feat_fixed.shape[1])  # a voxel's (w^3, C)
+    query = feat_fixed.permute(0, 2, 3, 4, 1).reshape(-1, feat_fixed.shape[1], 1)
+    weight = (keys @ query).squeeze(2).softmax(1)
+    disp = weight @ offsets(radius, feat_fixed)
+    return disp.view(list(feat_fixed.shape[:1]) + list(feat_fixed.shape[2:]) + [3]).permute(0, 4, 1, 2, 3)

@@ -108,15 +108,14 @@ class SACB(nn.Module):
         points = {"s": channels, "c": 27, "mix": channels + 27}[mean_type]
         self.proj_in = nn.Conv3d(channels, channels, 3, padding=1)
         self.weight = nn.Parameter(nn.Conv3d(channels, channels, 3).weight.detach().clone())
-        self.kernel_mlp = _mlp(points, 128, 27)
-        self.bias_mlp = _mlp(points, 64, channels)
+        self.kernel_mlp = _mlp(points, 128, 27).append(nn.Sigmoid())  # F_w of eq. 5
+        self.bias_mlp = _mlp(points, 64, channels)  # F_b of eq. 6
 
     def forward(self, x: Tensor, clusters: Clusters | None = None) -> Tensor:
         """(B, C, I, J, K) -> the same shape. `clusters` replaces the k-means (for tests and studies)."""
         features = norm_act(self.proj_in(x), backend=self.norm_backend)
         labels, centroids = self.cluster(features) if clusters is None else clusters
-        modulation = self.kernel_mlp(centroids).sigmoid()  # F_w of eq. 5
-        bias = self.bias_mlp(centroids)  # F_b of eq. 6
+        bias, modulation = self.bias_mlp(centroids), self.kernel_mlp(centroids)
         sac = modulated_conv3d(features, self.weight, bias, modulation, labels, backend=self.backend)
         return x + F.leaky_relu(sac, 0.1)  # eq. 7
 

@@ -230,7 +230,7 @@ def test_forward_formula() -> None:
         features,
         block.weight,
         block.bias_mlp(clusters.centroids),
-        block.kernel_mlp(clusters.centroids).sigmoid(),
+        block.kernel_mlp(clusters.centroids),
         clusters.labels,
         backend="reference",
     )
