@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -82,10 +83,11 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None, device: tor
 class RegistrationInferer(Inferer):
     """Run a network on the packed image and, if asked, improve its displacement for this pair.
 
-    Before, time and memory of the two are forecast, shown, and kept for the report; a pair that will not fit is
-    stopped, tiled or coarsened. Up to `forecast.SIDE`^3 voxels nothing is forecast unless `memory` is given: measuring
-    would be the registration itself, which takes seconds and 0.1 GiB. What network and refinement warn of is kept for
-    the row.
+    Before, time and memory of the two and of the pair as a whole are forecast, shown, and kept for the report; a pair
+    that will not fit is stopped, tiled or coarsened. Up to `forecast.SIDE`^3 voxels nothing is forecast unless `memory`
+    is given: measuring would be the registration itself, which takes seconds and 0.1 GiB. What network and refinement
+    warn of is kept for the row. The call's `started` (time.time()) and `scan_voxels` (of the fixed scan) are for the
+    forecast of the whole pair; without them it is of network and refinement alone.
 
     Args:
         refine_steps: steps of `common.refine.refine`; 0 leaves the network's displacement.
@@ -117,7 +119,14 @@ class RegistrationInferer(Inferer):
         self._cost: forecast.Cost | None = None  # measured once, on the first pair that is large enough
 
     def __call__(
-        self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, mask: Tensor | None = None, **kwargs: Any
+        self,
+        inputs: Tensor,
+        network: Callable[..., Tensor],
+        *args: Any,
+        mask: Tensor | None = None,
+        started: float | None = None,
+        scan_voxels: int = 0,
+        **kwargs: Any,
     ) -> Tensor:
         image = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
         # The mask travels as two more channels, so that tiles and coarser grids treat it as they do the scans.
@@ -132,7 +141,7 @@ class RegistrationInferer(Inferer):
             return registered
 
         with warnings.catch_warnings(record=True):
-            how, size = self._forecast(packed, run)
+            how, size = self._forecast(packed, run, started, scan_voxels)
         progress.stage("network" if how == "whole" else f"network, {how}")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
@@ -161,7 +170,9 @@ class RegistrationInferer(Inferer):
             progress.stage("refining")
         return refine(disp, image, steps, **options)
 
-    def _forecast(self, image: Tensor, run: Callable[..., forecast.Run]) -> tuple[str, tuple[int, int, int]]:
+    def _forecast(
+        self, image: Tensor, run: Callable[..., forecast.Run], started: float | None, scan_voxels: int
+    ) -> tuple[str, tuple[int, int, int]]:
         size = tuple(image.shape[2:])
         voxels = image[0, 0].numel()
         small = voxels <= forecast.SIDE**3
@@ -176,11 +187,17 @@ class RegistrationInferer(Inferer):
         free = forecast.free_memory(image.device)
         limit = self.memory * forecast.GIB if self.memory else free and forecast.MARGIN * free
         how, size = forecast.plan(size, cost, limit, self.too_large)
-        told = {"seconds": voxels * cost.seconds, "gib": voxels * cost.bytes / forecast.GIB}
+        network = forecast.Cost(voxels * cost.seconds, voxels * cost.bytes)
+        told = {"seconds": network.seconds, "gib": network.bytes / forecast.GIB}
         told |= {"free_gib": None if free is None else free / forecast.GIB, "plan": how, "size": list(size)}
+        text = f"{told['seconds']:.0f} s and {told['gib']:.1f} GiB for the network"
+        if started is not None:  # a pair read from files and delivered to files
+            pair = forecast.whole_pair(network, image.device, scan_voxels, time.time() - started)
+            told |= {"pair_seconds": pair.seconds, "pair_gib": pair.bytes / forecast.GIB}
+            text = f"{told['pair_seconds']:.0f} s and {told['pair_gib']:.1f} GiB in all, {text}"
         progress.put(forecast=told)
         free_text = "unknown" if free is None else f"{told['free_gib']:.1f} GiB"
-        progress.say(f"forecast: {told['seconds']:.0f} s and {told['gib']:.1f} GiB for the network, {free_text} free")
+        progress.say(f"forecast: {text}, {free_text} free")
         if how != "whole":
             words = {"tile": "in tiles of", "coarsen": "on a coarser grid of"}[how]
             progress.note(f"registered {words} {' x '.join(map(str, size))} voxels, as memory is short")
@@ -188,12 +205,13 @@ class RegistrationInferer(Inferer):
 
 
 def prepare_masked(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> tuple:
-    """Input of a pair and no target; the "mask" (B, 2, I, J, K), if there is one, for the inferer."""
+    """Input of a pair and no target; for the inferer the "mask" (B, 2, I, J, K), if there is one, when the pair was
+    begun, and how many voxels its fixed scan has."""
     image = batch["image"].to(device, non_blocking=non_blocking, **kwargs)
-    if "mask" not in batch:
-        return image, None, (), {}
-    mask = torch.as_tensor(batch["mask"]).to(device, non_blocking=non_blocking, **kwargs)
-    return image, None, (), {"mask": mask}
+    known = {"started": float(batch["started"]), "scan_voxels": batch["fixed"][0, 0].numel()}
+    if "mask" in batch:
+        known["mask"] = torch.as_tensor(batch["mask"]).to(device, non_blocking=non_blocking, **kwargs)
+    return image, None, (), known
 
 
 class LabelDice(CumulativeIterationMetric):

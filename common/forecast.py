@@ -1,7 +1,8 @@
 """Time and memory of a registration before it is run, and what to do with a pair that will not fit.
 
 The cost of a voxel is measured on a small crop of the pair itself, on the device that will be used, and scaled by the
-number of voxels: the networks are convolutional, so both grow in proportion to it.
+number of voxels: the networks are convolutional, so both grow in proportion to it. What comes before, loading and
+alignment, is known by then; what comes after depends on the voxels of the fixed scan.
 """
 
 import os
@@ -30,10 +31,14 @@ Run = Callable[[Tensor], Tensor]  # (B, C, I, J, K) -> (B, 3, I, J, K) voxels
 
 
 class Cost(NamedTuple):
-    """Of one voxel of the working grid."""
+    """Of one voxel, unless a function says otherwise."""
 
     seconds: float
     bytes: float
+
+
+# Of warping, measuring, drawing and writing, without labels, a voxel of the fixed scan; always on the CPU
+DELIVERY = Cost(1.0e-6, 100.0)
 
 
 def measure_cost(run: Run, image: Tensor, *, steps: int = 0, run_steps: Callable[[int], Run] | None = None) -> Cost:
@@ -112,6 +117,32 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if os.uname().sysname == "Darwin" else used * 1024
+
+
+def resident_memory() -> int | None:
+    """Bytes that this process has at the moment; its peak where the system does not say."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_memory(torch.device("cpu"))
+
+
+def whole_pair(network: Cost, device: torch.device, scan_voxels: int, seconds: float) -> Cost:
+    """A pair from the first file read to the last one written, all of its voxels.
+
+    Args:
+        network: of network and refinement, all voxels.
+        device: of the network; its memory counts here if it is the CPU.
+        scan_voxels: of the fixed scan as it is on disk.
+        seconds: that the pair has taken so far.
+
+    Returns:
+        Seconds, and peak bytes of the process's own memory.
+    """
+    now, peak = resident_memory() or 0, peak_memory(torch.device("cpu")) or 0
+    working = network.bytes if device.type == "cpu" else 0.0
+    memory = max(peak, now + working, now + DELIVERY.bytes * scan_voxels)
+    return Cost(seconds + network.seconds + DELIVERY.seconds * scan_voxels, memory)
 
 
 def plan(

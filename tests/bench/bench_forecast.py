@@ -1,13 +1,18 @@
-"""The forecast of time and memory beside the real run: bundles with their shipped weights, one thread, the phantom.
+"""The forecast of time and memory beside the real run: bundles with their shipped weights, one thread.
 
-    python tests/bench/bench_forecast.py --output tests/bench/results/forecast.json
+    python tests/bench/bench_forecast.py network --output tests/bench/results/forecast.json
+    python tests/bench/bench_forecast.py pairs DATA --output tests/bench/results/forecast_pairs.json
 
-Each row is two processes: one forecasts, as the inferer does, the other runs the pair and is measured from outside: how
+`pairs` runs pairs of scans through the bundle's inference, from files to files, and compares what it says beforehand
+with its wall seconds and the peak memory of its process. `network` is network and refinement alone, on the phantom:
+each row is two processes: one forecasts, as the inferer does, the other runs the pair and is measured from outside: how
 much its resident memory grew (Linux only). Both count CPU seconds, so that other jobs on the machine do not matter; the
 forecast that users see is in wall seconds. `ratio` is forecast / measured.
 """
 
+import csv
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +24,7 @@ import fire
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 SIZES = ((64, 64, 64), (80, 96, 80), (96, 112, 96))
-STEPS = {"sacb_net": (0, 20), "samconvex": (0,)}
+STEPS = {"sacb_net": (0, 20), "samconvex": (0, 20)}
 
 
 def registration(bundle, steps):
@@ -75,7 +80,7 @@ def image_file(folder, size):
     return f"{folder}/{'x'.join(map(str, size))}.pt"
 
 
-def compare(output=None):
+def network(output=None):
     """Every bundle at every size; the table, and its file."""
     import torch
     from bench_sacb_net import phantom_image
@@ -105,6 +110,38 @@ def compare(output=None):
                 save(rows, output)
 
 
+def pairs(data, bundle="sacb_net", limit=2, steps=(0, 20), output=None):
+    """The first pairs of a dataset.json, file to file."""
+    import nibabel
+
+    from common.data import list_scans, validation_pairs
+
+    root, rows = ROOT / "bundles" / bundle, []
+    scans = {scan["id"]: scan["image"] for scan in list_scans(data, "validation")}
+    for moving, fixed in validation_pairs(data, limit=limit):
+        for some in steps:
+            with tempfile.TemporaryDirectory() as folder:
+                line = [sys.executable, "-m", "monai.bundle", "run", "--bundle_root", str(root), "--config_file"]
+                line += [str(root / "configs" / "inference.json"), "--moving", scans[moving], "--fixed", scans[fixed]]
+                line += ["--refine_steps", str(some), "--output_dir", folder]
+                environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+                child = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                _, status, used = os.wait4(child.pid, 0)
+                if status:
+                    raise SystemExit(f"failed: {' '.join(line)}")
+                report = json.loads(next(Path(folder).glob("*/report.json")).read_text())
+                with open(Path(folder) / "results.csv", newline="") as table:
+                    seconds = float(next(csv.DictReader(table))["seconds"])
+            told = report["run"]["forecast"]
+            row = {"bundle": bundle, "pair": [moving, fixed], "size": list(nibabel.load(scans[fixed]).shape)}
+            row |= {"refine_steps": some, "forecast": {"s": told["pair_seconds"], "gib": told["pair_gib"]}}
+            row["measured"] = {"s": seconds, "gib": used.ru_maxrss / 2**20}
+            row["ratio"] = {name: row["forecast"][name] / row["measured"][name] for name in ("s", "gib")}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            save(rows, output)
+
+
 def save(rows, output):
     """The rows so far, so that a run that is stopped leaves what it has measured."""
     if output:
@@ -114,4 +151,4 @@ def save(rows, output):
 
 
 if __name__ == "__main__":
-    fire.Fire({"child": child, "compare": compare} if "child" in sys.argv[1:2] else compare)
+    fire.Fire({"child": child, "network": network, "pairs": pairs})

@@ -161,7 +161,7 @@ def accuracy(data, variants=None, limit=None, output=None):
 
 
 def turned(scan, label, degrees, shift, pad):
-    """Scan and label, padded, turned about the first axis by `degrees` and shifted diagonally by `shift` voxels."""
+    """Scan and label, padded, turned about the first axis by `degrees` and shifted by `shift` (3) voxels."""
     import math
 
     import torch
@@ -175,7 +175,9 @@ def turned(scan, label, degrees, shift, pad):
     pose = torch.tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
     grid = identity(tuple(scan.shape[2:]), like=scan)
     middle = (torch.tensor(scan.shape[2:]) - 1).view(1, 3, 1, 1, 1) / 2
-    disp = torch.einsum("ij,bjxyz->bixyz", pose, grid - middle) + middle - shift / 3**0.5 - grid
+    disp = (
+        torch.einsum("ij,bjxyz->bixyz", pose, grid - middle) + middle - torch.tensor(shift).view(1, 3, 1, 1, 1) - grid
+    )
     return warp(scan, disp, padding="zeros"), warp(label, disp, mode="nearest", padding="zeros")
 
 
@@ -196,19 +198,24 @@ def moved_pair(features, moving, fixed, degrees, shift):
     return rows
 
 
-def capture(data, limit=4, spacing=2.0, output=None):
-    """Dice of SAM and MIND features against a turn about the first axis, and a shift along the diagonal, of the moving
-    scan."""
+DIRECTIONS = {"diagonal": (3**-0.5,) * 3, "axis": (1.0, 0.0, 0.0)}
+MOVES = [("turn", 0), *[(kind, size) for kind in ("turn", *DIRECTIONS) for size in (10, 20, 30)]]
+
+
+def capture(data, limit=4, spacing=2.0, moves=MOVES, output=None):
+    """Dice of SAM and MIND features against a turn of the moving scan about the first axis, in degrees, and against its
+    shift along the diagonal or the first axis, in mm."""
     rows = []
-    for degrees, shift in ((0, 0), (10, 0), (20, 0), (30, 0), (0, 10), (0, 20), (0, 30)):
+    for kind, amount in moves:
+        degrees = amount if kind == "turn" else 0
+        shift = [amount / spacing * part for part in DIRECTIONS.get(kind, (0.0, 0.0, 0.0))]
         found = [
-            in_a_process(lambda m=m, f=f: moved_pair(("mind", "sam"), m, f, degrees, shift / spacing))
+            in_a_process(lambda m=m, f=f: moved_pair(("mind", "sam"), m, f, degrees, shift))
             for m, f in pairs_of(data, limit)
         ]
         means = {key: sum(row[key] for row in found) / len(found) for key in ("start", "mind", "sam")}
-        rows.append({"degrees": degrees, "shift_mm": shift} | means)
-        print("{degrees:3d} deg {shift_mm:3d} mm  start {start:.3f}  mind {mind:.3f}  sam {sam:.3f}".format(**rows[-1]))
-        sys.stdout.flush()
+        rows.append({"kind": kind, "amount": amount, "n": len(found)} | means)
+        print("{kind:8s} {amount:3d}  start {start:.3f}  mind {mind:.3f}  sam {sam:.3f}".format(**rows[-1]), flush=True)
         report(rows, output)
 
 

@@ -1,5 +1,7 @@
 """The forecast against what is then measured; plans that fit; tiles and coarser grids against the whole."""
 
+import time
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -127,6 +129,29 @@ def test_a_small_pair_is_forecast_only_against_a_limit() -> None:
         assert both._cost is None and progress.take()[1]["forecast"]["plan"] == "whole"
         both(large, net)
         assert both._cost is not None
+
+
+def test_the_whole_pair() -> None:
+    """What was spent is known, the network's memory counts on the CPU only, a large scan needs most when written."""
+    gib, cpu = forecast.GIB, torch.device("cpu")
+    if (now := forecast.resident_memory()) is None:
+        pytest.skip("this system does not say how much memory a process has")
+    pair = forecast.whole_pair(forecast.Cost(10.0, 64 * gib), cpu, 1_000_000, 5.0)
+    assert pair.seconds == pytest.approx(15 + forecast.DELIVERY.seconds * 1e6)
+    assert 64 * gib <= pair.bytes - now < 65 * gib
+    on_gpu = forecast.whole_pair(forecast.Cost(10.0, 64 * gib), torch.device("cuda"), 1_000_000, 5.0)
+    assert on_gpu.bytes < 32 * gib
+    large = forecast.whole_pair(forecast.Cost(10.0, gib), cpu, 10**9, 5.0)
+    assert forecast.DELIVERY.bytes * 1e9 <= large.bytes - now < forecast.DELIVERY.bytes * 1e9 + gib
+
+
+def test_the_inferer_forecasts_the_whole_pair() -> None:
+    image, net = torch.rand(1, 2, 80, 72, 64), Wide()
+    with torch.inference_mode():
+        progress.take()
+        RegistrationInferer()(image, net, started=time.time() - 7, scan_voxels=1000)
+    told = progress.take()[1]["forecast"]
+    assert told["pair_seconds"] >= 7 + told["seconds"] and told["pair_gib"] > told["gib"]
 
 
 def test_options_are_checked() -> None:
