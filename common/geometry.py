@@ -1,9 +1,9 @@
 """Working grids, in millimetres; the affine pre-alignment onto them is in prealign.py."""
 
-import itk
 import nibabel as nib
 import numpy as np
 
+from common import itk_classes
 from common.io import background, to_array, to_itk
 from common.mapping import affine_transform, resample
 
@@ -120,10 +120,12 @@ def to_working_grid(
     for channel in array:
         stripped = (channel > 0).astype(np.float32) if not nearest and is_stripped(channel) else None
         if not nearest and variance.max() > 1e-6:
-            image = to_itk(channel, affine_ras)
-            channel = to_array(
-                itk.discrete_gaussian_image_filter(image, variance=variance.tolist(), maximum_kernel_width=64)
-            )
+            smooth = itk_classes.wrapped("DiscreteGaussianImageFilter", "IF3IF3").New()
+            smooth.SetInput(to_itk(channel.astype(np.float32, copy=False), affine_ras))
+            smooth.SetVariance(variance.tolist())
+            smooth.SetMaximumKernelWidth(64)
+            smooth.Update()
+            channel = to_array(smooth.GetOutput())
         outside = 0.0 if nearest else background(channel)
         values = resample(channel, affine_ras, size, onto_ras, transform, nearest=nearest, outside=outside)
         if stripped is not None:

@@ -11,7 +11,7 @@ import itk
 import numpy as np
 import torch
 
-from common import fields
+from common import fields, itk_classes
 from common.io import (
     IMAGE_ENDINGS,
     LPS_FROM_RAS,
@@ -49,7 +49,7 @@ def displacement_transform(disp: np.ndarray, affine_ras: np.ndarray) -> "itk.Dis
     field.Allocate()
     itk.array_view_from_image(field)[...] = vectors
     set_geometry(field, affine_ras)
-    transform = itk.DisplacementFieldTransform[itk.D, 3].New()
+    transform = itk_classes.displacement_field_transform().New()
     transform.SetDisplacementField(field)
     return transform
 
@@ -74,7 +74,7 @@ def write_transform(transform: "itk.Transform", path: str | os.PathLike, grid: G
         if not transform.IsLinear():
             raise InputError(f"{path}: holds affine transforms only, and this one deforms; write .h5 or .nii.gz")
         transform = affine_transform(matrix_of(transform))
-    replaced(path, lambda partial: itk.transformwrite([transform], str(partial), compression=True))
+    replaced(path, lambda partial: itk_classes.write_transforms([transform], str(partial)))
 
 
 def read_transform(path: str | os.PathLike) -> "itk.Transform":
@@ -90,7 +90,7 @@ def read_transform(path: str | os.PathLike) -> "itk.Transform":
     if str(path).lower().endswith((*FIELD_ENDINGS, ".mhd")):
         return _read_field(path)
     try:
-        found = itk.transformread(str(path))
+        found = itk_classes.read_transforms(str(path))
     except Exception as error:  # ITK raises several kinds
         raise InputError(f"{path}: not a transform that ITK can read") from error
     for transform in found:
@@ -118,7 +118,7 @@ def _read_field(path: str | os.PathLike) -> "itk.DisplacementFieldTransform":
     field.Allocate()
     itk.array_view_from_image(field)[...] = vectors
     set_geometry(field, affine_of(image))
-    transform = itk.DisplacementFieldTransform[itk.D, 3].New()
+    transform = itk_classes.displacement_field_transform().New()
     transform.SetDisplacementField(field)
     return transform
 
@@ -146,10 +146,11 @@ def resample(
         (I', J', K') float32.
     """
     image = to_itk(array.astype(np.float32, copy=False), affine_ras)
-    kind = type(image)
-    chooser = itk.NearestNeighborInterpolateImageFunction if nearest else itk.LinearInterpolateImageFunction
+    chooser = "NearestNeighbor" if nearest else "Linear"
     reference = to_itk(np.zeros((1, 1, 1), np.float32), onto_ras)
-    filtered = itk.ResampleImageFilter[kind, kind].New(Input=image, Interpolator=chooser[kind, itk.D].New())
+    filtered = itk_classes.wrapped("ResampleImageFilter", "IF3IF3").New()
+    filtered.SetInput(image)
+    filtered.SetInterpolator(itk_classes.wrapped(f"{chooser}InterpolateImageFunction", "IF3D").New())
     filtered.SetSize([int(n) for n in size])
     filtered.SetOutputSpacing(reference.GetSpacing())
     filtered.SetOutputOrigin(reference.GetOrigin())
@@ -163,9 +164,9 @@ def resample(
 
 def displacement_image(transform: "itk.Transform", size: tuple[int, int, int], affine_ras: np.ndarray) -> "itk.Image":
     """The whole point map as a vector image transform(x) - x (LPS mm) on a grid: what ANTs calls a warp."""
-    kind = itk.Image[itk.Vector[itk.F, 3], 3]
     reference = to_itk(np.zeros((1, 1, 1), np.float32), affine_ras)
-    source = itk.TransformToDisplacementFieldFilter[kind, itk.D].New(Transform=transform)
+    source = itk_classes.wrapped("TransformToDisplacementFieldFilter", "IVF33D").New()
+    source.SetTransform(transform)
     source.SetSize([int(n) for n in size])
     source.SetOutputSpacing(reference.GetSpacing())
     source.SetOutputOrigin(reference.GetOrigin())
@@ -178,7 +179,7 @@ def parts(transform: "itk.Transform") -> list["itk.Transform"]:
     """The transforms that a point goes through, first to last; composites are taken apart."""
     if not isinstance(transform, itk.CompositeTransform[itk.D, 3]):
         return [transform]
-    queue = [itk.down_cast(transform.GetNthTransform(n)) for n in range(transform.GetNumberOfTransforms())]
+    queue = [itk_classes.down_cast(transform.GetNthTransform(n)) for n in range(transform.GetNumberOfTransforms())]
     return [part for member in reversed(queue) for part in parts(member)]
 
 

@@ -20,7 +20,7 @@ BY_NAME = ("import_module", "optional_import", "__import__", "importorskip")  # 
 GATES = {
     "triton": ("common/ops/_triton.py", "common/ops/*/kernel.py"),
     "common.ops._triton": ("common/ops/*/kernel.py",),
-    "itk": ("common/io.py", "common/mapping.py", "common/geometry.py"),
+    "itk": ("common/io.py", "common/mapping.py", "common/itk_classes.py"),
     "monailabel": ("common/label/app.py",),
     "common.label.app": (),
     "monai.deploy": ("common/deploy/operators.py", "common/deploy/pair_app.py"),
