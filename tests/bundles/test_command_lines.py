@@ -1,12 +1,14 @@
 """Every command line printed in the READMEs, taken from the files and run on tiny scans that bear the names in them."""
 
+import functools
+import http.server
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 from commands import ROOT, centred, write
 from monai.bundle import ConfigParser
+from printed_lines import lines_of
 
 from common import mapping, pack, phantom
 from common.points import Points, write_points
@@ -32,42 +35,16 @@ EXCLUDED = {
     "python -m pytest": "is what runs this test",
     "bash .ci/run": "makes an environment of its own and runs all tests in it",
     "python tests/bench/": "a measurement of minutes to hours; its results are committed",
-    "python -m monai.bundle download": "needs the published file; test_pack.py downloads it from the loopback",
     "python -m common datalist NAME": "stands for nine data sets; test_datalists.py runs each",
-    "srun": "needs a SLURM cluster; one node of it is the line with torchrun, which is run",
-    "monailabel": "needs MONAI Label; tests/common/label/test_server.py starts it where it is installed",
+    "monailabel": "needs MONAI Label; tests/common/label/test_server.py runs the line where it is installed",
     "curl": "needs the server; tests/common/label/test_server.py sends the same requests",
-    "python -m common deploy": "needs the Deploy SDK; tests/common/deploy runs it where that is installed",
+    "python -m common deploy": "needs the Deploy SDK; tests/common/deploy/test_pair_app.py runs the line there",
     "antsApplyTransforms": "a program of ANTs; test_mapping.py tests that ANTs reads our transforms",
 }
-STARTS = ("python", "torchrun", "bash", "srun", "antsApplyTransforms", "pip", "monailabel", "curl")
 TRAINING = {"--max_epochs": "1", "--epoch_length": "1", "--val_interval": "1", "--minimum": "0"}
 BY_BUNDLE = {"samconvex": {"--sizes": "[16, 12, 12]", "--val_pairs": "1"}}  # of a training
 SPACING = {"sacb_net": "4.5", "samconvex": "4.5", "dual_flownet": "9", "residual_aligner": "9"}  # of every run
 PEOPLE = "abcdefg"
-
-
-def lines_of(path: Path) -> Iterator[tuple[str, ...]]:
-    """Commands in fences for bash, with variables put in, and in backticks where they are whole."""
-    text, variables = path.read_text(), {}
-    for fence in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-        for line in fence.replace("\\\n", " ").splitlines():
-            if assigned := re.fullmatch(r"(\w+)=(\S+)\s*(#.*)?", line):
-                variables[assigned[1]] = assigned[2]
-                continue
-            line = re.sub(r"\$(\w+)", lambda found: variables.get(found[1], found[0]), line)
-            yield from commands_of(shlex.split(line, comments=True))
-    for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
-        if code.startswith(tuple(f"{start} " for start in STARTS)) and "..." not in code:
-            yield from commands_of(shlex.split(code))
-
-
-def commands_of(words: list[str]) -> Iterator[tuple[str, ...]]:
-    """The parts between `&&`."""
-    parts: list[list[str]] = [[]]
-    for word in words:
-        parts.append([]) if word == "&&" else parts[-1].append(word)
-    yield from (tuple(part) for part in parts if part)
 
 
 def excluded(words: tuple[str, ...]) -> str | None:
@@ -82,10 +59,10 @@ def test_lines_are_found() -> None:
     """In every file; and whatever is left out is still there."""
     assert len(TO_RUN) > 30 and {path for path, _ in LINES} == {path.relative_to(ROOT).as_posix() for path in FILES}
     assert {excluded(words) for _, words in LINES} - {None} == set(EXCLUDED)
-    assert {words[0] for _, words in TO_RUN} <= {"python", "torchrun"}
+    assert {words[0] for _, words in TO_RUN} <= {"python", "torchrun", "srun"}
     programs = {ROOT / word for _, words in LINES for word in words if word.startswith("tests/bench/bench_")}
     assert programs and [path for path in programs if path.suffix == ".py" and not path.is_file()] == []
-    unknown = [(path, word) for path, words in TO_RUN for word in words if "$" in word]
+    unknown = [(path, word) for path, words in TO_RUN for word in words if "$" in word and "$HOST" not in word]
     assert unknown == [], "a variable that no line above sets"
 
 
@@ -140,6 +117,25 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def published(files: Path) -> Iterator[str]:
+    """Address on the loopback of the zip that the lines download."""
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda self, *args: None})
+    serve = functools.partial(quiet, directory=files / "dist")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def on_one_node(words: list[str]) -> list[str]:
+    """What `srun` starts on each node, as if there were one."""
+    swap = {"--nnodes=2": "--nnodes=1", "--nproc_per_node=4": "--nproc_per_node=2"}
+    given = [swap.get(word, word).replace("$HOST:29500", "127.0.0.1:0") for word in words]
+    assert given[0] == "srun" and all(word in given for word in swap.values())
+    return given[1:]
+
+
 def network_weights(words: list[str], path: Path) -> None:
     """The state of the network that the configs of a line describe, where it starts from weights of the reader's."""
     value = words[words.index("--config_file") + 1]
@@ -171,17 +167,19 @@ def smaller(words: list[str]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path, words", TO_RUN, ids=[f"{path}-{' '.join(words)[-60:]}" for path, words in TO_RUN])
-def test_line(path: str, words: tuple[str, ...], files: Path, server, tmp_path: Path, monkeypatch) -> None:
+def test_line(path: str, words: tuple[str, ...], files: Path, server, published, tmp_path: Path, monkeypatch) -> None:
     """It ends well, in a folder of its own with the bundles beside it, as after a clone."""
     folder = tmp_path / "work"
     shutil.copytree(files, folder, copy_function=os.symlink)
     skip = shutil.ignore_patterns("__pycache__", "eval", "train")
     shutil.copytree(ROOT / "bundles", folder / "bundles", copy_function=os.symlink, ignore=skip)
     monkeypatch.chdir(folder)
-    given = list(words)
-    if "--size" in words:
+    given = on_one_node(list(words)) if words[0] == "srun" else list(words)
+    if "download" in given:
+        given = [word.replace("https://HOST/TAG", published) for word in given]
+    elif "--size" in words:
         given[given.index("--size") + 1] = "16,16,16"
-    if "--input_shape" in words:
+    elif "--input_shape" in words:
         given[given.index("--input_shape") + 1] = "[1,2,32,32,32]"
     elif "monai.bundle" in words:
         given = smaller(given)
@@ -200,6 +198,9 @@ def test_line(path: str, words: tuple[str, ...], files: Path, server, tmp_path: 
     assert code == 0, text[-4000:]
     if "--filepath" in given:
         assert Path(given[given.index("--filepath") + 1]).is_file()
+        return
+    if "download" in given:
+        assert (folder / "D" / "sacb_net" / "models" / "model.pt").is_file()
         return
     told = {
         "common": "wrote |is as published",

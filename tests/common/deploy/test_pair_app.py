@@ -15,6 +15,7 @@ import torch
 from dicom_series import write_series
 from monai.bundle import ConfigParser
 from people import SPACING
+from printed_lines import the_line
 
 from common import io, mapping, pack, phantom
 from common.cli import bundle_folder
@@ -49,8 +50,11 @@ def python(*words: object) -> subprocess.CompletedProcess:
 
 
 def run(fixed: Path, moving: Path, output: Path) -> subprocess.CompletedProcess:
-    options = ["--bundle", "sacb_net", "--output", output, "--spacing", SPACING, "--device", "cpu"]
-    return python("-m", "common", "deploy", "run", "--fixed", fixed, "--moving", moving, *options)
+    """The README's line, on a coarse grid."""
+    words = the_line("python -m common deploy run")
+    for option, value in {"--fixed": fixed, "--moving": moving, "--output": output}.items():
+        words[words.index(option) + 1] = value
+    return python(*words[1:], "--spacing", SPACING, "--device", "cpu")
 
 
 def test_pair(series: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from people import SPACING, label_of, write_person
+from printed_lines import the_line
 
 from common import io, mapping
 from common.cli import bundle_folder
@@ -64,8 +65,8 @@ def server(app_folder: Path, studies: Path, tmp_path_factory: pytest.TempPathFac
         port = free.getsockname()[1]
     temporary = tmp_path_factory.mktemp("temporary")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
-    options = ["--app", str(app_folder), "--studies", str(studies), "--host", "127.0.0.1", "--port", str(port)]
-    line = [sys.executable, "-m", "monailabel.main", "start_server", *options]
+    names = {"monailabel": str(Path(sys.executable).with_name("monailabel")), "APP": app_folder, "STUDIES": studies}
+    line = [str(names.get(word, word)) for word in the_line("monailabel start_server")] + ["--port", str(port)]
     with (temporary.parent / "server.log").open("w") as log:
         process = subprocess.Popen(line, env=environment, cwd=temporary.parent, stdout=log, stderr=log)
     address, began = f"http://127.0.0.1:{port}", time.time()
