@@ -1,7 +1,9 @@
 """Label propagation through a real MONAI Label server against `monai.bundle run`: Dice, geometry, time.
 
-python tests/bench/bench_label.py DATA FIXED [FIXED ...] --moving MOVING: ids of dataset.json in the folder DATA. Needs
-MONAI Label (common/label/README.md); prints a row a pair.
+python tests/bench/bench_label.py DATA FIXED [FIXED ...] --moving MOVING --output tests/bench/results/label.json
+
+MOVING and FIXED are ids of dataset.json in the folder DATA. Needs MONAI Label (common/label/README.md); prints a row a
+pair.
 """
 
 import argparse
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("fixed", nargs="+")
     parser.add_argument("--moving", required=True)
     parser.add_argument("--bundle", default="sacb_net")
+    parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     content = json.loads((given.data / "dataset.json").read_text())
     cases = {case["id"]: case for part in ("training", "validation", "test") for case in content.get(part, [])}
@@ -104,15 +107,18 @@ def main() -> None:
             server.wait(60)
         out = by_command(place, images, given.moving, given.fixed, given.bundle)
         source = io.read_scan(given.data / cases[given.moving]["label"])[0]
-        print(
-            "fixed, Dice through the server, Dice by monai.bundle run, voxels that differ, affine as the scan, seconds"
-        )
+        found = []
         for fixed, got, affine, seconds in rows:
             target = io.read_scan(given.data / cases[fixed]["label"])[0]
             other = io.read_scan(out / fixed / "warped_label.nii.gz")[0]
-            same = np.allclose(affine, io.read_scan(images / f"{fixed}.nii.gz")[1], atol=1e-5)  # NIfTI: float32
-            scores = f"{dice(got, target, source):.6f}, {dice(other, target, source):.6f}"
-            print(f"{fixed}, {scores}, {int((got != other).sum())}, {same}, {seconds:.0f}", flush=True)
+            row = {"moving": given.moving, "fixed": fixed, "dice_server": dice(got, target, source)}
+            row |= {"dice_command": dice(other, target, source), "voxels_that_differ": int((got != other).sum())}
+            like = io.read_scan(images / f"{fixed}.nii.gz")[1]
+            row |= {"affine_as_the_scan": bool(np.allclose(affine, like, atol=1e-5)), "seconds": round(seconds, 1)}
+            found.append(row)
+            print(json.dumps(row), flush=True)
+        if given.output:
+            given.output.write_text(json.dumps({"bundle": given.bundle, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,14 @@ def markdown(content):
             title = title.replace(name.split(",")[0], f"`{name.split(',')[0]}`", 1)
         numbers = "{dice:.3f} | {dice_coarse:.3f} | {folding_pct:.3f} | {cpu_s:.1f} | {peak_gib:.1f}".format(**row)
         lines.append(f"| {title} | {numbers} | {weights_of(name)} |")
+    lines += [f"| `{name}` | untrained | | | | | the state it starts from |" for name in untrained()]
     return "\n".join(lines) + "\n"
+
+
+def untrained():
+    """The bundles whose metadata says that their weights are of no training."""
+    paths = sorted((ROOT / "bundles").glob("*/configs/metadata.json"))
+    return [p.parents[1].name for p in paths if json.loads(p.read_text())["data_source"].startswith("none yet")]
 
 
 def weights_of(name):
