@@ -24,9 +24,15 @@ class ScalarNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        centred = x - x.mean((1, 2, 3, 4), keepdim=True)
-        var = centred.square().mean((1, 2, 3, 4), keepdim=True)  # on CPU four times faster than torch.var
+        # One axis at a time: onnxruntime sums a whole volume in one float32, which costs four digits.
+        centred = x - mean_of_all(x)
+        var = mean_of_all(centred.square())  # on CPU four times faster than torch.var
         return torch.addcmul(self.bias, centred, self.weight / (var.clamp(min=1e-12).sqrt() + 1e-3))
+
+
+def mean_of_all(x: Tensor) -> Tensor:
+    """Mean of each sample over channels and space: (B, C, I, J, K) -> (B, 1, 1, 1, 1)."""
+    return x.mean(4, keepdim=True).mean(3, keepdim=True).mean(2, keepdim=True).mean(1, keepdim=True)
 
 
 def conv(in_channels: int, out_channels: int, kernel: int = 3, dilation: int = 1) -> nn.Conv3d:

@@ -18,7 +18,8 @@ def assign_reference(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor,
     cross = points @ centroids.transpose(1, 2)
     distance = points.square().sum(2, keepdim=True) - 2 * cross + centroids.square().sum(2).unsqueeze(1)
     labels = distance.argmin(2)
-    member = torch.nn.functional.one_hot(labels, centroids.shape[1]).to(points.dtype)
+    numbers = torch.arange(centroids.shape[1], device=points.device)
+    member = (labels.unsqueeze(2) == numbers).to(points.dtype)  # one_hot checks its range: twice the nodes if exported
     return labels, member.transpose(1, 2) @ points, member.sum(1).unsqueeze(2)
 
 
@@ -55,13 +56,13 @@ def spread_start(points: Tensor, clusters: int) -> Tensor:
     The first is the point nearest to the mean. Each next one is where the cumulated squared distance to the starts so
     far reaches a quantile; the quantiles follow the golden ratio, so that they fill (0, 1) evenly.
     """
-    mean = points.mean(1, keepdim=True)
+    mean = points.double().mean(1, keepdim=True).to(points.dtype)  # in float32, a runtime's order of sums would decide
     nearest = (points - mean).square().sum(2).argmin(1)
     rows = torch.arange(points.shape[0], device=points.device)
     starts = [points[rows, nearest]]
     distance = (points - starts[0].unsqueeze(1)).square().sum(2)
     for n in range(1, clusters):
-        mass = distance.cumsum(1)
+        mass = distance.double().cumsum(1)
         target = mass[:, -1:] * ((0.6180339887498949 * n) % 1.0)
         index = (mass <= target).sum(1).clamp(max=points.shape[1] - 1)  # searchsorted, which ONNX lacks
         starts.append(points[rows, index])
