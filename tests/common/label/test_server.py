@@ -64,8 +64,10 @@ def server(app_folder: Path, studies: Path, tmp_path_factory: pytest.TempPathFac
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     temporary = tmp_path_factory.mktemp("temporary")
+    programs = Path(sys.executable).parent  # `monailabel` is a script that starts the `python` of the PATH
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
-    names = {"monailabel": str(Path(sys.executable).with_name("monailabel")), "APP": app_folder, "STUDIES": studies}
+    environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
+    names = {"monailabel": programs / "monailabel", "APP": app_folder, "STUDIES": studies}
     line = [str(names.get(word, word)) for word in the_line("monailabel start_server")] + ["--port", str(port)]
     with (temporary.parent / "server.log").open("w") as log:
         process = subprocess.Popen(line, env=environment, cwd=temporary.parent, stdout=log, stderr=log)
