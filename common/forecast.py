@@ -37,7 +37,8 @@ class Cost(NamedTuple):
     bytes: float
 
 
-# Of warping, measuring, drawing and writing, without labels, a voxel of the fixed scan; always on the CPU
+# Of warping, measuring, drawing and writing, without labels, a voxel of the fixed scan; always on the CPU. Held against
+# whole runs by tests/bench/bench_forecast.py pairs.
 DELIVERY = Cost(1.0e-6, 100.0)
 
 

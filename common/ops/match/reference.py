@@ -23,9 +23,8 @@ def match_reference(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Ten
     width = 2 * radius + 1
     padded = F.pad(feat_moving, [radius] * 6)
     windows = padded.unfold(2, width, 1).unfold(3, width, 1).unfold(4, width, 1)  # (B, C, I, J, K, w, w, w)
-    keys = windows.permute(0, 2, 3, 4, 5, 6, 7, 1).reshape(
-        -1, width * width * width, feat_fixed.shape[1]
-    )  # a voxel's (w^3, C)
+    each = windows.permute(0, 2, 3, 4, 5, 6, 7, 1)  # (B, I, J, K, w, w, w, C)
+    keys = each.reshape(-1, width * width * width, feat_fixed.shape[1])
     query = feat_fixed.permute(0, 2, 3, 4, 1).reshape(-1, feat_fixed.shape[1], 1)
     weight = (keys @ query).squeeze(2).softmax(1)
     disp = weight @ offsets(radius, feat_fixed)
