@@ -257,6 +257,8 @@ def prepare_labelled(batch: dict, device: torch.device, non_blocking: bool = Fal
 class TrainingStep(nn.Module):
     """loss(network.forward_train(image), image, label): what a trainer runs of a method with more than one output.
 
+    `label` is what `prepare_batch` gives beside the image, None for `prepare_pair`.
+
     A module of its own, so that DistributedDataParallel sees the whole step, while `network` stays what is validated
     and saved.
     """
@@ -265,7 +267,7 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.network, self.loss = network, loss
 
-    def forward(self, image: Tensor, label: Tensor) -> Tensor:
+    def forward(self, image: Tensor, label: Tensor | None = None) -> Tensor:
         return self.loss(self.network.forward_train(image), image, label)
 
 

@@ -60,16 +60,6 @@ def test_training_starts_and_goes_on(dataset: Path, tmp_path: Path) -> None:
     check_training(tmp_path, 2)
 
 
-def test_training_in_two_processes(dataset: Path, tmp_path: Path) -> None:
-    """Every process takes its own pairs, also one without labels, and the weights are those of the plain network."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    configs = "train.json", "multi_gpu_train.json"
-    text = train(dataset, tmp_path, 1, "--labelled", "['p0']", configs=configs, launcher=launcher)
-    assert text.count("Iter: 2/2 -- train_loss") == 1, "one process writes the log"
-    shipped = torch.load(BUNDLE / "models" / "model.pt", weights_only=True)
-    assert shapes(check_training(tmp_path, 1)) == shapes(shipped)
-
-
 def test_gfn_trains_without_any_label(tmp_path: Path) -> None:
     """A plain folder of scans: an error that names the option, and with it a training."""
     (tmp_path / "scans").mkdir()

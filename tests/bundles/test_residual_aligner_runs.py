@@ -53,15 +53,6 @@ def test_both_stages(dataset: Path, tmp_path: Path) -> None:
     check_training(tmp_path / "two", 2)
 
 
-def test_training_in_two_processes(dataset: Path, tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    options = "--dataset_dir", dataset, "--output_dir", tmp_path / "out", "--spacing", COARSE, "--minimum", 0
-    configs = from_root("train.json", "multi_gpu_train.json")
-    text = succeeded(command(*configs, *options, "--max_epochs", 1, "--epoch_length", 2, launcher=launcher))
-    assert text.count("Iter: 2/2 -- train_loss") == 1, "one process writes the log"
-    check_training(tmp_path / "out", 1)
-
-
 def test_table_2_has_seven_rows() -> None:
     assert len(TABLE_2) == 7
     rows = [json.loads((BUNDLE / "configs" / name).read_text()) for name in TABLE_2]

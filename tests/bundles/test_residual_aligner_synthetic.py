@@ -7,10 +7,11 @@ from monai.transforms import Compose
 from torch import Tensor
 
 from common.fields import jacobian_determinant
-from common.losses import diffusion
+from common.losses import RegistrationLoss, diffusion
 from common.ops import warp
 from common.transforms import PackPaird
-from residual_aligner import synthetic
+from residual_aligner import BothDirections, synthetic
+from residual_aligner.network import Registration
 
 SIZE = (24, 30, 20)
 
@@ -88,16 +89,21 @@ def test_synthetic_pair() -> None:
     torch.testing.assert_close(pair["image"][1:].as_tensor(), again)
     assert (pair["image"][0] - pair["image"][1]).abs().max() > 0.1
     batch = {"image": pair["image"][None], "disp": pair["disp"][None]}
-    image, target = synthetic.prepare_synthetic(batch, torch.device("cpu"))
+    image, target, *_ = synthetic.prepare_synthetic(batch, torch.device("cpu"))
     assert type(image) is Tensor and torch.equal(target[:, :3], batch["disp"]) and (target[:, 3] == 1).all()
 
 
 def test_synthetic_loss() -> None:
-    """Squared error where either scan has something, and the smoothness everywhere."""
+    """Squared error where either scan has something, and the smoothness everywhere; of the fixed grid alone."""
     disp, image = torch.rand(1, 3, *SIZE), torch.zeros(1, 2, *SIZE)
     image[:, 0, :5], image[:, 1, 3:9] = 1, 1
-    _, target = synthetic.prepare_synthetic({"image": image, "disp": disp}, torch.device("cpu"))
-    loss = synthetic.SyntheticLoss(0.1)
+    image, target, arguments, _ = synthetic.prepare_synthetic({"image": image, "disp": disp}, torch.device("cpu"))
+    assert arguments == (target,)
+    loss_of = synthetic.SyntheticLoss(0.1)
+
+    def loss(found: Tensor, target: Tensor) -> Tensor:
+        return loss_of(Registration(found, torch.rand(1, 3, *SIZE), []), image, target)
+
     torch.testing.assert_close(loss(disp, target), 0.1 * diffusion(disp))
     torch.testing.assert_close(loss(disp + 2, target), 4 + 0.1 * diffusion(disp))
     elsewhere = disp.clone()
@@ -106,6 +112,21 @@ def test_synthetic_loss() -> None:
     assert loss(elsewhere, torch.cat([disp, torch.ones(1, 1, *SIZE)], 1)) > 0.2
     empty = torch.cat([disp, torch.zeros(1, 1, *SIZE)], 1)
     torch.testing.assert_close(loss(disp + 2, empty), 0.1 * diffusion(disp))
+
+
+def test_both_directions() -> None:
+    """The mean of both, and what one leads to the other does not lead back from."""
+    torch.manual_seed(0)
+    image, shift = torch.rand(1, 2, *SIZE), torch.zeros(1, 3, *SIZE)
+    shift[:, 0], field = 0.5, torch.rand(1, 3, *SIZE)
+    one = RegistrationLoss(window=5, smoothness=0.3)
+    expected = (one(field, image) + one(shift, image.flip(1))) / 2
+    torch.testing.assert_close(BothDirections(one)(Registration(field, shift, []), image), expected)
+    there_and_back = Registration(shift, -shift, [])
+    loss = BothDirections(one, consistency=6.0)
+    torch.testing.assert_close(loss(there_and_back, image), BothDirections(one)(there_and_back, image))
+    twice = Registration(shift, shift, [])  # a voxel away after both: 1 / 3 a component
+    torch.testing.assert_close(loss(twice, image), BothDirections(one)(twice, image) + 2)
 
 
 def test_same_seed_same_pair() -> None:

@@ -85,13 +85,6 @@ def test_training_on_a_folder_of_scans(dataset: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "models").glob("checkpoint*")] == ["checkpoint_epoch=1.pt"]
 
 
-def test_training_in_two_processes(dataset: Path, tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    text = train(("train.json", "multi_gpu_train.json"), dataset, tmp_path / "out", 1, launcher)
-    assert text.count("Iter: 2/2 -- train_loss") == 1, "one process writes the log"
-    check_training(tmp_path / "out", 1)
-
-
 # ---- inference and evaluation ---------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from common import require
 require("0.1.0", "0.2.0")
 
 from residual_aligner.checkpoint import from_official  # noqa: E402  (after the version guard)
+from residual_aligner.loss import BothDirections  # noqa: E402
 from residual_aligner.network import RAN  # noqa: E402
 
-__all__ = ["RAN", "from_official"]
+__all__ = ["RAN", "BothDirections", "from_official"]

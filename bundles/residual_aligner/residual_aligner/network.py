@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from residual_aligner.aligner import MASKS, Aligned, ResidualAligner, ScalarNorm, SharedLayers, conv
+from residual_aligner.aligner import HIDDEN, MASKS, Aligned, ResidualAligner, ScalarNorm, SharedLayers, conv
 
 DIVISOR = 16  # four halvings
 
@@ -117,9 +117,32 @@ class RAN(nn.Module):
         )
         self.shared = SharedLayers(heads, multi_head or confidence)
         self.flow = nn.Conv3d(g.decoder[-1] + 3, 3, 3, padding=1)
-        nn.init.xavier_uniform_(self.flow.weight)
-        nn.init.zeros_(self.flow.bias)
+        self.start_at_identity()
         self.to(memory_format=torch.channels_last_3d)
+
+    @torch.no_grad()
+    def start_at_identity(self) -> None:
+        """Start as a residual pyramid: phi_k = phi_(k-1) + mean of the new fields, fields and final update nearly zero.
+
+        Two hidden channels of C^2 carry +x and -x, and lrelu(x) - lrelu(-x) = 1.01 x. Neither paper nor code say how
+        they start; from independent random weights the displacement reaches the loss through five distorting layers.
+        """
+        for aligner in self.aligners:
+            known = [self.shared.heads] + (
+                [] if aligner.first else [2 * self.shared.heads + 1]
+            )  # mean field, phi_(k-1)
+            nn.init.normal_(aligner.disp_in.weight[:2], std=1e-3)
+            for sign, weight in zip((1, -1), aligner.disp_in.weight):
+                weight[known, 1, 1, 1] += sign
+            nn.init.dirac_(aligner.resample.weight)
+            own, other = aligner.regress_in.weight[: HIDDEN // 2].chunk(2, 1)
+            other.copy_(-own)
+        nn.init.normal_(self.shared.disp_out.weight, std=1e-3)
+        self.shared.disp_out.weight[0, :2, 1, 1, 1] += torch.tensor([1.0, -1.0]) / 1.01
+        self.shared.heads_out.weight *= 0.1
+        nn.init.normal_(self.flow.weight, std=1e-3)
+        self.flow.weight[:, -3:, 1, 1, 1] += torch.eye(3)
+        nn.init.zeros_(self.flow.bias)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 2C, I, J, K), first C channels moving, last C fixed -> displacement (B, 3, I, J, K) in voxels."""
@@ -127,7 +150,7 @@ class RAN(nn.Module):
             last = module  # the earlier ones are let go
         return self.displacement(last, image)
 
-    def register(self, image: Tensor) -> Registration:
+    def forward_train(self, image: Tensor) -> Registration:
         """Both directions of the same pair, with the outputs of every RA module, for training and analysis."""
         modules = list(self.align(self.both(image)))
         back, disp = self.displacement(modules[-1], image).chunk(2)

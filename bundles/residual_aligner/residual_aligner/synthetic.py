@@ -13,6 +13,7 @@ from common.augment import random_rotation
 from common.fields import identity
 from common.losses import diffusion
 from common.ops import warp
+from residual_aligner.network import Registration
 
 
 def smooth_displacement(
@@ -92,9 +93,10 @@ class SyntheticPaird(Transform):
 
 
 class SyntheticLoss(nn.Module):
-    """mse(disp, truth) where there is something to see + smoothness * diffusion(disp).
+    """mse(disp, truth) where there is something to see + smoothness * diffusion(disp), for a `TrainingStep`.
 
-    disp is (B, 3, I, J, K) in voxels, the target (B, 4, I, J, K) of `prepare_synthetic`: the truth and where it counts.
+    disp is that of the fixed grid, (B, 3, I, J, K) in voxels, the target (B, 4, I, J, K) of `prepare_synthetic`: the
+    truth and where it counts. Of the other direction no truth is known.
 
     Source: paper section 4.2 and its appendix; the foreground is ours: where both scans are empty no network can know.
     """
@@ -103,16 +105,15 @@ class SyntheticLoss(nn.Module):
         super().__init__()
         self.smoothness = smoothness
 
-    def forward(self, disp: Tensor, target: Tensor) -> Tensor:
-        truth, seen = target[:, :3], target[:, 3:]
+    def forward(self, found: Registration, image: Tensor, target: Tensor) -> Tensor:
+        disp, truth, seen = found.disp, target[:, :3], target[:, 3:]
         error = ((disp - truth).square() * seen).sum() / (3 * seen.sum()).clamp(min=1)
         return error + self.smoothness * diffusion(disp)
 
 
-def prepare_synthetic(
-    batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: object
-) -> tuple[Tensor, Tensor]:
-    """Input of a synthetic pair, and its target: known displacement, then 1 where either scan is not 0."""
+def prepare_synthetic(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: object) -> tuple:
+    """Input of a synthetic pair, and its target for a `TrainingStep`: known displacement, then 1 where a scan is not 0."""
     image = batch["image"].as_tensor() if hasattr(batch["image"], "as_tensor") else batch["image"]
     target = torch.cat([batch["disp"], (image != 0).any(1, keepdim=True).to(batch["disp"])], 1)
-    return tuple(x.to(device, non_blocking=non_blocking, **kwargs) for x in (image, target))
+    image, target = (x.to(device, non_blocking=non_blocking, **kwargs) for x in (image, target))
+    return image, target, (target,), {}
