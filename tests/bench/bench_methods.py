@@ -35,6 +35,8 @@ BUNDLES = {  # name of the row: bundle, options
     "samconvex, MIND, 20 steps": ("samconvex", MIND | {"refine_steps": 20}),
     "dual_flownet": ("dual_flownet", {}),
     "dual_flownet, 50 steps": ("dual_flownet", {"refine_steps": 50}),
+    "residual_aligner": ("residual_aligner", {}),
+    "residual_aligner, 50 steps": ("residual_aligner", {"refine_steps": 50}),
 }
 TOOLS = {"affine start": None, "ANTs SyN": "antspyx", "Greedy": "picsl_greedy", "ConvexAdam": "convexAdam"}
 MEASURES = ("dice", "dice_coarse", "folding_pct", "sdlogj")
@@ -177,14 +179,7 @@ def markdown(content):
             title = title.replace(name.split(",")[0], f"`{name.split(',')[0]}`", 1)
         numbers = "{dice:.3f} | {dice_coarse:.3f} | {folding_pct:.3f} | {cpu_s:.1f} | {peak_gib:.1f}".format(**row)
         lines.append(f"| {title} | {numbers} | {weights_of(name)} |")
-    lines += [f"| `{name}` | untrained | | | | | the state it starts from |" for name in untrained()]
     return "\n".join(lines) + "\n"
-
-
-def untrained():
-    """The bundles whose metadata says that their weights are of no training."""
-    paths = sorted((ROOT / "bundles").glob("*/configs/metadata.json"))
-    return [p.parents[1].name for p in paths if json.loads(p.read_text())["data_source"].startswith("none yet")]
 
 
 def weights_of(name):

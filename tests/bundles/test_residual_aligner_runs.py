@@ -76,18 +76,11 @@ def test_table_2_trains(overlay: str) -> None:
 
 
 def test_inference_from_the_bundle_folder(raw: Path, tmp_path: Path) -> None:
-    """The shipped weights are untrained and move things at random, so only the way through is tested."""
     done = command(
-        *(
-            "--config_file",
-            "configs/inference.json",
-            "--moving",
-            raw / "moving.nii.gz",
-            "--fixed",
-            raw / "fixed.nii.gz",
-        ),
+        *("--config_file", "configs/inference.json"),
+        *("--moving", raw / "moving.nii.gz", "--fixed", raw / "fixed.nii.gz"),
         *("--moving_label", raw / "moving_label.nii.gz", "--fixed_label", raw / "fixed_label.nii.gz"),
-        *("--output_dir", tmp_path / "out", "--spacing", 6.0, "--refine_steps", 20, "--save_inverse", True),
+        *("--output_dir", tmp_path / "out", "--spacing", 4.0, "--save_inverse", True),
         cwd=BUNDLE,
     )
     assert "1 pair registered" in succeeded(done)
@@ -95,7 +88,8 @@ def test_inference_from_the_bundle_folder(raw: Path, tmp_path: Path) -> None:
     found = {path.name for path in (tmp_path / "out" / "moving_to_fixed").iterdir()}
     files = "warped.nii.gz transform.h5 displacement.nii.gz warped_label.nii.gz inverse_transform.h5"
     assert set(files.split()) <= found
-    assert 0.5 < float(row["ncc_after"]) < 1 and 0 < float(row["inverse_error_mm"]) < 10
+    assert float(row["ncc_after"]) > float(row["ncc_before"]) > 0.2 and 0 < float(row["inverse_error_mm"]) < 1
+    assert float(row["dice_after"]) > float(row["dice_before"])
 
 
 def test_evaluation_of_a_dataset(dataset: Path, tmp_path: Path) -> None:
@@ -105,7 +99,7 @@ def test_evaluation_of_a_dataset(dataset: Path, tmp_path: Path) -> None:
     rows = table(tmp_path / "out" / "results.csv")
     assert [row["id"] for row in rows] == ["p3_to_p4", "p4_to_p3"]
     for row in rows:
-        assert 0.2 < float(row["dice_before"]) < 1 and 0 < float(row["dice_after"]) < 1
+        assert float(row["dice_after"]) > float(row["dice_before"]) > 0.2
         assert 0 < float(row["hd95_after"]) < 60
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.csv"], "an evaluation writes no volumes"
 
