@@ -52,7 +52,6 @@ class SharedLayers(nn.Module):
 
     def __init__(self, heads: int, attributes: bool = True) -> None:
         super().__init__()
-        self.heads = heads
         self.heads_in, self.heads_out = conv(HIDDEN, HEAD_HIDDEN), conv(HEAD_HIDDEN, 3 * heads, 1)
         self.semantic = conv(HIDDEN, heads, 1)
         if attributes:
@@ -97,7 +96,7 @@ class ResidualAligner(nn.Module):
         mask: str = "softmax",
     ) -> None:
         super().__init__()
-        self.heads, self.first, self.multi_head, self.mask = heads, first, multi_head, mask
+        self.heads, self.multi_head, self.mask = heads, multi_head, mask
         self.increments = multi_head or confidence
         self.attributes = multi_head or (confidence and not final)
         self.resample = conv(channels, channels, 1)

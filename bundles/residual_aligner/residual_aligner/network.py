@@ -124,13 +124,12 @@ class RAN(nn.Module):
     def start_at_identity(self) -> None:
         """Start as a residual pyramid: phi_k = phi_(k-1) + mean of the new fields, fields and final update nearly zero.
 
-        Two hidden channels of C^2 carry +x and -x, and lrelu(x) - lrelu(-x) = 1.01 x. Neither paper nor code say how
-        they start; from independent random weights the displacement reaches the loss through five distorting layers.
+        Two hidden channels of C^2 carry +x and -x, and lrelu(x) - lrelu(-x) = 1.01 x. Half of a regressor's channels
+        start as differences of the two streams. Neither paper nor code say how they start; from independent random
+        weights the displacement reaches the loss through five distorting layers.
         """
         for aligner in self.aligners:
-            known = [self.shared.heads] + (
-                [] if aligner.first else [2 * self.shared.heads + 1]
-            )  # mean field, phi_(k-1)
+            known = list({aligner.heads, aligner.disp_in.in_channels - 1})  # mean field, phi_(k-1) if there is one
             nn.init.normal_(aligner.disp_in.weight[:2], std=1e-3)
             for sign, weight in zip((1, -1), aligner.disp_in.weight):
                 weight[known, 1, 1, 1] += sign

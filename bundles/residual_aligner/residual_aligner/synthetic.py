@@ -112,7 +112,7 @@ class SyntheticLoss(nn.Module):
 
 
 def prepare_synthetic(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: object) -> tuple:
-    """Input of a synthetic pair, and its target for a `TrainingStep`: known displacement, then 1 where a scan is not 0."""
+    """Input and target of a synthetic pair: known displacement, then 1 where a scan is not 0; for a `TrainingStep`."""
     image = batch["image"].as_tensor() if hasattr(batch["image"], "as_tensor") else batch["image"]
     target = torch.cat([batch["disp"], (image != 0).any(1, keepdim=True).to(batch["disp"])], 1)
     image, target = (x.to(device, non_blocking=non_blocking, **kwargs) for x in (image, target))
