@@ -188,13 +188,19 @@ class SlidingPair(NamedTuple):
 
 
 def sliding_pair(
-    size: tuple[int, int, int] = (32, 48, 32), seed: int = 0, *, shift: float = 4.0, noise: float = 0.01
+    size: tuple[int, int, int] = (32, 48, 32),
+    seed: int = 0,
+    *,
+    shift: float = 4.0,
+    wander: float = 0.0,
+    noise: float = 0.01,
 ) -> SlidingPair:
-    """Two textured half ellipsoids that meet in the plane i = (I - 1) / 2 and move in opposite directions along it.
+    """Two textured half ellipsoids that meet in the plane i = (I - 1) / 2 + w and move in opposite directions along it.
 
     disp = +t in organ 1, -t in organ 2, with t in the plane of the interface, |t| in [shift / 2, shift]
 
-    The displacement jumps by 2 t at the interface. Texture, direction and length depend on the seed.
+    The displacement jumps by 2 t at the interface. Texture, direction, length and w in [-wander, wander] depend on the
+    seed. Without `wander`, and with I a multiple of 32, the interface lies on a border of the cells of every pyramid.
     """
     rng = np.random.default_rng(seed)
     angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1) * shift
@@ -203,8 +209,8 @@ def sliding_pair(
     waves *= rng.uniform(0.5, 1.1, (2, 6, 1)) / np.linalg.norm(waves, axis=-1, keepdims=True)
     phases = rng.uniform(0, 2 * np.pi, (2, 6))
     grid = np.stack(np.meshgrid(*[np.arange(n) for n in size], indexing="ij"), -1).astype(np.float64)
-    centred = grid - (np.array(size) - 1) / 2
-    radii = 0.42 * np.array(size) - np.array([0, shift, shift])
+    centred = grid - (np.array(size) - 1) / 2 - np.array([wander * rng.uniform(-1, 1), 0, 0])
+    radii = 0.42 * np.array(size) - np.array([wander, shift, shift])
 
     def scan(sign: float) -> tuple[np.ndarray, np.ndarray]:
         image, label = np.full(size, 0.1), np.zeros(size, np.uint8)

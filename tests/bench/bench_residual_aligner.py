@@ -3,8 +3,8 @@
     python tests/bench/bench_residual_aligner.py                          # all variants, 80x96x80, one thread
     python tests/bench/bench_residual_aligner.py --size 96,80,128 --variants ran3 --training False
 
-The training step is forward, squared LNCC with edge-weighted diffusion, backward and Adam, with `recompute` where the
-variant has all modules at full resolution. Input: random.
+The training step is that of train.json: forward, squared LNCC with edge-weighted diffusion of both directions and their
+inverse error, backward and Adam, with `recompute` where the variant has all modules at full resolution. Input: random.
 """
 
 import json
@@ -29,7 +29,7 @@ def child(variant, size, training):
     import torch
 
     from common.losses import RegistrationLoss
-    from residual_aligner import RAN
+    from residual_aligner import RAN, BothDirections
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -37,7 +37,8 @@ def child(variant, size, training):
     begin = time.process_time()
     if training:
         optimizer = torch.optim.Adam(net.parameters())
-        RegistrationLoss(edges=1.0)(net(image), image).backward()
+        loss = BothDirections(RegistrationLoss(edges=1.0), consistency=0.05)
+        loss(net.forward_train(image), image).backward()
         optimizer.step()
     else:
         with torch.no_grad():

@@ -125,8 +125,10 @@ def test_onnx(own: int, bundle: Path, pairs: tuple[Path, list[Tensor]]) -> None:
     """MONAI's onnx_export; the graph has the size of its example, and onnxruntime refuses another."""
     pytest.importorskip("onnxruntime", reason="onnxruntime of the extra [export] is not installed")
     folder, expected = pairs
-    quick = {"optimize": False}  # onnxruntime does so by itself; the exporter takes minutes for it
-    onnx_export(**options(bundle, folder / "model.onnx", SIZES[own]), converter_kwargs=quick)
+    # onnxruntime optimizes by itself, the exporter takes minutes for it; MONAI hands options on with use_trace only.
+    # onnxscript gives a convolution without bias one of the wrong shape, which its optimizer takes away.
+    quick = {"use_trace": True, "converter_kwargs": {"optimize": bundle.name == "samconvex"}}
+    onnx_export(**options(bundle, folder / "model.onnx", SIZES[own]), **quick)
     assert "refused: " in alone(folder, ONNX.format(own=own, other=1 - own), "torch")
     compare(torch.from_numpy(np.load(folder / f"found{own}.npy")), expected[own], bundle.name)
 

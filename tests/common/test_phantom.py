@@ -130,6 +130,19 @@ def test_sliding_pair_geometry() -> None:
     np.testing.assert_array_equal(pair.depth[:, 0, 0], np.abs(np.arange(20) - 9.5))
 
 
+def test_sliding_pair_wanders() -> None:
+    """The interface leaves the middle by up to `wander` voxels, to either side, and the truth goes with it."""
+    places = []
+    for seed in range(8):
+        pair = phantom.sliding_pair((24, 24, 24), seed, shift=2.0, wander=4.0, noise=0.0)
+        rows = [np.unique(label[label > 0]).tolist() for label in pair.fixed_label if (label > 0).any()]
+        assert rows == sorted(rows) and [1] in rows and [2] in rows and [1, 2] not in rows
+        places.append(float(pair.depth[:, 0, 0].argmin()) - 11.5)
+        first = min(i for i in range(24) if (pair.fixed_label[i] == 2).any())
+        assert pair.depth[first, 0, 0] + pair.depth[first - 1, 0, 0] == pytest.approx(1, abs=1e-5)
+    assert -4.5 <= min(places) < -1 and 1 < max(places) <= 4.5
+
+
 def test_sliding_pair_depends_on_its_seed() -> None:
     first, again, other = (phantom.sliding_pair((16, 24, 16), seed).image for seed in (4, 4, 5))
     np.testing.assert_array_equal(first, again)

@@ -1,9 +1,9 @@
 """Every Triton kernel compiles to a cubin for sm_80 and sm_90 on any machine; no GPU is needed for that.
 
 The interpreter of the other tests runs kernels as Python and lets pass what the compiler refuses: types, shapes, an
-axis of one voxel, which Triton turns into a constant. Run as a script, this file launches every operator with the
-kernels replaced by a compiler of the arguments they get, and prints a line for each; the tests start it once, with the
-interpreter switched off.
+axis of one voxel, which Triton turns into a constant. Run as a script with a case and a target, this file launches every
+operator with the kernels replaced by a compiler of the arguments they get, and prints a line for each; the tests start
+it with the interpreter switched off.
 """
 
 import ast
@@ -32,35 +32,25 @@ def entries() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What became of each launch: its shared memory in bytes, or the error."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return dict(line.split(": ", 1) for line in run.stdout.splitlines())
-
-
 def test_finds_kernels() -> None:
     names = {name for _, name in entries()}
     assert {"match_fwd_kernel", "warp_bwd_kernel", "modulated_conv3d_weight_kernel", "assign_kernel"} <= names
 
 
-COMPILED = [
-    (op, kernel, target, case)
-    for op, kernel in entries()
-    for case, targets in CASES.items()
-    for target in targets
-    if op == "sacb" or case != "wide"  # only there the tiles grow with the square of the channels
-]
-
-
-@pytest.mark.parametrize(("op", "kernel", "target", "case"), COMPILED)
-def test_compiles(op: str, kernel: str, target: int, case: str, compiled: dict[str, str]) -> None:
-    found = {name: text for name, text in compiled.items() if name.startswith(f"{op}.{kernel} sm_{target} {case}")}
-    assert found, "no operator launched it"
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "target"), [(case, target) for case, targets in CASES.items() for target in targets])
+def test_compiles(case: str, target: int, tmp_path: Path) -> None:
+    """A process for each case, which has then all its kernels: parallel workers share nothing that one makes twice."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    line = [sys.executable, __file__, case, str(target)]
+    run = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = dict(line.split(": ", 1) for line in run.stdout.splitlines())
+    # only in this operator the tiles grow with the square of the channels
+    expected = {f"{op}.{kernel}" for op, kernel in entries() if op == "sacb" or case != "wide"}
+    assert {name.rpartition(" ")[0] for name in found} == expected, "no operator launched one of them"
     for name, text in found.items():
         assert text.isdigit(), f"{name}: {text}"
         assert int(text) <= SHARED[target], f"{name} needs {text} bytes of shared memory"
@@ -105,8 +95,8 @@ def launches(case: str) -> Iterator[Callable[[], object]]:
 class Launcher:
     """Stands in for a kernel: compiles it for the arguments of a launch and says how it went."""
 
-    def __init__(self, name: str, kernel: object) -> None:
-        self.name, self.kernel, self.case, self.count = name, kernel, "", 0
+    def __init__(self, name: str, kernel: object, target: int) -> None:
+        self.name, self.kernel, self.target, self.count = name, kernel, target, 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self.launch
@@ -121,34 +111,27 @@ class Launcher:
             else:
                 signature[key] = mangle_type(value)
         self.count += 1
-        for target in CASES[self.case]:
-            text = self.compile(signature, constants, target)
-            print(f"{self.name} sm_{target} {self.case} {self.count}: {text}", flush=True)
+        print(f"{self.name} {self.count}: {self.compile(signature, constants)}", flush=True)
 
-    def compile(self, signature: dict[str, str], constants: dict[str, object], target: int) -> str:
+    def compile(self, signature: dict[str, str], constants: dict[str, object]) -> str:
         import triton
         from triton.backends.compiler import GPUTarget
 
         source = triton.compiler.ASTSource(self.kernel, signature, constants)
         try:
-            built = triton.compile(source, target=GPUTarget("cuda", target, 32))
+            built = triton.compile(source, target=GPUTarget("cuda", self.target, 32))
         except Exception as error:  # told line by line, so that one kernel does not hide the others
             return " ".join(f"{type(error).__name__} {error}".split())
         return str(built.metadata.shared) if built.asm["cubin"] else "no cubin"
 
 
-def main() -> None:
-    launchers = []
+def main(case: str, target: str) -> None:
     for op, name in entries():
         module = importlib.import_module(f"common.ops.{op}.kernel")
-        launchers.append(Launcher(f"{op}.{name}", getattr(module, name)))
-        setattr(module, name, launchers[-1])
-    for case in CASES:
-        for launcher in launchers:
-            launcher.case = case
-        for run in launches(case):
-            run()
+        setattr(module, name, Launcher(f"{op}.{name}", getattr(module, name), int(target)))
+    for run in launches(case):
+        run()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
