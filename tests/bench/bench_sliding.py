@@ -6,8 +6,8 @@
 
 Every step is a new pair of `common.phantom.sliding_pair`, the same for both networks. The error is the mean length of
 disp - truth in voxels inside the fixed organs, near the interface (within `near` voxels) and further away, over pairs
-that were not trained on. "zero" is the error of no displacement at all. The interface lies up to `wander` voxels off the
-middle: there it would be the border of every cell of the pyramid of q = 0.
+that were not trained on. "zero" is the error of no displacement at all. The interface lies up to `wander` voxels off
+the middle: there it would be the border of every cell of the pyramid of q = 0.
 """
 
 import json

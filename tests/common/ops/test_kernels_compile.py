@@ -1,9 +1,9 @@
 """Every Triton kernel compiles to a cubin for sm_80 and sm_90 on any machine; no GPU is needed for that.
 
 The interpreter of the other tests runs kernels as Python and lets pass what the compiler refuses: types, shapes, an
-axis of one voxel, which Triton turns into a constant. Run as a script with a case and a target, this file launches every
-operator with the kernels replaced by a compiler of the arguments they get, and prints a line for each; the tests start
-it with the interpreter switched off.
+axis of one voxel, which Triton turns into a constant. Run as a script with a case and a target, this file launches
+every operator with the kernels replaced by a compiler of the arguments they get, and prints a line for each; the tests
+start it with the interpreter switched off.
 """
 
 import ast
