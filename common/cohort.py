@@ -12,7 +12,7 @@ from typing import Any
 
 import ignite.distributed
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine, EventEnum, Events
 from monai.engines import Evaluator
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -29,6 +29,12 @@ UNTOLD = (
     "weights",
     "memory",
 )  # attributes that do not change a result, or are hashed by content
+
+
+class CohortEvents(EventEnum):
+    """Fired by `run` on its engine, for handlers that sum up over the pairs; a `PairTable` before them registers it."""
+
+    ALL_PAIRS_COMPLETED = "all_pairs_completed"  # in every process, after the last pair of all of them
 
 
 class PairTable:
@@ -52,6 +58,7 @@ class PairTable:
 
     def attach(self, engine: Engine) -> None:
         engine.state.table = self
+        engine.register_events(*CohortEvents)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         # With a handler for it, ignite ends a run that failed in good order, and the next one can begin.
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._keep)
@@ -212,6 +219,7 @@ def run(engine: Evaluator) -> None:
     engine.data_loader = loader
     progress.close()
     wait()
+    engine.fire_event(CohortEvents.ALL_PAIRS_COMPLETED)
     if rank():
         return
     engine.state.rows = rows = table.finish()

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import ROOT, SPACING, bundle_configs, command, succeeded, table
@@ -91,9 +92,9 @@ def test_training_goes_on_after_a_rank_was_killed(dataset: Path, tmp_path: Path)
 
 
 def test_two_processes_evaluate_as_one(dataset: Path, tmp_path: Path) -> None:
-    """Each takes half of the pairs, and one of them writes the table, which is that of a single process."""
+    """Each takes half of the pairs, and one of them writes the table and the plot, which are those of one process."""
     options = "--dataset_dir", dataset, "--spacing", SPACING, "--minimum", 5
-    configs = bundle_configs("sacb_net", "inference.json", "evaluate.json")
+    configs = bundle_configs("residual_aligner", "inference.json", "evaluate.json")
     text = succeeded(command(*configs, *options, "--output_dir", tmp_path / "two", launcher=TORCHRUN))
     assert text.count("2 pairs registered") == 1
     succeeded(command(*configs, *options, "--output_dir", tmp_path / "one"))
@@ -102,3 +103,6 @@ def test_two_processes_evaluate_as_one(dataset: Path, tmp_path: Path) -> None:
     for row in one + two:
         row.pop("seconds")
     assert one == two
+    counts = [np.load(tmp_path / folder / "motion_pairs.npy") for folder in ("one", "two")]
+    np.testing.assert_array_equal(*counts)
+    assert counts[0].sum() > 1000

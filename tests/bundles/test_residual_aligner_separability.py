@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
-from PIL import Image
+from monai.data import MetaTensor
 
+from common.cohort import CohortEvents
 from residual_aligner import separability as sep
 from residual_aligner.network import VARIANTS
 
@@ -100,21 +101,48 @@ def test_density() -> None:
     assert sep.density(counts, sigma=0).max() == 1
 
 
-def test_handler_and_picture(tmp_path: Path) -> None:
-    """Counts add up over the pairs of a run; the picture has a square a bin, and the curve in red."""
-    label = torch.ones(1, 8, 8, 8)
+def test_handler_counts_on_the_working_grid(tmp_path: Path) -> None:
+    """Counts add up over the pairs of a run; labels of another grid come to that of the displacement, the moving one
+    along it; a pair without labels or without a right voxel is left out."""
     disp = torch.zeros(3, 8, 8, 8)
     disp[1, 4:] = 5.0
-    item = {"pred": disp, "warped_label": label, "target_label": torch.cat([label, label])}
-    engine = Engine(lambda engine, batch: [item, {"pred": disp}])
-    sep.MotionPairs(str(tmp_path / "out"), "ran3", distance=6, difference=8, pairs=5000).attach(engine)
-    engine.run([0, 1])
+    grid, fine = np.diag([2.0, 2.0, 2.0, 1.0]), torch.ones(1, 16, 32, 16)
+    fixed, moving = torch.zeros(1, 16, 32, 16), torch.zeros(1, 16, 32, 16)
+    fixed[:, :, 4:12] = 1
+    moving[:, :8, 4:12], moving[:, 8:, 14:22] = 1, 1  # right only where the displacement brings it
+
+    def item(fixed: torch.Tensor, moving: torch.Tensor) -> dict:
+        named = {"fixed_label": fixed, "moving_label": moving}
+        return bare | {"matrix": np.eye(4)} | {name: MetaTensor(x, affine=np.eye(4)) for name, x in named.items()}
+
+    def run(folder: Path, *items: dict) -> None:
+        engine = Engine(lambda engine, batch: [{"pred": disp} for _ in items])
+        engine.register_events(*CohortEvents)
+        sep.MotionPairs(str(folder), "ran3", **options).attach(engine)
+        engine.run([list(items)] * 2)
+        engine.fire_event(CohortEvents.ALL_PAIRS_COMPLETED)
+
+    bare = {"image": MetaTensor(torch.zeros(2, 8, 8, 8), affine=grid)}
+    options = {"distance": 6, "difference": 8, "pairs": 5000}
+    run(tmp_path / "out", item(fixed, moving), bare, item(fixed, 2 * fine))
     counts = np.load(tmp_path / "out" / "motion_pairs.npy")
-    expected = 2 * sep.motion_pairs(disp[None], label[0], label[0], distance=6, difference=8, pairs=5000)
-    np.testing.assert_array_equal(counts, expected)
-    assert set(np.nonzero(counts.sum(0))[0]) == {0, 5}
-    pixels = np.asarray(Image.open(tmp_path / "out" / "motion_pairs.png"))
-    assert pixels.shape == (8 * 16, 6 * 16, 3)
-    assert (pixels == (200, 0, 0)).all(-1).any()
-    dark = pixels[..., 1].astype(int)
-    assert dark[-8, 40] < dark[8, 40], "most neighbours move alike"
+    label = torch.zeros(8, 8, 8)
+    label[:, 2:6] = 1
+    np.testing.assert_array_equal(counts, 2 * sep.motion_pairs(disp[None], label, label, **options))
+    assert set(np.nonzero(counts.sum(0))[0]) == {0, 5} and (tmp_path / "out" / "motion_pairs.png").stat().st_size > 5000
+
+    run(tmp_path / "none", bare)
+    assert not (tmp_path / "none").exists(), "nothing measured, nothing written"
+
+
+def test_picture() -> None:
+    """Fig. 7: a column for a distance, dark where pairs are many, and the curve of eq. 9."""
+    counts = np.zeros((6, 8), int)
+    counts[:, 0], counts[5, 4] = 90, 10
+    axes = sep.picture(counts, "ran3").axes[0]
+    shown = axes.images[0].get_array()
+    assert shown.shape == (8, 6) and axes.images[0].get_extent() == [0.5, 6.5, 0, 8]
+    assert shown[0, 2] > 0.8 and shown[4, 5] > shown[4, 1] and shown[4, 5] > shown[6, 5]
+    (line,) = axes.lines
+    expected = sep.separability(np.arange(1, 7), sep.VARIANTS["ran3"].pool, sep.dilation_sums("ran3"))
+    np.testing.assert_array_equal(line.get_ydata(), expected)

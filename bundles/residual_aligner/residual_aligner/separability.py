@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from PIL import Image, ImageDraw
+from matplotlib.figure import Figure
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from common import mapping
+from common.cohort import CohortEvents
 from residual_aligner.network import VARIANTS
 
 
@@ -129,25 +132,33 @@ def apart_share(counts: np.ndarray, *, distance: int = 4, difference: int = 4) -
     return float(near[:, difference:].sum() / max(near.sum(), 1))
 
 
-def picture(counts: np.ndarray, variant: str | None = None, *, pixels: int = 16) -> Image.Image:
-    """Fig. 7 (a): distance to the right, difference of the motions upwards, dark where pairs are many.
+def picture(counts: np.ndarray, variant: str | None = None) -> Figure:
+    """Fig. 7 (a): pairs of right voxels over distance and difference of motions, dark where they are many.
 
     Shares of each column's own pairs, square root; with a variant, its separability curve (eq. 9) as a red line.
     """
     share = density(counts)
-    share = np.sqrt(share / share.sum(1, keepdims=True).clip(1e-12)).T[::-1]
-    grey = np.repeat(np.repeat(255 - 255 * share / share.max(), pixels, 0), pixels, 1)
-    image = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    share = np.sqrt(share / share.sum(1, keepdims=True).clip(1e-12)).T
+    distance, difference = counts.shape
+    figure = Figure(figsize=(5.5, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    edges = (0.5, distance + 0.5, 0, difference)
+    image = axes.imshow(share, cmap="Greys", origin="lower", extent=edges, aspect="auto", vmin=0)
+    figure.colorbar(image, label="square root of the share of the pairs at this distance")
     if variant:
-        curve = separability(np.arange(1, len(counts) + 1), VARIANTS[variant].pool, dilation_sums(variant))
-        heights = (counts.shape[1] - curve).clip(0) * pixels
-        steps = [(pixels * (n + end), float(y)) for n, y in enumerate(heights) for end in (0, 1)]
-        ImageDraw.Draw(image).line(steps, fill=(200, 0, 0), width=2)
-    return image
+        steps = np.arange(1, distance + 1)
+        curve = separability(steps, VARIANTS[variant].pool, dilation_sums(variant))
+        axes.step(steps, curve, where="mid", color="red", label=f"separability of {variant} (eq. 9)")
+        axes.legend(loc="upper left")
+    axes.set(ylim=(0, difference), title="Pairs of correctly registered voxels")
+    axes.set(xlabel="distance of the two voxels", ylabel="difference of their motions, voxels")
+    return figure
 
 
 class MotionPairs:
-    """Handler of a validation: `motion_pairs` added up over its pairs, written as motion_pairs.npy and .png.
+    """Handler of a `common.cohort.run`: `motion_pairs` of its pairs with labels, added up, on the working grid.
+
+    Writes motion_pairs.npy and .png; nothing if no pair has labels.
 
     Args:
         output_dir: where the two files go.
@@ -170,19 +181,33 @@ class MotionPairs:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
-        engine.add_event_handler(Events.COMPLETED, self._write)
+        engine.add_event_handler(CohortEvents.ALL_PAIRS_COMPLETED, self._write)
 
     def _add(self, engine: Engine) -> None:
-        for item in engine.state.output:
-            if "warped_label" in item:
-                fixed, warped = (torch.as_tensor(item[key])[0].cpu() for key in ("target_label", "warped_label"))
-                disp = torch.as_tensor(item["pred"])[None]
-                self.counts += motion_pairs(disp, fixed, warped, **self.options)
+        for pair, found in zip(engine.state.batch, engine.state.output):
+            if "fixed_label" in pair and "moving_label" in pair:
+                disp, fixed, warped = _on_working_grid(pair | found)
+                if ((fixed == warped) & (fixed > 0)).any():
+                    self.counts += motion_pairs(disp, fixed, warped, **self.options)
 
     def _write(self, engine: Engine) -> None:
+        counts = idist.all_reduce(torch.from_numpy(self.counts)).numpy()  # of all processes
+        if not counts.any() or idist.get_rank() > 0:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        np.save(self.folder / "motion_pairs.npy", self.counts)
-        if self.counts.any():
-            picture(self.counts, self.variant).save(self.folder / "motion_pairs.png")
-        share = f"{100 * apart_share(self.counts):.2f} % of those up to 4 voxels apart move 4 voxels or more unlike"
-        print(f"{self.counts.sum()} pairs of correct voxels, {share}; in {self.folder}", flush=True)
+        np.save(self.folder / "motion_pairs.npy", counts)
+        picture(counts, self.variant).savefig(self.folder / "motion_pairs.png")
+        share = f"{100 * apart_share(counts):.2f} % of those up to 4 voxels apart move 4 voxels or more unlike"
+        print(f"{counts.sum()} pairs of correct voxels, {share}; in {self.folder}", flush=True)
+
+
+def _on_working_grid(item: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Displacement (1, 3, I, J, K), fixed and warped labels (I, J, K) of a pair that a bundle has registered."""
+    disp, grid = torch.as_tensor(item["pred"]).cpu(), np.asarray(item["image"].affine, np.float64)
+    start = mapping.affine_transform(np.asarray(item["matrix"], np.float64))
+    whole = mapping.compose(mapping.displacement_transform(disp.numpy(), grid), start)
+    labels = []
+    for name, transform in (("fixed_label", None), ("moving_label", whole)):
+        label = item[name][0].cpu().numpy(), np.asarray(item[name].affine, np.float64)
+        labels.append(mapping.resample(*label, tuple(disp.shape[1:]), grid, transform, nearest=True))
+    return disp[None], *(torch.from_numpy(label).round() for label in labels)
