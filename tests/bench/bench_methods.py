@@ -2,6 +2,8 @@
 
     python tests/bench/bench_methods.py measure DATA             # all methods, or --methods "sacb_net;Greedy"
     python tests/bench/bench_methods.py table --write True       # the table in README.md from the committed results
+    python tests/bench/bench_methods.py measure DATA --methods "sacb_net;residual_aligner;dual_flownet" \
+        --overlay hippocampus --output tests/bench/results/methods_hippocampus_mr.json       # the cards' other rows
 
 DATA is a folder with dataset.json whose scans share one grid (here: brain T1 at 2 mm, 8 pairs of two people). A method
 runs in a process of its own on one thread. Bundles run by their inference.json and evaluate.json, as a user runs them;
@@ -52,18 +54,18 @@ def cpu_seconds():
     return sum(os.times()[:4])
 
 
-def sha256(bundle):
-    return hashlib.sha256((ROOT / "bundles" / bundle / "models" / "model.pt").read_bytes()).hexdigest()
+def sha256(bundle, file="model.pt"):
+    return hashlib.sha256((ROOT / "bundles" / bundle / "models" / file).read_bytes()).hexdigest()
 
 
-def run_bundle(name, data):
+def run_bundle(name, data, overlay):
     """Means over the pairs of what evaluate.json writes, and the CPU seconds of the inferer."""
     from monai.bundle import ConfigParser
 
     bundle, options = BUNDLES[name]
     folder = ROOT / "bundles" / bundle
     parser = ConfigParser()
-    parser.read_config([folder / "configs" / f"{config}.json" for config in ("inference", "evaluate")])
+    parser.read_config([folder / "configs" / f"{config}.json" for config in ("inference", *overlay, "evaluate")])
     with tempfile.TemporaryDirectory() as output:
         given = {"bundle_root": str(folder), "dataset_dir": data, "output_dir": output, "device": "cpu"}
         parser.update(given | {"surface": False} | options)
@@ -80,11 +82,11 @@ def run_bundle(name, data):
         parser.get_parsed_content("run")
         with (Path(output) / "results.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-    means = {}
-    for measure in MEASURES:
-        column = f"{measure}_after" if measure.startswith("dice") else measure
-        means[measure] = sum(float(row[column]) for row in rows) / len(rows)
-    return means | {"cpu_s": sum(times) / len(times), "pairs": len(rows), "weights": sha256(bundle)}
+    columns = {measure: f"{measure}_after" if measure.startswith("dice") else measure for measure in MEASURES}
+    columns = {"dice_before": "dice_before"} | columns
+    means = {key: sum(float(r[c]) for r in rows) / len(rows) for key, c in columns.items() if c in rows[0]}
+    weights = sha256(bundle, Path(parser.get_parsed_content("weights")).name)
+    return means | {"cpu_s": sum(times) / len(times), "pairs": len(rows), "weights": weights}
 
 
 def displacement(tool, moving, fixed, folder):
@@ -140,21 +142,21 @@ def run_tool(tool, data):
     return means | {"pairs": len(rows)} | ({"version": version(TOOLS[tool])} if TOOLS[tool] else {})
 
 
-def child(name, data, output):
+def child(name, data, output, *overlay):
     import torch
 
     torch.set_num_threads(1)
-    found = run_tool(name, data) if name in TOOLS else run_bundle(name, data)
+    found = run_tool(name, data) if name in TOOLS else run_bundle(name, data, overlay)
     Path(output).write_text(json.dumps(found | {"peak_gib": peak_gib()}))
 
 
-def measure(data, methods=None, output=str(RESULTS)):
-    """Measure the methods named (separated by ";"), keeping the other rows of `output`."""
+def measure(data, methods=None, overlay=None, output=str(RESULTS)):
+    """Measure the methods named (separated by ";"), keeping the other rows of `output`; `overlay`: a config's name."""
     content = json.loads(Path(output).read_text()) if Path(output).exists() else {"rows": {}}
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
     for name in methods.split(";") if methods else (*TOOLS, *BUNDLES):
         with tempfile.TemporaryDirectory() as folder:
-            line = [sys.executable, __file__, "child", name, str(data), f"{folder}/row.json"]
+            line = [sys.executable, __file__, "child", name, str(data), f"{folder}/row.json", *filter(None, [overlay])]
             done = subprocess.run(line, env=os.environ | dict.fromkeys(threads, "1"), capture_output=True, text=True)
             if done.returncode:
                 print(f"{name}: not measured: {done.stderr.strip().splitlines()[-1]}", flush=True)

@@ -2,7 +2,7 @@
 
     python tests/bench/bench_sliding.py                       # 300 steps each, 32x48x32, one thread
     python tests/bench/bench_sliding.py --steps 400 --size "(32,16,16)" --shift 2.0 --supervised True \
-        --learning_rate 0.002 --pairs 32          # that of the model card
+        --learning_rate 0.002 --pairs 32 --seeds 3          # that of the model card
 
 Every step is a new pair of `common.phantom.sliding_pair`, the same for both networks. The error is the mean length of
 disp - truth in voxels inside the fixed organs, near the interface (within `near` voxels) and further away, over pairs
@@ -49,14 +49,14 @@ def errors(net, size, shift, wander, near, pairs):
     return dict(zip(("near", "far", "zero_near", "zero_far"), torch.tensor(rows).mean(0).tolist()))
 
 
-def train(variant, steps, size, shift, wander, learning_rate, smoothness, supervised):
-    torch.manual_seed(0)
+def train(variant, seed, steps, size, shift, wander, learning_rate, smoothness, supervised):
+    torch.manual_seed(seed)
     net = RAN(variant=variant)
     optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: max(1 - n / steps, 0) ** 0.9)
     similar = RegistrationLoss("mse", smoothness=smoothness, edges=25.0)
     for step in range(steps):
-        image, truth, organs, _ = batch([step], size, shift, wander)
+        image, truth, organs, _ = batch([seed * steps + step], size, shift, wander)
         disp = net(image)
         if supervised:
             loss = ((disp - truth).square() * organs).sum() / organs.sum()
@@ -77,27 +77,30 @@ def main(
     wander=4.0,
     near=3.0,
     pairs=8,
+    seeds=1,
     learning_rate=1e-3,
     smoothness=0.01,
     supervised=False,
     variants=("ran0", "ran4"),
     output=None,
 ):
-    """Train each variant and print its errors; `output` also writes them as JSON."""
+    """Train each variant from `seeds` starts and print its errors; `output` also writes them as JSON."""
+    settings = {key: value for key, value in locals().items() if key not in ("variants", "output")}
     torch.set_num_threads(1)
     rows = []
-    for variant in variants:
-        begin = time.process_time()
-        net = train(variant, steps, tuple(size), shift, wander, learning_rate, smoothness, supervised)
-        row = {"variant": variant, "steps": steps, "cpu_s": time.process_time() - begin}
-        rows.append(row | errors(net, tuple(size), shift, wander, near, pairs))
-        print(
-            "{variant:9s} error near the interface {near:.3f}, away from it {far:.3f} voxels (no displacement: "
-            "{zero_near:.3f}, {zero_far:.3f}), {steps} steps, {cpu_s:.0f} CPU-s".format(**rows[-1]),
-            flush=True,
-        )
-    if output:
-        Path(output).write_text(json.dumps({"supervised": supervised, "rows": rows}, indent=1) + "\n")
+    for seed in range(seeds):
+        for variant in variants:
+            begin = time.process_time()
+            net = train(variant, seed, steps, tuple(size), shift, wander, learning_rate, smoothness, supervised)
+            row = {"variant": variant, "seed": seed, "cpu_s": time.process_time() - begin}
+            rows.append(row | errors(net, tuple(size), shift, wander, near, pairs))
+            print(
+                "{variant:9s} seed {seed}: error near the interface {near:.3f}, away from it {far:.3f} voxels (no "
+                "displacement: {zero_near:.3f}, {zero_far:.3f}), {cpu_s:.0f} CPU-s".format(**rows[-1]),
+                flush=True,
+            )
+            if output:
+                Path(output).write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

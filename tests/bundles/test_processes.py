@@ -105,4 +105,4 @@ def test_two_processes_evaluate_as_one(dataset: Path, tmp_path: Path) -> None:
     assert one == two
     counts = [np.load(tmp_path / folder / "motion_pairs.npy") for folder in ("one", "two")]
     np.testing.assert_array_equal(*counts)
-    assert counts[0].sum() > 1000
+    assert counts[0].sum() > 1000 and (tmp_path / "two" / "motion_pairs.png").exists()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.losses import RegistrationLoss
 from common.ops import warp
-from residual_aligner import RAN, from_official
+from residual_aligner import RAN, BothDirections, from_official
 from residual_aligner.aligner import ResidualAligner, ScalarNorm, SharedLayers
 from residual_aligner.network import VARIANTS, enlarge
 
@@ -285,19 +285,19 @@ def test_two_channels() -> None:
 def test_training_step(options: dict) -> None:
     """Every parameter gets a finite gradient, and steps along it lower the loss."""
     net, image = RAN(**options).train(), scans((32, 16, 32))
-    loss_of = RegistrationLoss(window=5, smoothness=0.1)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    loss_of = BothDirections(RegistrationLoss(window=5, smoothness=0.1), consistency=0.05)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-4)
     history = []
     for step in range(4):
         optimizer.zero_grad()
-        loss = loss_of(net(image), image)
+        loss = loss_of(net.forward_train(image), image)
         loss.backward()
         history.append(loss.item())
         for name, parameter in net.named_parameters() if step == 0 else ():
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-            assert not name.endswith("conv.weight") or parameter.grad.abs().max() > 0, name
+            assert parameter.grad.abs().max() > 0, name
         optimizer.step()
-    assert min(history[1:]) < history[0] - 0.005, history
+    assert history[-1] < history[0] - 0.003, history
 
 
 def test_recompute_gives_the_same_gradients() -> None:

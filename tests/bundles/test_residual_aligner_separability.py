@@ -55,6 +55,10 @@ def test_more_layers_separate_better() -> None:
     for largest in (16, 32, 64):
         area = [sep.separability(np.arange(largest), *curves[v]).sum() for v in variants]
         assert area[0] < area[1] < area[2]
+    assert [round(sep.separability(np.arange(32), *curves[v]).sum()) for v in variants] == [643, 647, 740]
+    curves_of_all = [(VARIANTS[v].pool, sep.dilation_sums(v, undilated=2)) for v in variants]
+    areas = [round(sep.separability(np.arange(32), *curve).sum()) for curve in curves_of_all]
+    assert areas == [727, 747, 744], "with the undilated layers there is next to no advantage, as the card says"
     reach = [sep.accessible_range(*curves[v]) for v in variants]
     np.testing.assert_allclose(reach[1:], [reach[0]] * 2, rtol=0.2)
 

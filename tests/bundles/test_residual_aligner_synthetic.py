@@ -78,7 +78,8 @@ def scan(seed: int) -> MetaTensor:
 
 def test_synthetic_pair() -> None:
     """The fixed scan is the moving one, displaced by what the network should find; the other scan has no part in it."""
-    make = Compose([synthetic.SyntheticPaird(20.0, 2.0, 4.0), PackPaird("moving", "fixed")])
+    displaced = synthetic.SyntheticPaird(rotation=20.0, translation=2.0, amplitude=4.0)
+    make = Compose([displaced, PackPaird("moving", "fixed")])
     moving = scan(1)
     pair = make({"id": "a_to_b", "moving": moving, "fixed": scan(2), "moving_label": moving, "fixed_label": moving})
     assert (

@@ -81,6 +81,8 @@ class ResidualAligner(nn.Module):
         multi_head: weigh the heads by masks.
         mask: "softmax" of the attributes (eq. 12), or the attributes themselves ("raw"), which is what the authors'
             published weights were trained with.
+
+    Source: sections 3.1 and 3.2; layers that the paper does not describe as in the released code.
     """
 
     def __init__(
@@ -144,7 +146,8 @@ class ResidualAligner(nn.Module):
         """T_k, section 3.2: eq. 11 and 12.
 
         C^2 and C^4 are one pair of convolutions, applied to each component of the fields alike, and no composition or
-        sum follows: their output is the new displacement, limited to twice the grid. Both as in the released code.
+        sum follows: their output is the new displacement, limited to twice the grid. Eq. 11 adds up the heads, here it
+        is their mean; eq. 12 has the confidence after C^2, here it comes before. All as in the released code.
         """
         attributes = None
         if self.attributes:

@@ -13,7 +13,9 @@ class BothDirections(nn.Module):
     inverse error = mean |disp(x) + disp_back(x + disp(x))|^2 / 3, over both directions, in voxels. It keeps the start
     of the training from a shift by half a voxel, whose interpolation smooths noise, which the LNCC rewards whatever the
     anatomy. For a `TrainingStep`. The network aligns the two streams to each other anyhow, so that the second direction
-    costs little. The paper has no such term (0).
+    costs little.
+
+    Source: both directions as in section 2.3 of the paper, which has no term for the inverse (0).
 
     Args:
         loss: of one direction, `common.losses.RegistrationLoss`.

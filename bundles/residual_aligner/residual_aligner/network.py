@@ -79,6 +79,8 @@ class RAN(nn.Module):
         mask: what the masks are: "softmax" of the attributes, or the "raw" attributes, for the authors' weights.
         recompute: in training, keep the inputs of the blocks only and compute their insides again on the way back: less
             memory, one more forward pass.
+
+    Source: sections 2.3 and 3, Table 2 and the appendix; where we differ, see the top of this file.
     """
 
     def __init__(

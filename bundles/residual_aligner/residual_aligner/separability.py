@@ -135,7 +135,8 @@ def apart_share(counts: np.ndarray, *, distance: int = 4, difference: int = 4) -
 def picture(counts: np.ndarray, variant: str | None = None) -> Figure:
     """Fig. 7 (a): pairs of right voxels over distance and difference of motions, dark where they are many.
 
-    Shares of each column's own pairs, square root; with a variant, its separability curve (eq. 9) as a red line.
+    Shares of each column's own pairs, square root (the paper: the joint density); with a variant, its separability
+    curve (eq. 9) as a red line.
     """
     share = density(counts)
     share = np.sqrt(share / share.sum(1, keepdims=True).clip(1e-12)).T
@@ -158,7 +159,7 @@ def picture(counts: np.ndarray, variant: str | None = None) -> Figure:
 class MotionPairs:
     """Handler of a `common.cohort.run`: `motion_pairs` of its pairs with labels, added up, on the working grid.
 
-    Writes motion_pairs.npy and .png; nothing if no pair has labels.
+    Writes motion_pairs.npy and .png of the pairs that this run has registered; neither if no voxel of them is right.
 
     Args:
         output_dir: where the two files go.
@@ -192,7 +193,11 @@ class MotionPairs:
 
     def _write(self, engine: Engine) -> None:
         counts = idist.all_reduce(torch.from_numpy(self.counts)).numpy()  # of all processes
-        if not counts.any() or idist.get_rank() > 0:
+        if idist.get_rank() > 0:
+            return
+        for name in ("motion_pairs.npy", "motion_pairs.png"):  # of an earlier run
+            (self.folder / name).unlink(missing_ok=True)
+        if not counts.any():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         np.save(self.folder / "motion_pairs.npy", counts)

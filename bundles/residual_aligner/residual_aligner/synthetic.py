@@ -24,8 +24,9 @@ def smooth_displacement(
     The longest vector has length min(a, s), with a uniform in [0, amplitude] and s, the Gaussian's width, uniform in
     `sigma`: steps of less than a width hardly fold.
 
-    Source: the paper's training details (20 seeds). The released code smooths the impulses and leaves them so, which
-    makes the deformation shorter than 0.003 voxel; here it has the length that is asked for.
+    Source: the paper's training details (20 seeds, and a thin-plate spline, which is left out here). Widths as in the
+    released code, which smooths 10 impulses and leaves them so, which makes the deformation shorter than 0.003 voxel;
+    here it has the length that is asked for.
     """
     width = float(torch.empty(1).uniform_(*sigma))
     length = min(float(torch.rand(1)) * amplitude, width)
@@ -81,7 +82,7 @@ class SyntheticPaird(Transform):
     Args: see `synthetic_displacement`.
     """
 
-    def __init__(self, rotation: float = 45.0, translation: float = 8.0, amplitude: float = 16.0) -> None:
+    def __init__(self, *, rotation: float = 45.0, translation: float = 8.0, amplitude: float = 16.0) -> None:
         self.options = {"rotation": rotation, "translation": translation, "amplitude": amplitude}
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
