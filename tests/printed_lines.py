@@ -14,6 +14,8 @@ def lines_of(path: Path) -> Iterator[tuple[str, ...]]:
     text, variables = path.read_text(), {}
     for fence in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         for line in fence.replace("\\\n", " ").splitlines():
+            if re.fullmatch(r"\w+=\$\(.*\)", line):
+                continue  # known where it runs only: the name stays in the lines after it
             if assigned := re.fullmatch(r"(\w+)=(\S+)\s*(#.*)?", line):
                 variables[assigned[1]] = assigned[2]
                 continue
