@@ -36,3 +36,10 @@ def test_results_belong_to_the_weights(bench) -> None:
 def test_every_bundle_has_a_row(bench) -> None:
     bundles = [path.name for path in (bench.ROOT / "bundles").iterdir() if path.is_dir()]
     assert sorted({bundle for bundle, _ in bench.BUNDLES.values()}) == sorted(bundles)
+
+
+def test_metadata_has_the_measured_dice(bench) -> None:
+    rows = json.loads(bench.RESULTS.read_text())["rows"]
+    for path in sorted((bench.ROOT / "bundles").glob("*/configs/metadata.json")):
+        dice = rows[path.parents[1].name]["dice"]
+        assert json.loads(path.read_text())["eval_metrics"] == {"mean_dice_brain_t1_2mm": round(dice, 3)}, path

@@ -57,11 +57,11 @@ def run(python: str) -> None:
             for name in (bundle.name for bundle in BUNDLES):
                 (archive,) = dist.glob(f"{name}_v*.zip")
                 address = f"http://127.0.0.1:{server.server_port}/{archive.name}"
-                bundle = "-m", "monai.bundle"
+                monai = "-m", "monai.bundle"
                 configs = "--config_file", f"D/{name}/configs/inference.json", "--bundle_root", f"D/{name}"
                 lines = {
-                    "download": (*bundle, "download", "--name", name, "--url", address, "--bundle_dir", "D"),
-                    "1 pair registered": (*bundle, "run", *configs, "--spacing", "6", "--output_dir", name),
+                    "download": (*monai, "download", "--name", name, "--url", address, "--bundle_dir", "D"),
+                    "1 pair registered": (*monai, "run", *configs, "--spacing", "6", "--output_dir", name),
                     f"loaded {name}.network (1, 3, 32, 32, 32)": ("-c", LOAD.format(name=name)),
                 }
                 for expected, words in lines.items():
