@@ -33,6 +33,14 @@ def test_results_belong_to_the_weights(bench) -> None:
     assert not stale, f"measured with other weights: {stale}"
 
 
+def test_results_of_the_hippocampus_belong_to_its_weights(bench) -> None:
+    """By --overlay hippocampus; every bundle with such weights has a row."""
+    rows = json.loads(bench.RESULTS.with_name("methods_hippocampus_mr.json").read_text())["rows"]
+    bundles = [path.parents[1].name for path in (bench.ROOT / "bundles").glob("*/models/hippocampus.pt")]
+    assert sorted(rows) == sorted(bundles)
+    assert [n for n, row in rows.items() if row["weights"] != bench.sha256(n, "hippocampus.pt")] == []
+
+
 def test_every_bundle_has_a_row(bench) -> None:
     bundles = [path.name for path in (bench.ROOT / "bundles").iterdir() if path.is_dir()]
     assert sorted({bundle for bundle, _ in bench.BUNDLES.values()}) == sorted(bundles)
