@@ -118,7 +118,7 @@ class RegistrationApp(MONAILabelApp):
         super().__init__(app_dir, studies, conf, name="Registration", description=description)
 
     def server_mode(self, mode: bool) -> None:
-        """The host calls this when its server starts: from now on what it uploads lies in a folder of our own.
+        """The host calls this when its server starts: from now on what clients upload lies in a private folder.
 
         The host writes an upload to Python's folder for temporary files and hands on the path, as if a client had
         named it; in the common folder nobody could tell the two apart.
@@ -126,7 +126,8 @@ class RegistrationApp(MONAILabelApp):
         super().server_mode(mode)
         if mode:
             folder = Path(self.app_dir).resolve() / TEMPORARY_FOLDER
-            folder.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o700)
             RegistrationApp.uploads = folder
             tempfile.tempdir = str(folder)
 
