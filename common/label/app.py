@@ -27,6 +27,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 TEMPORARY = "registration_"  # how the names of our temporary files begin
+TEMPORARY_FOLDER = "temporary"  # of a server, in the folder of its app
 
 
 class RegistrationTask(InferTask):
@@ -109,10 +110,26 @@ def problem(sentence: str) -> dict[str, Any]:
 class RegistrationApp(MONAILabelApp):
     """For every bundle of the app folder, BUNDLE_propagate (segmentation) and BUNDLE_register (others)."""
 
+    uploads: Path | None = None  # of this process, if it is a server: also of an app that the host loads anew
+
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.content = folder.read_app(app_dir)
         description = "Deformable registration: labels of another scan or an atlas for this one"
         super().__init__(app_dir, studies, conf, name="Registration", description=description)
+
+    def server_mode(self, mode: bool) -> None:
+        """The host calls this when its server starts: from now on what clients upload lies in a private folder.
+
+        The host writes an upload to Python's folder for temporary files and hands on the path, as if a client had
+        named it; in the common folder nobody could tell the two apart.
+        """
+        super().server_mode(mode)
+        if mode:
+            folder = Path(self.app_dir).resolve() / TEMPORARY_FOLDER
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o700)
+            RegistrationApp.uploads = folder
+            tempfile.tempdir = str(folder)
 
     def init_infers(self) -> dict[str, InferTask]:
         tasks: dict[str, InferTask] = {}
@@ -147,16 +164,24 @@ class RegistrationApp(MONAILabelApp):
             local = None if self.studies.startswith(("http://", "https://")) else Path(self.studies)
             kept = self.sessions()
             sessions = None if kept is None else Path(kept.store_path)
-            pair = requests.resolve(request, studies, label=task.propagate, folder=local, sessions=sessions)
+            places = {"folder": local, "uploads": self.uploads, "sessions": sessions}
+            pair = requests.resolve(request, studies, label=task.propagate, **places)
         except InputError as error:
             return {"label": None, "tag": None, "file": None, "params": problem(str(error))}
         saved = {} if task.propagate else {"save_label": False}  # a scan must not become a label
         return super().infer(dict(request) | {"pair": pair} | saved, studies)
 
     def batch_infer(self, request: dict[str, Any], datastore: requests.Studies | None = None) -> dict[str, Any]:
-        """Run over all, labelled or unlabelled studies; the host divides by the number of GPUs, also where it is 0."""
+        """Run over all, labelled or unlabelled studies; what fails is said in the log too, which a client can ask for.
+
+        The host divides by the number of GPUs, also where it is 0.
+        """
         several = bool(request.get("multi_gpu", True)) and torch.cuda.is_available()
-        return super().batch_infer(dict(request) | {"multi_gpu": several}, datastore)
+        answers = super().batch_infer(dict(request) | {"multi_gpu": several}, datastore)
+        for image, answer in answers.items():
+            if sentence := answer.get("params", {}).get("error"):
+                logger.warning("%s failed: %s", image, sentence)
+        return answers
 
 
 def _sorted_images(studies: requests.Studies) -> list[str]:

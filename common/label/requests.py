@@ -1,7 +1,6 @@
 """What a request to the label server asks for: ids become files, options become those of a bundle, or a sentence."""
 
 import math
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +10,7 @@ import numpy as np
 from common.io import InputError
 
 FINAL = "final"  # the tag under which MONAI Label keeps labels that a person has approved
+UPLOADED = "tmp"  # how the host's names of uploads begin: those of Python's tempfile
 STEPS = 1000  # more steps of refinement than this are a mistake
 PREALIGN = ("affine", "rigid", "none")
 RETURNED = {  # what a registration can send back -> the file of the pair's folder
@@ -54,6 +54,7 @@ def resolve(
     *,
     label: bool,
     folder: Path | None = None,
+    uploads: Path | None = None,
     sessions: Path | None = None,
 ) -> Pair:
     """The files of the scans that a request names: "image" is the fixed scan, "moving" the other one.
@@ -62,6 +63,7 @@ def resolve(
         request: "image" is an id, or a file that the host keeps of an upload; "moving" an id.
         label: whether the moving scan's label is needed; "moving_tag" in the request says which, else the final one.
         folder: of the studies on this machine, to find a label that has no scan.
+        uploads: private folder in which the host keeps the upload of a request, until it is answered.
         sessions: folder of the host's sessions: scans that a client has uploaded for more than one request.
 
     Raises:
@@ -69,7 +71,7 @@ def resolve(
     """
     known = studies.list_images()
     image = request.get("image")
-    uploaded = isinstance(image, str) and _is_upload(Path(image), sessions)
+    uploaded = isinstance(image, str) and _is_upload(Path(image), uploads, sessions)
     if not uploaded and (not isinstance(image, str) or image not in known):
         raise InputError(_unknown("image", image, known, folder))
     tag = first(request.get("moving_tag")) or FINAL
@@ -96,15 +98,15 @@ def resolve(
     return Pair(*paths, studies.get_label_uri(moving, tag))
 
 
-def _is_upload(path: Path, sessions: Path | None) -> bool:
+def _is_upload(path: Path, uploads: Path | None, sessions: Path | None) -> bool:
     """Other files of the server are nobody's to name."""
     try:
         whole = path.resolve()
         there = whole.exists()
     except (OSError, ValueError):  # no name that a file can have
         return False
-    temporary = whole.parent == Path(tempfile.gettempdir()).resolve()
-    single = path.is_absolute() and temporary and path.name.startswith(tempfile.gettempprefix())
+    # results on their way to a client lie beside the uploads, under names that do not begin as the host's own
+    single = uploads is not None and whole.parent == uploads.resolve() and whole.name.startswith(UPLOADED)
     return there and (single or (sessions is not None and sessions.resolve() in whole.parents))
 
 

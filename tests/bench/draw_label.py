@@ -14,14 +14,42 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+import nibabel as nib  # noqa: E402
 import numpy as np  # noqa: E402
-from bench_label import ROOT, start  # noqa: E402
-from monailabel.client import MONAILabelClient  # noqa: E402
 
 from common import io, phantom  # noqa: E402
 
 
+def axial(path: str | Path) -> tuple[np.ndarray, float]:
+    """The middle axial slice, the person's left on the left and front up, and a pixel's height by its width."""
+    array, affine = io.read_scan(path)
+    image = nib.as_closest_canonical(nib.Nifti1Image(array[0], affine))
+    across, up, _ = image.header.get_zooms()
+    return np.rot90(image.get_fdata()[:, :, image.shape[2] // 2]), up / across
+
+
+def draw(scans: list, labels: list, titles: list[str], output: str) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.6))
+    for axis, scan, label, title in zip(axes, scans, labels, titles):
+        (scan, aspect), (label, _) = axial(scan), axial(label)
+        axis.imshow(scan, cmap="gray", aspect=aspect)
+        shown = np.ma.masked_equal(label, 0)
+        axis.imshow(shown, cmap="tab10", alpha=0.55, vmin=0, vmax=9, interpolation="nearest", aspect=aspect)
+        for side, place in (("L", 0.03), ("R", 0.93)):
+            axis.text(place, 0.9, side, color="white", transform=axis.transAxes)
+        axis.set_title(title, fontsize=9)
+        axis.axis("off")
+    colours = {name: plt.get_cmap("tab10")(number) for number, name in phantom.LABELS.items()}
+    handles = [plt.Line2D([], [], marker="s", ls="", color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="lower center", ncols=5, fontsize=7, frameon=False)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.savefig(output, dpi=80)
+
+
 def main(output: str) -> None:
+    from bench_label import ROOT, start
+    from monailabel.client import MONAILabelClient
+
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         pair = phantom.write_phantom(place / "phantom")
@@ -38,20 +66,9 @@ def main(output: str) -> None:
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(60)
-        scans = [pair["moving"], pair["fixed"], pair["fixed"]]
-        labels = [pair["moving_label"], file, pair["fixed_label"]]
         titles = ["atlas and its label", "patient, label from the server", "patient, true label"]
-        figure, axes = plt.subplots(1, 3, figsize=(9, 3.4))
-        for axis, scan, label, title in zip(axes, scans, labels, titles):
-            scan, label = (
-                np.rot90(io.read_scan(x)[0][0][:, :, io.read_scan(x)[0].shape[3] // 2]) for x in (scan, label)
-            )
-            axis.imshow(scan, cmap="gray")
-            axis.imshow(np.ma.masked_equal(label, 0), cmap="tab10", alpha=0.55, vmin=0, vmax=9, interpolation="nearest")
-            axis.set_title(title, fontsize=9)
-            axis.axis("off")
-        figure.tight_layout()
-        figure.savefig(output, dpi=80)
+        labels = [pair["moving_label"], file, pair["fixed_label"]]
+        draw([pair["moving"], pair["fixed"], pair["fixed"]], labels, titles, output)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ EXCLUDED = {
     "python tests/bench/": "a measurement of minutes to hours; its results are committed",
     "python -m common datalist NAME": "stands for nine data sets; test_datalists.py runs each",
     "monailabel": "needs MONAI Label; tests/common/label/test_server.py runs the line where it is installed",
-    "curl": "needs the server; tests/common/label/test_server.py sends the same requests",
+    "curl": "needs the server; tests/common/label/test_server.py runs the lines against a real one",
     "python -m common deploy": "needs the Deploy SDK; tests/common/deploy/test_pair_app.py runs the line there",
     "antsApplyTransforms": "a program of ANTs; test_mapping.py tests that ANTs reads our transforms",
 }

@@ -1,7 +1,5 @@
 """The DICOM registration object: read back with pydicom alone, it moves points as our transform does."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import nibabel as nib
@@ -10,9 +8,9 @@ import pydicom
 import pytest
 from dicom_series import write_series
 from pydicom.uid import generate_uid
-from scipy.ndimage import map_coordinates
+from registration_object import by_the_standard, errors_of_dciodvfy, needs_dciodvfy
 
-from common import io, mapping, phantom
+from common import mapping, phantom
 from common.deploy.dsro import read_dsro, registration_of, write_dsro
 from common.deploy.series import find_series
 from common.io import InputError
@@ -44,23 +42,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for name in ("fixed", "moving"):
         write_series(scan, np.diag([-12.0, -12, 12, 1]), folder / name, patient=patient, description=name)
     return folder / "fixed", folder / "moving"
-
-
-def by_the_standard(path: Path, points: np.ndarray) -> np.ndarray:
-    """PS3.3 C.20.3 with pydicom and SciPy alone: x -> post (x + offset(x)), offsets with the grid's x index fastest."""
-    (item,) = [
-        i for i in pydicom.dcmread(path).DeformableRegistrationSequence if "DeformableRegistrationGridSequence" in i
-    ]
-    assert "PreDeformationMatrixRegistrationSequence" not in item
-    grid = item.DeformableRegistrationGridSequence[0]
-    across, down = np.array(grid.ImageOrientationPatient, float).reshape(2, 3)
-    steps = np.array([across, down, np.cross(across, down)]) @ (points - np.array(grid.ImagePositionPatient, float)).T
-    x, y, z = steps / np.array(grid.GridResolution, float)[:, None]
-    columns, rows, planes = grid.GridDimensions
-    offsets = np.frombuffer(grid.VectorGridData, "<f4").reshape(planes, rows, columns, 3)
-    moved = points + np.stack([map_coordinates(offsets[..., c], [z, y, x], order=1) for c in range(3)], axis=1)
-    post = item.PostDeformationMatrixRegistrationSequence[0].FrameOfReferenceTransformationMatrix
-    return (np.c_[moved, np.ones(len(moved))] @ np.array(post, float).reshape(4, 4).T)[:, :3]
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -106,16 +87,13 @@ def test_refers_to_both_series(folders: tuple[Path, Path], tmp_path: Path) -> No
     assert data.StudiesContainingOtherReferencedInstancesSequence[0].StudyInstanceUID == moving[0].StudyInstanceUID
 
 
-@pytest.mark.skipif(not shutil.which("dciodvfy"), reason="dciodvfy (dicom3tools) is not installed")
+@needs_dciodvfy
 def test_dciodvfy_accepts(folders: tuple[Path, Path], tmp_path: Path) -> None:
     affine = nib.affines.from_matvec(GRIDS["flipped"], [-30, -40, 20])
     whole = mapping.compose(deformation(affine), affine_map())
     fixed, moving = (find_series(folder).headers for folder in folders)
     write_dsro(registration_of(whole, SIZE, affine), fixed, moving, tmp_path / "r.dcm")
-    done = subprocess.run(["dciodvfy", tmp_path / "r.dcm"], capture_output=True, text=True)
-    told = (done.stdout + done.stderr).splitlines()
-    assert "DeformableSpatialRegistration" in told
-    assert [line for line in told if line.startswith("Error")] == []
+    assert errors_of_dciodvfy(tmp_path / "r.dcm") == []
 
 
 def test_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -131,12 +109,3 @@ def test_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     slice_file = sorted(folders[0].iterdir())[0]
     with pytest.raises(InputError, match="not a DICOM Deformable Spatial Registration with a grid"):
         read_dsro(slice_file)
-
-
-def test_affine_of_headers(tmp_path: Path) -> None:
-    """As ITK has it: pixels that are not square, oblique slices."""
-    affine = nib.affines.from_matvec(TURNED @ np.diag([-3.0, -2.0, 4.5]), [30, 40, -20])
-    write_series(np.arange(7 * 6 * 5).reshape(7, 6, 5), affine, tmp_path / "s", patient="P", description="s")
-    found = find_series(tmp_path / "s").affine_ras
-    np.testing.assert_allclose(found, affine, atol=1e-6)
-    np.testing.assert_allclose(found, io.read_scan(tmp_path / "s")[1], atol=1e-6)

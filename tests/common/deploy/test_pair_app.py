@@ -1,6 +1,5 @@
 """Two DICOM series through the Deploy SDK, each app in a process of its own; and the SDK's own bundle operator."""
 
-import copy
 import importlib.util
 import os
 import subprocess
@@ -10,18 +9,19 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import torch
 from dicom_series import write_series
 from monai.bundle import ConfigParser
 from people import SPACING
 from printed_lines import the_line
+from registration_object import by_the_standard, errors_of_dciodvfy, needs_dciodvfy
 
 from common import io, mapping, pack, phantom
 from common.cli import bundle_folder
-from common.deploy.dsro import read_dsro, registration_of, write_dsro
-from common.deploy.series import find_series, refuse_other
-from common.io import InputError
+from common.deploy.dsro import read_dsro
+from common.deploy.series import find_series
 from common.registrar import Registrar
 
 pytestmark = pytest.mark.slow
@@ -57,56 +57,65 @@ def run(fixed: Path, moving: Path, output: Path) -> subprocess.CompletedProcess:
     return python(*words[1:], "--spacing", SPACING, "--device", "cpu")
 
 
-def test_pair(series: Path, tmp_path: Path) -> None:
-    """The same result as the bundle gives for the two folders, and the DICOM object says the same as transform.h5."""
-    done = run(series / "fixed", series / "moving", tmp_path / "out")
+@pytest.fixture(scope="module")
+def made(series: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pair's folder that the app writes."""
+    output = tmp_path_factory.mktemp("made") / "out"
+    done = run(series / "fixed", series / "moving", output)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["moving_to_fixed"]
     assert done.stdout.count("pair registered") == 1
+    assert [path.name for path in output.iterdir()] == ["moving_to_fixed"]
+    return output / "moving_to_fixed"
+
+
+def test_pair(series: Path, made: Path, tmp_path: Path) -> None:
+    """The same result as the bundle gives for the two folders."""
     registrar = Registrar(bundle_folder("sacb_net"), device="cpu", spacing=SPACING)
     row, expected = registrar.register(series / "moving", series / "fixed", tmp_path / "expected")
     assert row["ncc_before"] > 0.8
-    found = tmp_path / "out" / "moving_to_fixed"
-    assert {p.name for p in found.iterdir()} == {p.name for p in expected.iterdir()} | {"registration.dcm"}
-    (mine, affine), (theirs, _) = (io.read_scan(folder / "warped.nii.gz") for folder in (found, expected))
+    assert {p.name for p in made.iterdir()} == {p.name for p in expected.iterdir()} | {"registration.dcm"}
+    (mine, affine), (theirs, _) = (io.read_scan(folder / "warped.nii.gz") for folder in (made, expected))
     (scan, own), (fixed, onto) = (io.read_scan(series / role) for role in ("moving", "fixed"))
     np.testing.assert_allclose(affine, onto, atol=1e-4)
-    whole = mapping.read_transform(found / "transform.h5")
-    again = mapping.resample(scan[0], own, fixed.shape[1:], onto, whole)
+    again = mapping.resample(scan[0], own, fixed.shape[1:], onto, mapping.read_transform(made / "transform.h5"))
     assert np.abs(again - mine[0]).mean() < 0.05, "of 1000: the slices as ITK reads them, where the transform says"
     assert np.abs(mine - theirs).mean() < 2, "of 1000: the bundle's own result, but for rounding in the alignment"
+
+
+def test_object_says_what_the_transform_says(series: Path, made: Path) -> None:
+    """registration.dcm of the app against its transform.h5: by our reader, and by the standard's formula."""
     landmarks = np.array(list(phantom.LANDMARKS.values())) * [-1, -1, 1]
-    there = mapping.map_points(whole, landmarks)
+    there = mapping.map_points(mapping.read_transform(made / "transform.h5"), landmarks)
     assert np.linalg.norm(there - landmarks, axis=1).max() > 1
-    apart = np.linalg.norm(read_dsro(found / "registration.dcm").map_points(landmarks) - there, axis=1)
-    assert apart.max() < 0.1, apart
-    print(f"registration.dcm against transform.h5 at {len(apart)} landmarks: at most {apart.max():.1e} mm")
+    found = {
+        "read_dsro": read_dsro(made / "registration.dcm").map_points(landmarks),
+        "the standard": by_the_standard(made / "registration.dcm", landmarks),
+    }
+    for by, points in found.items():
+        apart = np.linalg.norm(points - there, axis=1)
+        assert apart.max() < 0.1, (by, apart)
+        print(f"registration.dcm by {by} against transform.h5 at {len(apart)} landmarks: at most {apart.max():.1e} mm")
+    data = pydicom.dcmread(made / "registration.dcm")
+    told = [
+        {reference.ReferencedSOPInstanceUID for reference in item.ReferencedImageSequence}
+        for item in data.DeformableRegistrationSequence
+    ]
+    headers = [find_series(series / role).headers for role in ("fixed", "moving")]
+    assert told == [{header.SOPInstanceUID for header in each} for each in headers]
 
 
-def test_other_series_are_not_replaced(series: Path, tmp_path: Path) -> None:
-    """Folders of the same names, other patients: the first result stays."""
-    folder = tmp_path / "moving_to_fixed"
-    folder.mkdir()
-    found = tuple(find_series(series / role) for role in ("fixed", "moving"))
-    empty = registration_of(mapping.affine_transform(np.eye(4)), (4, 4, 4), np.eye(4))
-    write_dsro(empty, found[0].headers, found[1].headers, folder / "registration.dcm")
-    refuse_other(folder, found)
-    other = copy.deepcopy(found[1])
-    for header in other.headers:
-        header.SeriesInstanceUID = "1.2.3"
-    with pytest.raises(InputError, match="moving_to_fixed: holds the registration of other series"):
-        refuse_other(folder, (found[0], other))
+@needs_dciodvfy
+def test_dciodvfy_accepts(made: Path) -> None:
+    assert errors_of_dciodvfy(made / "registration.dcm") == []
 
 
 def test_sentences(series: Path, tmp_path: Path) -> None:
-    """One sentence, exit code 1, nothing written."""
-    (tmp_path / "empty").mkdir()
-    for fixed, moving, sentence in (
-        (tmp_path / "empty", series / "moving", f"{tmp_path}/empty: holds no DICOM series of slices"),
-        (series, series / "moving", f"{series}: holds 2 series, name one of them: "),
-        (series / "fixed", series / "fixed", f"{series}/fixed: holds the fixed series itself, "),
+    """One sentence, exit code 1, nothing written; test_series.py has all that are about a folder."""
+    for fixed, sentence in (
+        (series, f"{series}: holds 2 series, name one of them: "),
+        (series / "moving", f"{series}/moving: holds the fixed series itself, "),
     ):
-        done = run(fixed, moving, tmp_path / "out")
+        done = run(fixed, series / "moving", tmp_path / "out")
         assert done.returncode == 1 and f"error: {sentence}" in done.stderr, done.stderr[-2000:]
         assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 

@@ -74,14 +74,29 @@ def test_session(tmp_path: Path) -> None:
         resolve(asked | {"image": f"{sessions}/1/../../private.nii.gz"}, STUDIES, label=False, sessions=sessions)
 
 
-def test_upload_is_the_only_path() -> None:
-    with tempfile.NamedTemporaryFile(suffix=".nii.gz") as upload:
-        assert resolve({"image": upload.name, "moving": "atlas"}, STUDIES, label=False).fixed == upload.name
-    for path in (upload.name, __file__):  # gone, and not an upload
-        with pytest.raises(InputError, match="image: no scan of the studies has the id"):
-            resolve({"image": path, "moving": "atlas"}, STUDIES, label=False)
-    with pytest.raises(InputError, match="moving: no scan of the studies has the id"):
-        resolve({"image": "patient", "moving": __file__}, STUDIES, label=False)
+def test_upload_is_the_only_path(tmp_path: Path) -> None:
+    """A file of the host's in its private folder; not one that is called so elsewhere, or lies there otherwise."""
+    uploads, elsewhere = tmp_path / "uploads", tmp_path / "elsewhere"
+    for folder in (uploads / "below", elsewhere):
+        folder.mkdir(parents=True)
+    upload = uploads / "tmpa1b2c3.nii.gz"
+    upload.touch()
+    asked = {"image": str(upload), "moving": "atlas"}
+    assert resolve(asked, STUDIES, label=False, uploads=uploads).fixed == str(upload)
+    paths = [elsewhere / upload.name, uploads / "registration_a1.nii.gz", uploads / "below" / upload.name]
+    for path in paths:
+        path.touch()
+    (uploads / "tmplink.nii.gz").symlink_to(paths[0])
+    paths += [uploads / "tmplink.nii.gz", uploads, uploads / "tmpgone.nii.gz", uploads / "x\0", Path(__file__)]
+    for path in paths:
+        with pytest.raises(InputError, match="^image: no scan of the studies has the id"):
+            resolve(asked | {"image": str(path)}, STUDIES, label=False, uploads=uploads)
+    with tempfile.NamedTemporaryFile(suffix=".nii.gz") as other:  # of another program on the same machine
+        for folder in (None, uploads):
+            with pytest.raises(InputError, match="^image: no scan of the studies has the id"):
+                resolve(asked | {"image": other.name}, STUDIES, label=False, uploads=folder)
+    with pytest.raises(InputError, match="^moving: no scan of the studies has the id"):
+        resolve({"image": "patient", "moving": str(upload)}, STUDIES, label=False, uploads=uploads)
 
 
 @pytest.mark.parametrize(
