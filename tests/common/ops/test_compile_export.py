@@ -11,11 +11,15 @@ from common.ops import SACB, cost_volume, match, modulated_conv3d, norm_act, war
 
 
 class Registration(nn.Module):
-    """Every differentiable operator, as a registration network strings them together; `radius` of the cost volumes."""
+    """Every differentiable operator, as a registration network strings them together.
 
-    def __init__(self, radius: int, backend: str | None = None) -> None:
+    `radius` is that of the far cost volume; the one along a displacement has `near`: each of its offsets is a warp of
+    its own to the compiler, which takes seconds for it.
+    """
+
+    def __init__(self, radius: int, backend: str | None = None, near: int = 0) -> None:
         super().__init__()
-        self.radius, self.backend = radius, backend
+        self.radius, self.backend, self.near = radius, backend, near
         self.weight = nn.Parameter(0.2 * torch.randn(4, 1, 3, 3, 3))
         self.bias = nn.Parameter(torch.randn(2, 2, 4))
         self.modulation = nn.Parameter(torch.rand(2, 2, 27))
@@ -28,7 +32,7 @@ class Registration(nn.Module):
     def forward(self, moving: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         feat_moving, feat_fixed = self.features(moving), self.features(fixed)
         disp = match(feat_fixed, feat_moving, backend=self.backend)
-        near = cost_volume(feat_fixed, feat_moving, self.radius, disp, backend=self.backend)
+        near = cost_volume(feat_fixed, feat_moving, self.near, disp, backend=self.backend)
         far = cost_volume(feat_fixed, feat_moving, self.radius, similarity="ssd", backend=self.backend)
         return warp(moving, disp, backend=self.backend), near, far
 
@@ -101,13 +105,13 @@ def test_script(padding: str, tmp_path: Path) -> None:
 
     class Scripted(Registration):
         def __init__(self, padding: str) -> None:
-            super().__init__(1)
+            super().__init__(1, near=1)
             self.padding = padding
 
         def forward(self, moving: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             feat_moving, feat_fixed = self.features(moving), self.features(fixed)
             disp = match(feat_fixed, feat_moving, 2, backend=self.backend)
-            near = cost_volume(feat_fixed, feat_moving, self.radius, disp, padding=self.padding)
+            near = cost_volume(feat_fixed, feat_moving, self.near, disp, padding=self.padding)
             far = cost_volume(feat_fixed, feat_moving, self.radius, similarity="ssd", padding=self.padding)
             nearest = warp(moving, disp, mode="nearest", padding=self.padding)
             return warp(moving, disp, padding=self.padding) + nearest, near, far
