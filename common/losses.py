@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from common.ops import warp
 
-BAND_LIMIT = 128  # voxels along an axis up to which a product with a banded matrix beats running sums on a CPU
+CHUNK = 2**20  # voxels that the LNCC works on at a time, so that its dozen volumes stay in the cache of a CPU
 
 
 class _BoxSum(torch.autograd.Function):
@@ -14,26 +15,13 @@ class _BoxSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, window: int) -> Tensor:
         ctx.window = window
-        with torch.autocast(x.device.type, enabled=False):  # which would round the matrix products
-            for axis in (2, 3, 4):
-                banded = x.device.type == "cpu" and x.shape[axis] <= BAND_LIMIT
-                x = (_banded_sum if banded else _axis_sum)(x, window, axis)
+        for axis in (2, 3, 4):
+            x = _axis_sum(x, window, axis)
         return x
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return _BoxSum.apply(grad, ctx.window), None
-
-
-def _banded_sum(x: Tensor, window: int, axis: int) -> Tensor:
-    """Running sum along one axis as a product with a matrix of zeros and ones."""
-    n = torch.arange(x.shape[axis], device=x.device)
-    band = ((n[:, None] - n).abs() <= window // 2).to(x.dtype)
-    if axis == 4:
-        return x @ band
-    if axis == 3:
-        return band @ x
-    return (band @ x.flatten(3)).view(x.shape)
 
 
 def _axis_sum(x: Tensor, window: int, axis: int) -> Tensor:
@@ -44,8 +32,10 @@ def _axis_sum(x: Tensor, window: int, axis: int) -> Tensor:
     size, radius = x.shape[axis], window // 2
     shape = list(x.shape)
     shape[axis] = size + 2 * radius
-    power = x.new_zeros(shape)
+    power = x.new_empty(shape)
+    power.narrow(axis, 0, radius).zero_()
     power.narrow(axis, radius, size).copy_(x)
+    power.narrow(axis, radius + size, radius).zero_()
     total, begin, width = None, 0, 1
     while width <= window:
         if window & width:
@@ -70,6 +60,63 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class _LNCC(torch.autograd.Function):
+    """-sum of weight(x) cc(x) over all voxels, with the gradient made on the way there, a few volumes at a time.
+
+    Autograd would keep some twenty volumes for every one of the scan's, and a CPU would fetch each of them from memory.
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, weight: Tensor | None, window: int, eps: float) -> Tensor:
+        wanted = ctx.needs_input_grad[:2]
+        grads = [a.new_empty(a.shape) if want else None for want in wanted]
+        size = a.shape[2:]
+        volumes = [None if x is None else x.reshape(-1, 1, *size) for x in (a, b, weight, *grads)]
+        step = max(CHUNK // size.numel(), 1)
+        total = a.new_zeros(())
+        for n in range(0, len(volumes[0]), step):
+            part = [None if x is None else x[n : n + step] for x in volumes]
+            total -= _lncc_part(*part, window, eps)
+        ctx.save_for_backward(*(x for x in grads if x is not None))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = iter(ctx.saved_tensors)
+        return *(next(grads) * grad if wanted else None for wanted in ctx.needs_input_grad[:2]), None, None, None
+
+
+def _lncc_part(
+    a: Tensor, b: Tensor, weight: Tensor | None, grad_a: Tensor | None, grad_b: Tensor | None, window: int, eps: float
+) -> Tensor:
+    """sum of weight cc for volumes (N, 1, I, J, K); its negative's gradients are written to those that are not None.
+
+    With c, v, w for covariance and variances and r = c / (v w + eps), so that cc = c r:
+        d cc / d c = 2 r    d cc / d v = -r^2 w    d cc / d w = -r^2 v
+    and with S the box sum, c = S(ab) - S(a) S(b) / n, v = S(aa) - S(a)^2 / n; S is its own transpose.
+    """
+    n = window**3
+    sum_a, sum_b, sum_aa, sum_bb, cov = (box_sum(x, window) for x in (a, b, a * a, b * b, a * b))
+    cov -= sum_a * sum_b / n
+    var_a, var_b = sum_aa.sub_(sum_a * sum_a / n), sum_bb.sub_(sum_b * sum_b / n)
+    r = cov / (var_a * var_b).add_(eps)
+    score = cov.mul_(r) if weight is None else cov.mul_(r).mul_(weight)
+    total = score.sum()
+    if grad_a is None and grad_b is None:
+        return total
+    by_cov = -2 * r if weight is None else -2 * r * weight
+    by_var = by_cov * r / -2  # of -cc, without the other scan's variance
+    across = box_sum(by_cov, window)
+    for grad, x, y, sum_x, sum_y, var_y in ((grad_a, a, b, sum_a, sum_b, var_b), (grad_b, b, a, sum_b, sum_a, var_a)):
+        if grad is not None:
+            own = by_var * var_y
+            torch.mul(across, y, out=grad)
+            grad += 2 * x * box_sum(own, window)
+            grad -= box_sum(own.mul_(2 * sum_x).add_(by_cov * sum_y).div_(n), window)
+    return total
+
+
 def lncc(warped: Tensor, fixed: Tensor, *, window: int = 9, eps: float = 1e-5, mask: Tensor | None = None) -> Tensor:
     """Negative mean of the squared local correlation coefficient.
 
@@ -79,24 +126,18 @@ def lncc(warped: Tensor, fixed: Tensor, *, window: int = 9, eps: float = 1e-5, m
         warped, fixed: (B, C, I, J, K) scans, intensities near [0, 1]; computed in at least float32.
         window: odd width in voxels.
         eps: added to the denominator, so that flat regions score 0.
-        mask: (B, 1, I, J, K) weights of the voxels in the mean; None takes all alike.
+        mask: (B, 1 or C, I, J, K) weights of the voxels in the mean, which get no gradient; None takes all alike.
 
     Returns:
-        Scalar in [-1, 0].
+        Scalar in [-1, 0], differentiable once.
 
     Source: SACB-Net eq. 12 in the squared form of the released code (window 9, eps 1e-5).
     """
     a, b = _at_least_float32(warped), _at_least_float32(fixed)
-    n = window**3
-    sums = box_sum(torch.cat([a, b, a * a, b * b, a * b]), window)
-    sum_a, sum_b, sum_aa, sum_bb, sum_ab = sums.chunk(5)
-    cov = sum_ab - sum_a * sum_b / n
-    var_a, var_b = sum_aa - sum_a * sum_a / n, sum_bb - sum_b * sum_b / n
-    cc = cov * cov / (var_a * var_b + eps)
     if mask is None:
-        return -cc.mean()
-    weight = mask.to(cc.dtype).expand_as(cc)
-    return -(cc * weight).sum() / weight.sum().clamp(min=1)
+        return _LNCC.apply(a, b, None, window, eps) / a.numel()
+    weight = mask.detach().to(a.dtype).expand_as(a)
+    return _LNCC.apply(a, b, weight, window, eps) / weight.sum().clamp(min=1)
 
 
 def mse(warped: Tensor, fixed: Tensor) -> Tensor:

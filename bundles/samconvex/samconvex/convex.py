@@ -68,15 +68,15 @@ def _coupled(cost: Tensor, disp: Tensor, radius: int, theta: float, step: Tensor
     """v_t as a field, given u_{t-1}."""
     table = offsets(radius, cost)
     scaled = table if step is None else table * step.to(table)
-    square = scaled.square().sum(1)
+    # |d - u|^2 without its |u|^2, which is the same for every d: (u, 1) . (-2 d, |d|^2)
+    weights = theta * torch.cat([-2 * scaled, scaled.square().sum(1, keepdim=True)], 1).t()
     pull = disp if step is None else disp * step.to(disp).view(1, 3, 1, 1, 1)
+    pull = torch.cat([pull, torch.ones_like(pull[:, :1])], 1)
     rows, pull = (x.permute(0, 2, 3, 4, 1).flatten(1, 3) for x in (cost, pull))
     best = torch.empty(rows.shape[:2], dtype=torch.int64, device=cost.device)
     for b, at in itertools.product(range(len(cost)), range(0, rows.shape[1], _length(cost))):
         part = slice(at, at + _length(cost))
-        # |d - u|^2 without its |u|^2, which is the same for every d
-        coupled = torch.addmm(square, pull[b, part], scaled.t(), beta=theta, alpha=-2 * theta)
-        best[b, part] = coupled.add_(rows[b, part]).argmin(1)
+        best[b, part] = torch.addmm(rows[b, part], pull[b, part], weights).argmin(1)
     return _field(best, table, cost.shape[2:])
 
 

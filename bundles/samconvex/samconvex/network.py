@@ -102,7 +102,7 @@ class SAMConvex(nn.Module):
             moving, fixed = levels.pop().chunk(2, dim=1)
             start = None if disp is None else resize_disp(disp, fixed.shape[2:])
             moved = moving if start is None else warp_onto_background(moving, start)
-            feat_moving, feat_fixed = (self.features(scan, not levels) for scan in (moved, fixed))
+            feat_moving, feat_fixed = self.features(torch.cat([moved, fixed]), not levels).chunk(2)
             update = self.solve(feat_fixed, feat_moving, radius)
             if start is None and not _traced():
                 _warn_of_constants((moving, feat_moving), (fixed, feat_fixed))

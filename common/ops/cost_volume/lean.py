@@ -43,41 +43,47 @@ def pad_volume(x: Tensor, before: tuple[int, ...], after: tuple[int, ...], borde
 @torch.library.custom_op("monai_registration::cost_volume", mutates_args=())
 def _cost_volume(fixed: Tensor, moving: Tensor, radius: int, ssd: bool, border: bool) -> Tensor:
     last, other = channels_last(fixed), channels_last(moving)
+    if ssd:  # |f - m|^2 = |f|^2 + (-2 f, 1) . (m, |m|^2)
+        squares = last.square().sum(-1, keepdim=True)
+        last = torch.cat([last * -2, torch.ones_like(squares)], -1)
+        other = torch.cat([other, other.square().sum(-1, keepdim=True)], -1)
     batch, *size, channels = last.shape
     width, side = 2 * radius + 1, radius + 1
     halo = side + 2 * radius
     out = last.new_empty(batch, *size, width**3)
     count = [-(-n // side) for n in size]
     rest = tuple(c * side - n for c, n in zip(count, size))
-    per_cube = last.element_size() * (side**3 * (channels + halo**3 + 2 * width**3) + halo**3 * channels)
+    per_cube = last.element_size() * (side**3 * (channels + halo**3 + width**3) + halo**3 * channels)
     rows = max(BUDGET // (per_cube * count[2]), 1)  # of cubes along axis j
     for b in range(batch):
         f = pad_volume(last[b], (0, 0, 0), rest, border=False)
         m = pad_volume(pad_volume(other[b], (radius,) * 3, (radius,) * 3, border), (0, 0, 0), rest, border=False)
-        f_cubes = f.unfold(0, side, side).unfold(1, side, side).unfold(2, side, side)
-        m_cubes = m.unfold(0, halo, side).unfold(1, halo, side).unfold(2, halo, side)
+        f_cubes = f.unfold(0, side, side).unfold(1, side, side).unfold(2, side, side).movedim(3, -1)
+        m_cubes = m.unfold(0, halo, side).unfold(1, halo, side).unfold(2, halo, side).movedim(3, -1)
         for i, j in itertools.product(range(count[0]), range(0, count[1], rows)):
             at = i, slice(j, j + rows)
-            queries = f_cubes[at].permute(0, 1, 3, 4, 5, 2).reshape(-1, side**3, channels)
-            keys = m_cubes[at].reshape(-1, channels, halo**3)
-            scores = torch.bmm(queries, keys)
-            if ssd:
-                squares = keys.square().sum(1, keepdim=True)
-                scores.mul_(-2).add_(squares).add_(queries.square().sum(2, keepdim=True)).clamp_(min=0)
+            queries = f_cubes[at].reshape(-1, side**3, channels)
+            keys = m_cubes[at].reshape(-1, halo**3, channels)
+            scores = torch.bmm(queries, keys.transpose(1, 2))
             part = out[b, i * side : (i + 1) * side, j * side : (j + rows) * side]
-            found = _windows(scores, side, halo, width).view(-1, count[2], side, side, side, width**3)
-            found = found.permute(2, 0, 3, 1, 4, 5).reshape(side, -1, count[2] * side, width**3)
-            part.copy_(found[: part.shape[0], : part.shape[1], : part.shape[2]])
+            cubes = -(-part.shape[1] // side)
+            whole = part.shape[:3] == (side, cubes * side, count[2] * side)
+            found = part if whole else part.new_empty(side, cubes * side, count[2] * side, width**3)
+            view = found.view(side, cubes, side, count[2], side, width, width, width).permute(1, 3, 0, 2, 4, 5, 6, 7)
+            view.copy_(_windows(scores, side, halo, width).unflatten(0, (cubes, count[2])))
+            if not whole:
+                part.copy_(found[: part.shape[0], : part.shape[1], : part.shape[2]])
+            if ssd:
+                part.add_(squares[b, i * side : (i + 1) * side, j * side : (j + rows) * side]).clamp_(min=0)
     return out.permute(0, 4, 1, 2, 3)
 
 
 def _windows(scores: Tensor, side: int, halo: int, width: int) -> Tensor:
-    """Of (M, side^3, halo^3) products those with the window of each query: (M, side, side, side, width^3)."""
+    """View of (M, side^3, halo^3) products: those in the window of each query, (M, side, side, side, w, w, w)."""
     cube, row = halo**3, side * halo**3
     inner = (halo * halo, halo, 1)  # one step of the key along each axis
     outer = [step * cube + key for step, key in zip((side * side, side, 1), inner)]  # query and window move together
-    view = scores.as_strided((len(scores), *(side,) * 3, *(width,) * 3), (side * side * row, *outer, *inner))
-    return view.flatten(4)
+    return scores.as_strided((len(scores), *(side,) * 3, *(width,) * 3), (side * side * row, *outer, *inner))
 
 
 @_cost_volume.register_fake
