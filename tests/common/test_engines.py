@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -295,6 +296,27 @@ def test_prepare_labelled_and_the_step() -> None:
     torch.testing.assert_close(value, 2 * image.sum() + 54)
     value.backward()
     torch.testing.assert_close(network.scale.grad, image.sum())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_memory() does something with glibc only")
+def test_kept_memory_is_not_fetched_again() -> None:
+    """Pages that the system has to hand out for ten tensors of 64 MiB, one after the other: 16384 for each; next to
+    none once the memory has settled."""
+    code = """if True:
+        import resource, torch
+        from common import engines
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                torch.ones(2**24)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        engines.keep_memory()
+        faults()
+        print(faults())
+    """
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 1000
 
 
 def test_tensorboard_parts() -> None:
