@@ -44,8 +44,10 @@ def peak_gib():
 def child(variant, size, repeats, window):
     import torch
 
+    from common.engines import keep_memory
     from dual_flownet import DualFlowLoss, DualFlowNet
 
+    keep_memory()  # as train.json does
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net, loss = DualFlowNet(**VARIANTS[variant]), DualFlowLoss(window=window)

@@ -2,16 +2,19 @@
 
 import functools
 import http.server
+import inspect
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fire
 import nibabel as nib
 import numpy as np
 import pytest
@@ -65,6 +68,37 @@ def test_lines_are_found() -> None:
     of_slurm = re.compile(r"\$(HOST|SLURM_JOB_ID)\b")
     unknown = [(path, word) for path, words in TO_RUN for word in words if "$" in of_slurm.sub("", word)]
     assert unknown == [], "a variable that no line above sets"
+
+
+def uses_fire(words: tuple[str, ...]) -> bool:  # bench_label.py has a parser of its own
+    return words[1].startswith("tests/bench/bench_") and "fire.Fire(" in (ROOT / words[1]).read_text()
+
+
+MEASUREMENTS = dict.fromkeys(words for _, words in LINES if words[0] == "python" and uses_fire(words))
+
+
+@pytest.mark.parametrize("words", MEASUREMENTS, ids=lambda words: "-".join(words[1:3]).replace("/", "."))
+def test_measurements_take_what_is_printed(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Program, part, arguments and options are those of a function in it; only the measurement itself is not run."""
+    called = []
+
+    def noted(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def note(*args: object, **kwargs: object) -> None:
+            called.append(inspect.signature(function).bind(*args, **kwargs))
+
+        return note
+
+    def only_parse(parts: dict[str, Callable] | Callable, parse: Callable = fire.Fire) -> None:
+        parts = {name: noted(part) for name, part in parts.items()} if isinstance(parts, dict) else noted(parts)
+        parse(parts, command=list(words[2:]))
+
+    monkeypatch.setattr(fire, "Fire", only_parse)
+    monkeypatch.setattr(sys, "argv", list(words[1:]))
+    monkeypatch.setattr(sys, "path", [str((ROOT / words[1]).parent), *sys.path])
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # which one of them sets
+    runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+    assert len(called) == 1
 
 
 def test_extras_that_are_installed_exist() -> None:
