@@ -60,7 +60,8 @@ def _shortest(cost: Tensor, radius: int) -> Tensor:
     lengths = [i * i + j * j + k * k for i, j, k in itertools.product(range(-radius, radius + 1), repeat=3)]
     order = torch.tensor(sorted(range(len(lengths)), key=lengths.__getitem__), device=cost.device)
     rows = cost.flatten(2).transpose(1, 2)
-    best = torch.cat([order[part[..., order].argmin(2)] for part in rows.split(_length(cost), dim=1)], 1)
+    parts = rows.split(_length(cost), dim=1)
+    best = torch.cat([order[_smallest(part.gather(2, order.expand_as(part)))] for part in parts], 1)
     return _field(best, offsets(radius, cost), cost.shape[2:])
 
 
@@ -76,8 +77,16 @@ def _coupled(cost: Tensor, disp: Tensor, radius: int, theta: float, step: Tensor
     best = torch.empty(rows.shape[:2], dtype=torch.int64, device=cost.device)
     for b, at in itertools.product(range(len(cost)), range(0, rows.shape[1], _length(cost))):
         part = slice(at, at + _length(cost))
-        best[b, part] = torch.addmm(rows[b, part], pull[b, part], weights).argmin(1)
+        best[b, part] = _smallest(torch.addmm(rows[b, part], pull[b, part], weights))
     return _field(best, table, cost.shape[2:])
+
+
+def _smallest(scores: Tensor) -> Tensor:
+    """argmin over the last axis, the first of equals; on a CPU by NumPy, whose loop is vectorised as torch's is not."""
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    if traced or scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
+        return scores.argmin(-1)
+    return torch.from_numpy(scores.detach().numpy().argmin(-1))
 
 
 def _length(cost: Tensor) -> int:
