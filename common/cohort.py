@@ -1,5 +1,6 @@
 """A cohort of pairs: each done once, failures set aside, a stopped run taken up again, several processes at work."""
 
+import atexit
 import csv
 import datetime
 import hashlib
@@ -175,6 +176,11 @@ class PairTable:
         return "\n".join(lines)
 
 
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def run(engine: Evaluator) -> None:
     """Run an evaluator over the pairs of its data, one by one; its own log is kept quiet.
 
@@ -189,6 +195,7 @@ def run(engine: Evaluator) -> None:
     if processes() > 1 and not torch.distributed.is_initialized():
         # For waiting at the end only, however long the longest share takes.
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        atexit.register(_leave_group)  # whose threads, still there when the program ends, may abort it
         ignite.distributed.sync()
     pairs = loader.dataset.data
     output_folder(table.folder)
