@@ -55,8 +55,7 @@ def keep_memory() -> None:
     """Let this process keep the memory of tensors that it frees, for the next ones, until it ends.
 
     glibc returns blocks above 32 MiB to the system at once, which then fills every page of the next one with zeros
-    again: half the CPU time of a training step of Dual-FlowNet. Elsewhere nothing happens. For training; a server
-    would hold its peak for ever.
+    again. With another C library nothing happens. For training; a server would hold its peak for ever.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -103,8 +103,8 @@ def test_lncc_dense_formula(window: int, channels: int) -> None:
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("chunk", (1, 1000, 2**20))
 def test_lncc_gradients(chunk: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the hand-written backward pass against autograd's through the dense formula, volume by volume, two or
-    three at a time (1000 voxels) and all together, with weights for every channel, and for either scan alone."""
+    """Those of the hand-written backward pass against autograd's through the dense formula, volume by volume, two at
+    a time (1000 voxels) and all together, with weights for every channel, and for either scan alone."""
     monkeypatch.setattr(losses, "CHUNK", chunk)
     a, b = (torch.rand(2, 3, 8, 6, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weight = torch.rand(2, 3, 8, 6, 7, dtype=torch.float64) if masked else None
