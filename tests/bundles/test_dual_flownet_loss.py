@@ -48,7 +48,54 @@ def test_loss_follows_the_mode(mode: str) -> None:
 
 def test_paper_weights() -> None:
     loss = DualFlowLoss()
-    assert (loss.alpha, loss.beta, loss.gamma, loss.eta) == (1, 1, 1, 0.5) and loss.dice_weight == 0
+    assert (loss.alpha, loss.beta, loss.gamma, loss.eta) == (1, 1, 1, 0.5)
+    assert loss.dice_weight == loss.label_weight == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_counts_as_its_pairs(mode: str) -> None:
+    """The loss of two pairs, one of them without labels and with smaller regions, is the mean of their losses."""
+    net, loss = bold(DualFlowNet(mode=mode, **SMALL)), DualFlowLoss(window=3, dice_weight=1.0, label_weight=1.0)
+    image = torch.cat([scans(), scans().square()])
+    label = torch.randint(0, 4, (2, 2, *SIZE)).float()
+    label[1] = -1
+    together = loss(net.forward_train(image), image, label)
+    alone = [loss(net.forward_train(image[n : n + 1]), image[n : n + 1], label[n : n + 1]) for n in (0, 1)]
+    torch.testing.assert_close(together, (alone[0] + alone[1]) / 2)
+    assert abs(alone[0] - alone[1]) > 0.1
+
+
+def test_dice_of_the_labels() -> None:
+    """A step of two voxels known in closed form; what is unknown in the fixed scan, or a scan without labels."""
+    label = torch.zeros(1, 2, 8, 6, 5)
+    label[:, 0, 2:4], label[:, 1, 4:6] = 2, 2  # two slices, moved by two voxels
+    disp = torch.zeros(1, 3, 8, 6, 5)
+    loss = DualFlowLoss(label_weight=1.0)
+    assert loss.label_dice(disp, label) == 1
+    disp[:, 0] = -1
+    assert loss.label_dice(disp, label).item() == pytest.approx(0.5, abs=1e-4)  # 2 x 1 slice of 2 + 2
+    disp[:, 0] = -2
+    assert loss.label_dice(disp, label).item() == pytest.approx(0, abs=1e-4)
+    label[:, 1, 5] = -1  # then one slice of each is compared
+    assert loss.label_dice(disp, label).item() == pytest.approx(0, abs=1e-4)
+    label[:, 0] = -1
+    assert loss.label_dice(disp, label) == 0
+
+
+def test_dice_of_the_labels_moves_the_flows(step: tuple) -> None:
+    result, image, label = step
+    with_labels = DualFlowLoss(window=3, label_weight=2.0).terms(result, image, label)
+    plain = DualFlowLoss(window=3).terms(result, image, label)
+    assert set(with_labels) == {*plain, "labels"}
+    gradients = torch.autograd.grad(with_labels["labels"], [result.disp_region, result.disp_global])
+    assert all(g.abs().max() > 1e-6 for g in gradients)
+    expected = dice(
+        *(
+            torch.cat([warp((part == c).float(), disp) for c in (1, 2, 3)], 1)
+            for part, disp in ((label[:, :1], result.disp), (label[:, 1:], torch.zeros_like(result.disp)))
+        )
+    )
+    torch.testing.assert_close(with_labels["labels"], 2 * expected)
 
 
 def test_segmentation_loss_known_values() -> None:

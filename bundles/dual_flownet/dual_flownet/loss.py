@@ -12,13 +12,14 @@ REDUCTIONS = ("roi", "mean", "sum")
 
 
 class DualFlowLoss(nn.Module):
-    """seg_weight L_seg + L_Region + L_Global + eta L_RCC  (eq. 12 with eq. 2).
+    """seg_weight L_seg + L_Region + L_Global + eta L_RCC + label_weight L_labels  (eq. 12 with eq. 2).
 
     L_seg     cross-entropy of both segmentations, mean over the voxels with a label and over the decoder stages, and
               dice_weight times 1 - mean soft Dice; 0 for scans without labels
     L_Region  LNCC(R_F, R_M o Phi_Region) + alpha |grad Phi_Region|^2  (eq. 3 to 5)
     L_Global  LNCC(F, M o Phi) + beta |grad Phi_Global|^2  (eq. 6 to 8), Phi the whole displacement
     L_RCC     LNCC(F o Phi_Global^-1, W_RM) + gamma |grad Phi_Global^-1|^2  (eq. 9 to 11)
+    L_labels  1 - mean soft Dice of the moving scan's labels, warped by Phi, with the fixed scan's; 0 if one has none
 
     A term whose flow the network's mode lacks is left out.
 
@@ -26,6 +27,7 @@ class DualFlowLoss(nn.Module):
         alpha, beta, gamma, eta: as in the paper (section 5.1.3).
         seg_weight: of L_seg, which eq. 12 does not contain.
         dice_weight: of the soft Dice in L_seg; the paper has none.
+        label_weight: of L_labels, which the paper does not have either.
         window: of the LNCC, in voxels.
         region_reduction: of the LNCC over the volumes of the classes: "roi" averages over the classes weighted by the
             fixed scan's probabilities, "mean" over all classes and voxels, "sum" is the mean times their number.
@@ -44,6 +46,7 @@ class DualFlowLoss(nn.Module):
         eta: float = 0.5,
         seg_weight: float = 1.0,
         dice_weight: float = 0.0,
+        label_weight: float = 0.0,
         window: int = 9,
         region_reduction: str = "roi",
     ) -> None:
@@ -52,15 +55,19 @@ class DualFlowLoss(nn.Module):
             known = ", ".join(REDUCTIONS)
             raise ValueError(f"DualFlowLoss() 'region_reduction' must be one of {known}, got {region_reduction!r}")
         self.alpha, self.beta, self.gamma, self.eta = alpha, beta, gamma, eta
-        self.seg_weight, self.dice_weight = seg_weight, dice_weight
+        self.seg_weight, self.dice_weight, self.label_weight = seg_weight, dice_weight, label_weight
         self.window, self.region_reduction = window, region_reduction
 
     def forward(self, result: Registration, image: Tensor, label: Tensor) -> Tensor:
-        """Scalar loss; `label` (B, 2, I, J, K) holds the classes of the moving and the fixed scan, -1 for unknown."""
-        return sum(self.terms(result, image, label).values())
+        """Mean of the pairs' losses; `label` (B, 2, I, J, K): the classes of moving and fixed scan, -1 for unknown.
+
+        Pair by pair, because the terms divide by sums over regions: a batch then counts as the same pairs on two GPUs.
+        """
+        each = (self.terms(result.pair(n), image[n : n + 1], label[n : n + 1]) for n in range(len(image)))
+        return sum(sum(terms.values()) for terms in each) / len(image)
 
     def terms(self, result: Registration, image: Tensor, label: Tensor) -> dict[str, Tensor]:
-        """The weighted terms by name: "seg", "region", "global", "rcc", those that the mode has."""
+        """The weighted terms by name: "seg", "region", "global", "rcc", those that the mode has, and "labels"."""
         moving, fixed = image.chunk(2, dim=1)
         terms = {}
         if result.disp_region is not None:
@@ -75,7 +82,17 @@ class DualFlowLoss(nn.Module):
             region_warped = moving if result.disp_region is None else warp(moving, result.disp_region)  # W_RM
             fit = lncc(warp(fixed, result.disp_inverse), region_warped, window=self.window)
             terms["rcc"] = self.eta * (fit + self.gamma * diffusion(result.disp_inverse))
+        if self.label_weight:
+            terms["labels"] = self.label_weight * self.label_dice(result.disp, label)
         return terms
+
+    def label_dice(self, disp: Tensor, label: Tensor) -> Tensor:
+        """L_labels; `label` as in `forward`. What is unknown in the fixed scan is not compared."""
+        known = label >= 0
+        if not known.flatten(2).any(2).all() or label.max() < 1:
+            return disp.new_zeros(())
+        one_hot = F.one_hot(label.clamp(min=0).long())[..., 1:].movedim(-1, 2).to(disp.dtype)
+        return dice(warp(one_hot[:, 0], disp) * known[:, 1:], one_hot[:, 1])
 
     def segmentation(self, logits: list[Tensor], classes: Tensor) -> Tensor:
         """L_seg of one scan: `logits` finest first, `classes` (B, 1, I, J, K), -1 for unknown."""

@@ -31,6 +31,12 @@ class Registration(NamedTuple):
     roi_moving: Tensor | None  # R_M, (B, channels of the regions, I, J, K)
     roi_fixed: Tensor | None  # R_F
 
+    def pair(self, n: int) -> "Registration":
+        """Those of pair n of the batch, as a batch of one."""
+        part = slice(n, n + 1)
+        parts = ([level[part] for level in x] if isinstance(x, list) else None if x is None else x[part] for x in self)
+        return Registration(*parts)
+
 
 class DualFlowNet(nn.Module):
     """Dual-flow transformation network.
