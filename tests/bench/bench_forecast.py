@@ -80,18 +80,18 @@ def image_file(folder, size):
     return f"{folder}/{'x'.join(map(str, size))}.pt"
 
 
-def network(output=None):
+def network(sizes=SIZES, bundles=tuple(STEPS), output=None):
     """Every bundle at every size; the table, and its file."""
     import torch
     from bench_sacb_net import phantom_image
 
     rows, kept = [], tempfile.TemporaryDirectory()
     folder = kept.name
-    for size in SIZES:
+    for size in sizes:
         torch.save(phantom_image(size), image_file(folder, size))
-    for bundle, all_steps in STEPS.items():
-        for size in SIZES:
-            for steps in all_steps:
+    for bundle in [bundles] if isinstance(bundles, str) else bundles:
+        for size in sizes:
+            for steps in STEPS[bundle]:
                 found = {}
                 for what in ("forecast", "measured"):
                     line = [sys.executable, __file__, "child", what, bundle, image_file(folder, size), str(steps)]

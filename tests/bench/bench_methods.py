@@ -62,6 +62,9 @@ def run_bundle(name, data, overlay):
     """Means over the pairs of what evaluate.json writes, and the CPU seconds of the inferer."""
     from monai.bundle import ConfigParser
 
+    from common.engines import keep_memory
+
+    keep_memory()  # as a command does
     bundle, options = BUNDLES[name]
     folder = ROOT / "bundles" / bundle
     parser = ConfigParser()

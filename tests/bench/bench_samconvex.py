@@ -126,7 +126,11 @@ def in_a_process(work):
 def one_pair(name, moving, fixed):
     import torch
 
+    from common.engines import keep_memory
+
     torch.set_num_threads(1)
+    if name not in ("start", "package"):
+        keep_memory()  # as a command of the bundle does
     (moving, moving_label), (fixed, fixed_label) = load(moving), load(fixed)
     image = torch.cat([moving, fixed], 1)
     register(name, image[..., 16:48, 16:48, 16:48].contiguous())  # what a process loads and builds once is not counted
@@ -150,14 +154,18 @@ def accuracy(data, variants=None, limit=None, output=None):
     if importlib.util.find_spec("convexAdam") is None and "package" in names:
         names.remove("package")
         print("convexAdam is not installed: no row for it")
-    rows = []
-    for name in names:
-        found = [in_a_process(lambda m=m, f=f: one_pair(name, m, f)) for m, f in pairs_of(data, limit)]
-        rows.append({"variant": name} | {key: sum(row[key] for row in found) / len(found) for key in found[0]})
-        row = rows[-1] = rows[-1] | {"n": len(found)}
-        text = "{variant:26s} {n} pairs  dice {dice:.4f}  folding {folding_pct:.3f} %  sdlogj {sdlogj:.3f}"
-        print((text + "  {cpu_s:.1f} CPU-s  {peak_gib:.2f} GiB").format(**row), flush=True)
+    found = {name: [] for name in names}
+    for moving, fixed in pairs_of(data, limit):  # by turns, so that a slow minute of the machine is one for all
+        for name in names:
+            found[name].append(in_a_process(lambda name=name, m=moving, f=fixed: one_pair(name, m, f)))
+        rows = [
+            {"variant": name} | {key: sum(r[key] for r in each) / len(each) for key in each[0]} | {"n": len(each)}
+            for name, each in found.items()
+        ]
         report(rows, output)
+    text = "{variant:26s} {n} pairs  dice {dice:.4f}  folding {folding_pct:.3f} %  sdlogj {sdlogj:.3f}"
+    for row in rows:
+        print((text + "  {cpu_s:.1f} CPU-s  {peak_gib:.2f} GiB").format(**row), flush=True)
 
 
 def turned(scan, label, degrees, shift, pad):
@@ -225,6 +233,7 @@ def size(voxels, features="sam,mind", output=None):
     import torch
 
     from common import phantom
+    from common.engines import keep_memory
 
     affine = np.diag([160.0 / voxels[0]] * 3 + [1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(voxels) - 1) / 2)
@@ -233,6 +242,7 @@ def size(voxels, features="sam,mind", output=None):
 
     def work(name):
         torch.set_num_threads(1)
+        keep_memory()  # as a command does
         begin = time.process_time()
         with torch.no_grad():
             disp = network({"features": name})(image)

@@ -2,19 +2,16 @@
 
 import functools
 import http.server
-import inspect
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import fire
 import nibabel as nib
 import numpy as np
 import pytest
@@ -25,6 +22,7 @@ from printed_lines import lines_of
 
 from common import mapping, pack, phantom
 from common.points import Points, write_points
+from dual_flownet import DualFlowNet
 
 FILES = [
     ROOT / "README.md",
@@ -37,7 +35,9 @@ EXCLUDED = {
     "pip install": "changes the environment; that its extras exist is tested below",
     "python -m pytest": "is what runs this test",
     "bash .ci/run": "makes an environment of its own and runs all tests in it",
-    "python tests/bench/": "a measurement of minutes to hours; its results are committed",
+    "python tests/bench/bench_label.py": "needs MONAI Label; its results are committed",
+    "python tests/bench/draw_label.py": "needs MONAI Label; its picture is committed",
+    "python tests/bench/draw_deploy.py": "needs the Deploy SDK; its picture is committed",
     "python -m common datalist NAME": "stands for nine data sets; test_datalists.py runs each",
     "monailabel": "needs MONAI Label; tests/common/label/test_server.py runs the line where it is installed",
     "curl": "needs the server; tests/common/label/test_server.py runs the lines against a real one",
@@ -55,7 +55,24 @@ def excluded(words: tuple[str, ...]) -> str | None:
 
 
 LINES = [(path.relative_to(ROOT).as_posix(), words) for path in FILES for words in dict.fromkeys(lines_of(path))]
-TO_RUN = [(path, words) for path, words in LINES if not excluded(words)]
+MEASURED = [words for _, words in LINES if words[1].startswith("tests/bench/") and not excluded(words)]
+TO_RUN = [(path, words) for path, words in LINES if not excluded(words) and words not in MEASURED]
+# The measurements take minutes to hours: how each is made small.
+SMALL = {
+    "bench_forecast.py pairs": {"--limit": "1", "--steps": "(0,)"},
+    "bench_forecast.py network": {"--sizes": "((32,32,32),)", "--bundles": "samconvex"},
+    "bench_methods.py measure": {"--methods": "affine start;sacb_net", "--output": "rows.json"},
+    "bench_methods.py table": {"--write": "False"},
+    "bench_sacb_net.py": {"--size": "32,32,32", "--cluster_quality": "False"},
+    "bench_operators.py": {"--cases": "kmeans", "--scale": "0.1", "--repeats": "1", "--check": "False"},
+    "bench_dual_flownet.py consistency": {"--spacing": "9"},
+    "bench_dual_flownet.py cost": {"--size": "16,16,16", "--variants": "GFN"},
+    "bench_samconvex.py accuracy": {"--variants": "start;mind"},
+    "bench_samconvex.py size": {"192,160,256": "32,32,32"},
+    "bench_samconvex.py capture": {"--limit": "1", "--moves": "[['turn',10]]"},
+    "bench_sliding.py": {"--steps": "2", "--size": "(32,16,16)", "--pairs": "1", "--seeds": "1"},
+    "bench_residual_aligner.py": {"--size": "16,16,16", "--variants": "ran0"},
+}
 
 
 def test_lines_are_found() -> None:
@@ -68,37 +85,6 @@ def test_lines_are_found() -> None:
     of_slurm = re.compile(r"\$(HOST|SLURM_JOB_ID)\b")
     unknown = [(path, word) for path, words in TO_RUN for word in words if "$" in of_slurm.sub("", word)]
     assert unknown == [], "a variable that no line above sets"
-
-
-def uses_fire(words: tuple[str, ...]) -> bool:  # bench_label.py has a parser of its own
-    return words[1].startswith("tests/bench/bench_") and "fire.Fire(" in (ROOT / words[1]).read_text()
-
-
-MEASUREMENTS = dict.fromkeys(words for _, words in LINES if words[0] == "python" and uses_fire(words))
-
-
-@pytest.mark.parametrize("words", MEASUREMENTS, ids=lambda words: "-".join(words[1:3]).replace("/", "."))
-def test_measurements_take_what_is_printed(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Program, part, arguments and options are those of a function in it; only the measurement itself is not run."""
-    called = []
-
-    def noted(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def note(*args: object, **kwargs: object) -> None:
-            called.append(inspect.signature(function).bind(*args, **kwargs))
-
-        return note
-
-    def only_parse(parts: dict[str, Callable] | Callable, parse: Callable = fire.Fire) -> None:
-        parts = {name: noted(part) for name, part in parts.items()} if isinstance(parts, dict) else noted(parts)
-        parse(parts, command=list(words[2:]))
-
-    monkeypatch.setattr(fire, "Fire", only_parse)
-    monkeypatch.setattr(sys, "argv", list(words[1:]))
-    monkeypatch.setattr(sys, "path", [str((ROOT / words[1]).parent), *sys.path])
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # which one of them sets
-    runpy.run_path(str(ROOT / words[1]), run_name="__main__")
-    assert len(called) == 1
 
 
 def test_extras_that_are_installed_exist() -> None:
@@ -195,12 +181,33 @@ def smaller(words: list[str]) -> list[str]:
         options |= {"--minimum": "0"}
     if "--refine_steps" in words:
         options |= {"--refine_steps": "2"}
+    return with_options(words, options)
+
+
+def with_options(words: list[str], options: dict[str, str]) -> list[str]:
     for option, value in options.items():
         if option in words:
-            words[words.index(option) + 1] = value
+            words[words.index(option) + option.startswith("--")] = value
         else:
             words += [option, value]
     return words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", dict.fromkeys(MEASURED), ids=lambda words: "-".join(words[1:3]).replace("/", "."))
+def test_measurement(words: tuple[str, ...], files: Path, tmp_path: Path) -> None:
+    """Small, on the tiny scans, in a folder of its own; it prints numbers."""
+    folder = tmp_path / "work"
+    shutil.copytree(files, folder, copy_function=os.symlink)
+    for mode, name in (("both", "GRFN.pt"), ("both+rcc", "DFN.pt")):
+        torch.save(DualFlowNet(mode=mode).state_dict(), folder / name)
+    name = Path(words[1]).name
+    key = next(key for key in (" ".join([name, *words[2:3]]), name) if key in SMALL)
+    line = [sys.executable, str(ROOT / words[1]), *with_options(list(words[2:]), SMALL[key])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(r"\d\.\d+", done.stdout) and "nan" not in done.stdout, done.stdout
 
 
 @pytest.mark.slow
