@@ -30,6 +30,7 @@ from common.cli import is_command, options_of, refuse_unknown
 from common.cohort import PairTable, run
 from common.io import InputError
 from common.metrics import label_overlap, mean_over_labels
+from common.ops import plain
 from common.refine import SIMILARITIES, refine
 
 __all__ = ["PairTable", "is_command", "run"]  # which the configs name as part of this module
@@ -143,7 +144,7 @@ class RegistrationInferer(Inferer):
         scan_voxels: int = 0,
         **kwargs: Any,
     ) -> Tensor:
-        image = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
+        image = plain(inputs)
         # The mask travels as two more channels, so that tiles and coarser grids treat it as they do the scans.
         packed = image if mask is None else torch.cat([image, mask.to(image)], 1)
 
@@ -257,15 +258,14 @@ class LabelDice(CumulativeIterationMetric):
 
 def prepare_pair(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Input and target of a pair are the same packed image: the loss warps the one half onto the other."""
-    image = batch["image"].as_tensor() if hasattr(batch["image"], "as_tensor") else batch["image"]
-    image = image.to(device, non_blocking=non_blocking, **kwargs)
+    image = plain(batch["image"]).to(device, non_blocking=non_blocking, **kwargs)
     return image, image
 
 
 def prepare_labelled(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> tuple:
     """Packed image and packed classes ("label" (B, 2, I, J, K), -1 for unknown) of a pair, for a `TrainingStep`."""
-    plain = (x.as_tensor() if hasattr(x, "as_tensor") else x for x in (batch["image"], batch["label"]))
-    image, label = (x.to(device, non_blocking=non_blocking, **kwargs) for x in plain)
+    both = (plain(batch[key]) for key in ("image", "label"))
+    image, label = (x.to(device, non_blocking=non_blocking, **kwargs) for x in both)
     return image, label, (label,), {}
 
 

@@ -13,7 +13,7 @@ from common import RegistrationWarning
 from common.fields import pool_disp, resize_disp, unfold, unpool_disp
 from common.losses import box_sum, diffusion, lncc
 from common.mind import mind_features
-from common.ops import warp
+from common.ops import plain, warp
 
 
 def smooth(disp: Tensor, *, times: int = 2) -> Tensor:
@@ -90,8 +90,8 @@ def refine(
         raise ValueError(f"refine() 'mask' must have shape {shape}, moving then fixed, got {tuple(mask.shape)}")
     if steps == 0:
         return disp
-    image, result = image.detach().float(), disp.detach().float()
-    weight = None if mask is None else _weight(mask.detach().float(), result)
+    image, result = plain(image).detach().float(), plain(disp).detach().float()
+    weight = None if mask is None else _weight(plain(mask).detach().float(), result)
     smoothness = SMOOTHNESS[similarity] if smoothness is None else smoothness
     size = tuple(image.shape[2:])
 

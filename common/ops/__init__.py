@@ -1,5 +1,6 @@
 """The operators that the collection is named for; one folder each, the formula in its reference.py."""
 
+from common.ops._dispatch import plain
 from common.ops.cost_volume import CorrelationPyramid, cost_volume
 from common.ops.kmeans import kmeans
 from common.ops.match import match
@@ -7,4 +8,14 @@ from common.ops.norm_act import norm_act
 from common.ops.sacb import SACB, modulated_conv3d
 from common.ops.warp import warp
 
-__all__ = ["CorrelationPyramid", "SACB", "cost_volume", "kmeans", "match", "modulated_conv3d", "norm_act", "warp"]
+__all__ = [
+    "CorrelationPyramid",
+    "SACB",
+    "cost_volume",
+    "kmeans",
+    "match",
+    "modulated_conv3d",
+    "norm_act",
+    "plain",
+    "warp",
+]

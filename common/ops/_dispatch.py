@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +22,17 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def outside_autocast(op: Callable) -> Callable:
-    """Decorator of an operator's face: no autocast inside, so that it computes in at least float32, as it says.
+def on_plain_tensors(op: Callable) -> Callable:
+    """Decorator of an operator's face: MONAI's MetaTensors come in, and the result leaves, as plain tensors, and there
+    is no autocast inside, so that the operator computes in at least float32, as it says.
 
     The inputs may be half, as autocast left them; only what the operator itself does is kept from it.
     """
 
     @functools.wraps(op)
     def run(*args, **kwargs):
+        args = [plain(value) for value in args]
+        kwargs = {name: plain(value) for name, value in kwargs.items()}
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is None or not torch.is_autocast_enabled(x.device.type):
             return op(*args, **kwargs)
@@ -36,6 +40,11 @@ def outside_autocast(op: Callable) -> Callable:
             return op(*args, **kwargs)
 
     return run
+
+
+def plain(value: Any) -> Any:
+    """A MetaTensor as a plain tensor, anything else as it is. MetaTensors cannot be leaves of a gradient."""
+    return value.as_tensor() if hasattr(value, "as_tensor") else value
 
 
 def scripted_as(plain: Callable) -> Callable:

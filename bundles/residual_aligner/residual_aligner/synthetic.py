@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common.augment import random_rotation
 from common.fields import identity
 from common.losses import diffusion
-from common.ops import warp
+from common.ops import plain, warp
 from residual_aligner.network import Registration
 
 
@@ -114,7 +114,7 @@ class SyntheticLoss(nn.Module):
 
 def prepare_synthetic(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: object) -> tuple:
     """Input and target of a synthetic pair: known displacement, then 1 where a scan is not 0; for a `TrainingStep`."""
-    image = batch["image"].as_tensor() if hasattr(batch["image"], "as_tensor") else batch["image"]
+    image = plain(batch["image"])
     target = torch.cat([batch["disp"], (image != 0).any(1, keepdim=True).to(batch["disp"])], 1)
     image, target = (x.to(device, non_blocking=non_blocking, **kwargs) for x in (image, target))
     return image, target, (target,), {}

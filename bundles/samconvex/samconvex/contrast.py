@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.fields import identity
-from common.ops import warp
+from common.ops import plain, warp
 from samconvex.network import halve, warp_onto_background
 from samconvex.sam import GLOBAL, LOCAL, Embedding
 
@@ -61,8 +61,7 @@ class TwoViews:
     def __call__(
         self, batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Matches]:
-        image = batch["image"].as_tensor() if hasattr(batch["image"], "as_tensor") else batch["image"]
-        scans = image.to(device, non_blocking=non_blocking, **kwargs)
+        scans = plain(batch["image"]).to(device, non_blocking=non_blocking, **kwargs)
         level = int(torch.randint(len(self.sizes), ()))
         for _ in range(level):
             scans = halve(scans)

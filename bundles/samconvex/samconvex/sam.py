@@ -52,11 +52,11 @@ class Embedder(nn.Module):
         embedding: E, length of either vector.
 
     Source: SAM (Yan et al., TMI 2022), with the strides that SAMConvex section 2.3 states. The authors' backbone is a
-    3-D ResNet-18 with batch normalisation, 32.8 M parameters and 128 numbers a vector; this one has 2 M and 64, and
+    3-D ResNet-18 with batch normalisation, 32.8 M parameters and 128 numbers a vector; this one has 1.2 M and 32, and
         normalises each voxel by itself, since the levels of an image pyramid differ in their statistics.
     """
 
-    def __init__(self, channels: int = 1, *, widths: tuple[int, int, int] = (32, 64, 128), embedding: int = 64) -> None:
+    def __init__(self, channels: int = 1, *, widths: tuple[int, int, int] = (32, 48, 96), embedding: int = 32) -> None:
         super().__init__()
         first, second, third = widths
         self.stem = nn.Sequential(
@@ -88,7 +88,7 @@ class SAM(nn.Module):
         channels, widths, embedding: of `Embedder`.
     """
 
-    def __init__(self, channels: int = 1, *, widths: tuple[int, int, int] = (32, 64, 128), embedding: int = 64) -> None:
+    def __init__(self, channels: int = 1, *, widths: tuple[int, int, int] = (32, 48, 96), embedding: int = 32) -> None:
         super().__init__()
         self.embedder = Embedder(channels, widths=widths, embedding=embedding)
 

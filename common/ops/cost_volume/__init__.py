@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.ops import _checks
-from common.ops._dispatch import choose, outside_autocast, scripted_as
+from common.ops._dispatch import choose, on_plain_tensors, scripted_as
 from common.ops.cost_volume import reference
 from common.ops.cost_volume.lean import cost_volume_lean
 from common.ops.cost_volume.reference import cost_volume_reference
@@ -17,7 +17,7 @@ PADDINGS = ("border", "zeros")
 
 
 @scripted_as(reference.cost_volume)
-@outside_autocast
+@on_plain_tensors
 def cost_volume(
     feat_fixed: Tensor,
     feat_moving: Tensor,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from common.ops import _checks
-from common.ops._dispatch import choose, outside_autocast, scripted_as
+from common.ops._dispatch import choose, on_plain_tensors, scripted_as
 from common.ops.kmeans import reference
 from common.ops.kmeans.lean import assign_lean
 from common.ops.kmeans.reference import FULL_PASSES, Assign, assign_reference, even_start, lloyd, spread_start
@@ -13,7 +13,7 @@ STARTS = ("spread", "even")
 
 
 @scripted_as(reference.kmeans)
-@outside_autocast
+@on_plain_tensors
 @torch.no_grad()
 def kmeans(
     points: Tensor,

@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from common.ops import _checks
-from common.ops._dispatch import choose, outside_autocast, scripted_as
+from common.ops._dispatch import choose, on_plain_tensors, scripted_as
 from common.ops.match import reference
 from common.ops.match.lean import match_lean
 from common.ops.match.reference import match_reference
 
 
 @scripted_as(reference.match)
-@outside_autocast
+@on_plain_tensors
 def match(feat_fixed: Tensor, feat_moving: Tensor, radius: int = 1, *, backend: str | None = None) -> Tensor:
     """Expected displacement under a softmax over the dot products with the neighbourhood.
 

@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from common.ops import _checks
-from common.ops._dispatch import choose, outside_autocast, scripted_as
+from common.ops._dispatch import choose, on_plain_tensors, scripted_as
 from common.ops.norm_act import reference
 from common.ops.norm_act.lean import norm_act_lean
 from common.ops.norm_act.reference import norm_act_reference
 
 
 @scripted_as(reference.norm_act)
-@outside_autocast
+@on_plain_tensors
 def norm_act(x: Tensor, slope: float = 0.1, eps: float = 1e-5, *, backend: str | None = None) -> Tensor:
     """Normalise each channel of each sample over space, then apply LeakyReLU.
 

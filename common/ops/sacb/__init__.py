@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.ops import _checks
-from common.ops._dispatch import choose, outside_autocast, scripted_as
+from common.ops._dispatch import choose, on_plain_tensors, scripted_as
 from common.ops.kmeans import kmeans
 from common.ops.norm_act import norm_act
 from common.ops.sacb import reference
@@ -18,7 +18,7 @@ MEAN_TYPES = ("s", "c", "mix")
 
 
 @scripted_as(reference.modulated_conv3d)
-@outside_autocast
+@on_plain_tensors
 def modulated_conv3d(
     x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor, *, backend: str | None = None
 ) -> Tensor:

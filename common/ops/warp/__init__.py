@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from common.ops import _checks
-from common.ops._dispatch import choose, outside_autocast, scripted_as
+from common.ops._dispatch import choose, on_plain_tensors, scripted_as
 from common.ops.warp import reference
 from common.ops.warp.lean import warp_lean
 from common.ops.warp.reference import warp_reference
@@ -13,7 +13,7 @@ PADDINGS = ("border", "zeros")
 
 
 @scripted_as(reference.warp)
-@outside_autocast
+@on_plain_tensors
 def warp(
     image: Tensor, disp: Tensor, mode: str = "linear", padding: str = "border", *, backend: str | None = None
 ) -> Tensor:

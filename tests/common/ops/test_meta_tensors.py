@@ -1,0 +1,45 @@
+"""MONAI's MetaTensors into the operators and the refinement: the same numbers, as plain tensors."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+from common.ops import SACB, CorrelationPyramid, cost_volume, kmeans, match, modulated_conv3d, norm_act, plain, warp
+from common.refine import refine
+
+SCAN, MOVED, DISP = (1, 4, 10, 12, 14), (1, 4, 10, 12, 14), (1, 3, 10, 12, 14)
+CALLS = {
+    "warp": (lambda image, disp: warp(image, disp), (SCAN, DISP)),
+    "match": (lambda fixed, moving: match(fixed, moving, radius=1), (SCAN, MOVED)),
+    "cost_volume": (lambda fixed, moving: cost_volume(fixed, moving, 1), (SCAN, MOVED)),
+    "pyramid": (lambda fixed, moving, disp: CorrelationPyramid([fixed], [moving], [1])(0, disp), (SCAN, MOVED, DISP)),
+    "kmeans": (lambda points: kmeans(points, 3)[0], ((1, 200, 4),)),
+    "norm_act": (norm_act, (SCAN,)),
+    "modulated_conv3d": (
+        lambda x, weight, bias, taps, labels: modulated_conv3d(x, weight, bias, taps, labels.round().long()),
+        (SCAN, (5, 4, 3, 3, 3), (1, 2, 5), (1, 2, 27), (1, 10, 12, 14)),
+    ),
+    "SACB": (lambda x: plain(SACB(4, clusters=2).eval()(x)), ((2, 4, 8, 8, 8),)),  # a layer keeps the kind, as torch's
+    "refine": (lambda disp, image: refine(disp, image, 3, progress=False), (DISP, (1, 2, 10, 12, 14))),
+}
+
+
+@pytest.mark.parametrize("call, shapes", CALLS.values(), ids=CALLS)
+def test_meta_tensors(call: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...]) -> None:
+    inputs = [torch.rand(shape) for shape in shapes]
+    torch.manual_seed(0)
+    expected = call(*inputs)
+    torch.manual_seed(0)
+    found = call(*map(MetaTensor, inputs))
+    assert type(found) is Tensor
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_plain() -> None:
+    """Shares the memory and the gradient; everything else passes."""
+    x = MetaTensor(torch.ones(3))
+    assert type(plain(x)) is Tensor and plain(x).data_ptr() == x.data_ptr()
+    assert plain(None) is None and plain("border") == "border"
