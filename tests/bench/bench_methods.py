@@ -88,7 +88,8 @@ def run_bundle(name, data, overlay):
     columns = {measure: f"{measure}_after" if measure.startswith("dice") else measure for measure in MEASURES}
     columns = {"dice_before": "dice_before"} | columns
     means = {key: sum(float(r[c]) for r in rows) / len(rows) for key, c in columns.items() if c in rows[0]}
-    weights = sha256(bundle, Path(parser.get_parsed_content("weights")).name)
+    file = Path(parser.get_parsed_content("weights")).name  # "" where none are needed
+    weights = sha256(bundle, file) if file else None
     return means | {"cpu_s": sum(times) / len(times), "pairs": len(rows), "weights": weights}
 
 
