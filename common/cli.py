@@ -43,11 +43,6 @@ def one_sentence_errors() -> None:
         sys.excepthook = hook
 
 
-def is_command() -> bool:
-    """Whether this process is a command `monai.bundle run`, which ends with its work; a server or a test is none."""
-    return "run" in sys.argv[1:3] and "config_file" in dict(options_of(sys.argv[1:]))
-
-
 def options_of(words: list[str]) -> list[tuple[str, str]]:
     """--name value, --name=value and --name as pairs."""
     found = []

@@ -26,14 +26,14 @@ from monai.metrics import CumulativeIterationMetric
 from torch import Tensor, nn
 
 from common import RegistrationWarning, forecast, progress
-from common.cli import is_command, options_of, refuse_unknown
+from common.cli import options_of, refuse_unknown
 from common.cohort import PairTable, run
 from common.io import InputError
 from common.metrics import label_overlap, mean_over_labels
 from common.ops import plain
 from common.refine import SIMILARITIES, refine
 
-__all__ = ["PairTable", "is_command", "run"]  # which the configs name as part of this module
+__all__ = ["PairTable", "run"]  # which the configs name as part of this module
 
 
 def refuse_unknown_options() -> None:
@@ -42,10 +42,10 @@ def refuse_unknown_options() -> None:
     Raises:
         InputError: naming the option, and the nearest one that exists.
     """
-    if not is_command():
-        return
     options = dict(options_of(sys.argv[1:]))
-    files = options["config_file"]
+    files = options.get("config_file")
+    if "run" not in sys.argv[1:3] or not files:
+        return
     files = ast.literal_eval(files) if files.startswith("[") else files.split(",")
     known = set(ConfigParser.load_config_files(files)) | set(inspect.signature(bundle_run).parameters)
     for option in options:
@@ -56,7 +56,7 @@ def keep_memory() -> None:
     """Let this process keep the memory of tensors that it frees, for the next ones, until it ends.
 
     glibc returns blocks above 32 MiB to the system at once, which then fills every page of the next one with zeros
-    again. With another C library nothing happens. For commands; a server would hold its peak for ever.
+    again. With another C library nothing happens. For training; a server would hold its peak for ever.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -319,22 +319,6 @@ def test_kept_memory_is_not_fetched_again() -> None:
     assert int(done.stdout) < 1000
 
 
-@pytest.mark.parametrize(
-    "words, command",
-    [
-        (["monai/bundle/__main__.py", "run", "--config_file", "inference.json"], True),
-        (["monai/bundle/__main__.py", "run", "evaluating", "--config_file=inference.json"], True),
-        (["uvicorn", "run", "--port", "8000"], False),
-        (["common/__main__.py", "label", "--config_file", "inference.json"], False),
-        ([""], False),
-    ],
-)
-def test_what_counts_as_a_command(words: list[str], command: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only there is freed memory kept, and options are looked at."""
-    monkeypatch.setattr(sys, "argv", words)
-    assert engines.is_command() is command
-
-
 def test_tensorboard_parts() -> None:
     item = {"image": torch.arange(2.0)[:, None, None, None].expand(2, 3, 3, 3), "warped": torch.full((1, 3, 3, 3), 7.0)}
     fixed, moving = engines.fixed_and_moving([item])
