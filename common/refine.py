@@ -89,7 +89,7 @@ def refine(
         shape = (len(image), 2, *image.shape[2:])
         raise ValueError(f"refine() 'mask' must have shape {shape}, moving then fixed, got {tuple(mask.shape)}")
     if steps == 0:
-        return disp
+        return plain(disp)
     image, result = plain(image).detach().float(), plain(disp).detach().float()
     weight = None if mask is None else _weight(plain(mask).detach().float(), result)
     smoothness = SMOOTHNESS[similarity] if smoothness is None else smoothness

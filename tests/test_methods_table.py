@@ -43,6 +43,13 @@ def test_results_of_the_hippocampus_belong_to_its_weights(bench) -> None:
     assert [n for n, row in rows.items() if row["weights"] != bench.sha256(n, "hippocampus.pt")] == []
 
 
+@pytest.mark.parametrize("name", ("accuracy", "table3", "capture", "192x160x256"))
+def test_results_of_samconvex_belong_to_its_weights(bench, name: str) -> None:
+    """Otherwise: python tests/bench/bench_samconvex.py."""
+    content = json.loads(bench.RESULTS.with_name(f"samconvex_{name}.json").read_text())
+    assert content["weights"] == bench.sha256("samconvex")
+
+
 def test_every_bundle_has_a_row(bench) -> None:
     bundles = [path.name for path in (bench.ROOT / "bundles").iterdir() if path.is_dir()]
     assert sorted({bundle for bundle, _ in bench.BUNDLES.values()}) == sorted(bundles)

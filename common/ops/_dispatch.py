@@ -43,13 +43,13 @@ def on_plain_tensors(op: Callable) -> Callable:
 
 
 def plain(value: Any) -> Any:
-    """A MetaTensor as a plain tensor, anything else as it is. MetaTensors cannot be leaves of a gradient."""
+    """A MetaTensor as a plain tensor, anything else as it is; new_empty(*size) and zeros_like refuse MetaTensors."""
     return value.as_tensor() if hasattr(value, "as_tensor") else value
 
 
-def scripted_as(plain: Callable) -> Callable:
-    """Decorator of an operator's face: torch.jit.script compiles `plain`, a
-    function of the same name and arguments, in its place.
+def scripted_as(scripted: Callable) -> Callable:
+    """Decorator of an operator's face: torch.jit.script compiles `scripted`, a function of the same name and
+    arguments, in its place.
 
     A face checks its arguments and chooses a layer in Python that TorchScript cannot read. The two attributes are those
     of torch.jit.script_if_tracing, which would also script, and so lose, what is traced.
@@ -57,7 +57,7 @@ def scripted_as(plain: Callable) -> Callable:
 
     def mark(face: Callable) -> Callable:
         setattr(face, "__script_if_tracing_wrapper", True)
-        setattr(face, "__original_fn", plain)
+        setattr(face, "__original_fn", scripted)
         return face
 
     return mark

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -62,9 +63,6 @@ def run_bundle(name, data, overlay):
     """Means over the pairs of what evaluate.json writes, and the CPU seconds of the inferer."""
     from monai.bundle import ConfigParser
 
-    from common.engines import keep_memory
-
-    keep_memory()  # as a command does
     bundle, options = BUNDLES[name]
     folder = ROOT / "bundles" / bundle
     parser = ConfigParser()
@@ -165,7 +163,9 @@ def measure(data, methods=None, overlay=None, output=str(RESULTS)):
             if done.returncode:
                 print(f"{name}: not measured: {done.stderr.strip().splitlines()[-1]}", flush=True)
                 continue
-            content["rows"][name] = row = json.loads(Path(folder, "row.json").read_text())
+            row = json.loads(Path(folder, "row.json").read_text())
+            row["measured"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+            content["rows"][name] = row
         print(name, json.dumps(row), flush=True)
         from bench_operators import hardware
 

@@ -1,14 +1,17 @@
 """SAMConvex on the validation pairs of a dataset: Dice, CPU seconds, memory, beside convexAdam; its capture range.
 
-    python tests/bench/bench_samconvex.py accuracy DATA --output tests/bench/results/samconvex_accuracy.json
-    python tests/bench/bench_samconvex.py capture DATA --output tests/bench/results/samconvex_capture.json
+    python tests/bench/bench_samconvex.py accuracy DATA
+    python tests/bench/bench_samconvex.py levels DATA             # the paper's Table 3
+    python tests/bench/bench_samconvex.py capture DATA            # 8 pairs; --limit 2 for fewer
     python tests/bench/bench_samconvex.py size 192,160,256
 
-DATA is a folder with dataset.json whose scans share one grid. Every pair of every variant runs on one thread in a
-process of its own. "package" is convexAdam from PyPI with its defaults, where it is installed. "capture" turns and
-shifts the moving scan, pads both and registers without pre-alignment or refinement. "size" runs one phantom pair.
+Each writes its file in tests/bench/results, or --output. DATA is a folder with dataset.json whose scans share one grid.
+Every pair of every variant runs on one thread in a process of its own, the variants by turns. "package" is convexAdam
+from PyPI with its defaults, where it is installed. "capture" turns and shifts the moving scan, pads both and registers
+without pre-alignment or refinement. "size" runs one pair of the phantom, within two budgets of memory.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -30,15 +33,14 @@ VARIANTS = {  # options of the network, steps and similarity of the refinement
     "mind": ({"features": "mind"}, 0, "lncc"),
     "mind + 50 steps on MIND": ({"features": "mind"}, 50, "mind"),
     "mind + 20 steps on LNCC": ({"features": "mind"}, 20, "lncc"),
-    "mind + 50 steps on LNCC": ({"features": "mind"}, 50, "lncc"),
     "sam": ({"features": "sam"}, 0, "lncc"),
     "sam + 50 steps on SAM": ({"features": "sam"}, 50, "features"),
     "sam + 20 steps on LNCC": ({"features": "sam"}, 20, "lncc"),
     "sam + 50 steps on LNCC": ({"features": "sam"}, 50, "lncc"),
 }
-TABLE3 = {"Pym1 N=3": [3], "Pym1 N=6": [6], "Pym2": [3, 3]}  # Pym3 is the default
-for name, radii in TABLE3.items():
-    VARIANTS[f"sam, {name}"] = ({"features": "sam", "radii": radii}, 0, "lncc")
+TABLE3 = {"Pym1 N=3": [3], "Pym1 N=6": [6], "Pym2": [3, 3], "Pym3": [2, 3, 3]}
+LEVELS = {f"sam, {name}": ({"features": "sam", "radii": radii}, 0, "lncc") for name, radii in TABLE3.items()}
+RESULTS = Path(__file__).parent / "results"
 
 
 def load(case):
@@ -87,7 +89,7 @@ def register(name, image):
 
         moving, fixed = (255 * image[0]).numpy()
         return torch.as_tensor(convex_adam_pt(fixed, moving)).permute(3, 0, 1, 2)[None].float()
-    options, steps, similarity = VARIANTS[name]
+    options, steps, similarity = (VARIANTS | LEVELS)[name]
     net = network(options)
     with torch.no_grad():
         disp = net(image)
@@ -126,11 +128,7 @@ def in_a_process(work):
 def one_pair(name, moving, fixed):
     import torch
 
-    from common.engines import keep_memory
-
     torch.set_num_threads(1)
-    if name not in ("start", "package"):
-        keep_memory()  # as a command of the bundle does
     (moving, moving_label), (fixed, fixed_label) = load(moving), load(fixed)
     image = torch.cat([moving, fixed], 1)
     register(name, image[..., 16:48, 16:48, 16:48].contiguous())  # what a process loads and builds once is not counted
@@ -145,12 +143,14 @@ def report(rows, output):
         from bench_operators import hardware
 
         found = hardware("cpu") | {name: version(name) for name in ("convexAdam",) if importlib.util.find_spec(name)}
-        Path(output).write_text(json.dumps({"rows": rows, "hardware": found}, indent=1) + "\n")
+        weights = hashlib.sha256((BUNDLE / "models" / "model.pt").read_bytes()).hexdigest()
+        content = {"rows": rows, "weights": weights, "hardware": found}
+        Path(output).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def accuracy(data, variants=None, limit=None, output=None):
-    """Every variant on every validation pair, and the means."""
-    names = variants.split(";") if variants else list(VARIANTS)
+def accuracy(data, variants=";".join(VARIANTS), limit=None, output=str(RESULTS / "samconvex_accuracy.json")):
+    """Every variant on every validation pair: the means, and the Dice of each pair."""
+    names = variants.split(";")
     if importlib.util.find_spec("convexAdam") is None and "package" in names:
         names.remove("package")
         print("convexAdam is not installed: no row for it")
@@ -159,13 +159,20 @@ def accuracy(data, variants=None, limit=None, output=None):
         for name in names:
             found[name].append(in_a_process(lambda name=name, m=moving, f=fixed: one_pair(name, m, f)))
         rows = [
-            {"variant": name} | {key: sum(r[key] for r in each) / len(each) for key in each[0]} | {"n": len(each)}
+            {"variant": name}
+            | {key: sum(r[key] for r in each) / len(each) for key in each[0]}
+            | {"n": len(each), "dice_of_pairs": [r["dice"] for r in each]}
             for name, each in found.items()
         ]
         report(rows, output)
     text = "{variant:26s} {n} pairs  dice {dice:.4f}  folding {folding_pct:.3f} %  sdlogj {sdlogj:.3f}"
     for row in rows:
         print((text + "  {cpu_s:.1f} CPU-s  {peak_gib:.2f} GiB").format(**row), flush=True)
+
+
+def levels(data, limit=None, output=str(RESULTS / "samconvex_table3.json")):
+    """The pyramids of the paper's Table 3."""
+    accuracy(data, ";".join(LEVELS), limit, output)
 
 
 def turned(scan, label, degrees, shift, pad):
@@ -210,7 +217,7 @@ DIRECTIONS = {"diagonal": (3**-0.5,) * 3, "axis": (1.0, 0.0, 0.0)}
 MOVES = [("turn", 0), *[(kind, size) for kind in ("turn", *DIRECTIONS) for size in (10, 20, 30)]]
 
 
-def capture(data, limit=4, spacing=2.0, moves=MOVES, output=None):
+def capture(data, limit=None, spacing=2.0, moves=MOVES, output=str(RESULTS / "samconvex_capture.json")):
     """Dice of SAM and MIND features against a turn of the moving scan about the first axis, in degrees, and against its
     shift along the diagonal or the first axis, in mm."""
     rows = []
@@ -227,38 +234,41 @@ def capture(data, limit=4, spacing=2.0, moves=MOVES, output=None):
         report(rows, output)
 
 
-def size(voxels, features="sam,mind", output=None):
-    """CPU seconds and peak memory of one pair of so many voxels along each axis: the phantom."""
+def size(voxels, features="sam,mind", budgets=(4.0, 0.5), output=None):
+    """CPU seconds and peak memory of one pair of so many voxels along each axis, the phantom; by default its file has
+    the size in its name. A cost volume above a budget, in GiB, is computed in slabs."""
     import numpy as np
     import torch
 
     from common import phantom
-    from common.engines import keep_memory
 
     affine = np.diag([160.0 / voxels[0]] * 3 + [1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(voxels) - 1) / 2)
     scans = [phantom.sample(voxels, affine, d)[0] / 1000 for d in (phantom.Deformation(0), None)]
     image, rows = torch.from_numpy(np.stack(scans))[None].float(), []
 
-    def work(name):
+    def work(name, budget):
         torch.set_num_threads(1)
-        keep_memory()  # as a command does
         begin = time.process_time()
         with torch.no_grad():
-            disp = network({"features": name})(image)
+            disp = network({"features": name, "budget": budget})(image)
         return {
             "features": name,
+            "budget_gib": budget,
             "size": list(voxels),
             "cpu_s": time.process_time() - begin,
-            "mean": float(disp.mean()),
+            "mean_voxels": float(disp.norm(dim=1).mean()),
         }
 
+    output = output or RESULTS / f"samconvex_{'x'.join(map(str, voxels))}.json"
+    text = "{features:5s} {size}  budget {budget_gib} GiB  {cpu_s:.1f} CPU-s  {peak_gib:.2f} GiB"
     for name in features.split(",") if isinstance(features, str) else features:
-        rows.append(in_a_process(lambda name=name: work(name)))
-        print("{features:5s} {size}  {cpu_s:.1f} CPU-s  {peak_gib:.2f} GiB".format(**rows[-1]), flush=True)
-        report(rows, output)
+        for budget in budgets:
+            rows.append(in_a_process(lambda name=name, budget=budget: work(name, budget)))
+            print(text.format(**rows[-1]), flush=True)
+            report(rows, output)
 
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    fire.Fire({"accuracy": accuracy, "capture": capture, "size": size})
+    fire.Fire({"accuracy": accuracy, "levels": levels, "capture": capture, "size": size})

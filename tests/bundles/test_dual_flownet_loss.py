@@ -78,6 +78,8 @@ def test_dice_of_the_labels() -> None:
     assert loss.label_dice(disp, label).item() == pytest.approx(0, abs=1e-4)
     label[:, 1, 5] = -1  # then one slice of each is compared
     assert loss.label_dice(disp, label).item() == pytest.approx(0, abs=1e-4)
+    label[:, 0, 2:4, :3] = -1  # as the half of the moving scan's slices, of which nobody says what they are
+    assert loss.label_dice(disp, label).item() == pytest.approx(0, abs=1e-4)
     label[:, 0] = -1
     assert loss.label_dice(disp, label) == 0
 

@@ -87,12 +87,13 @@ class DualFlowLoss(nn.Module):
         return terms
 
     def label_dice(self, disp: Tensor, label: Tensor) -> Tensor:
-        """L_labels; `label` as in `forward`. What is unknown in the fixed scan is not compared."""
+        """L_labels; `label` as in `forward`. What is unknown in either scan is not compared."""
         known = label >= 0
         if not known.flatten(2).any(2).all() or label.max() < 1:
             return disp.new_zeros(())
         one_hot = F.one_hot(label.clamp(min=0).long())[..., 1:].movedim(-1, 2).to(disp.dtype)
-        return dice(warp(one_hot[:, 0], disp) * known[:, 1:], one_hot[:, 1])
+        known = warp(known[:, :1].to(disp.dtype), disp.detach()) * known[:, 1:]
+        return dice(warp(one_hot[:, 0], disp) * known, one_hot[:, 1] * known)
 
     def segmentation(self, logits: list[Tensor], classes: Tensor) -> Tensor:
         """L_seg of one scan: `logits` finest first, `classes` (B, 1, I, J, K), -1 for unknown."""

@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
 
-from common.ops import warp
+from common.ops import plain, warp
 from dual_flownet.network import DualFlowNet
 
 
@@ -25,7 +25,7 @@ class SegmentPaird(Transform):
         data = dict(data)
         if self.network.seg_cnn is None:
             return data
-        image, disp = (x.as_tensor() if isinstance(x, MetaTensor) else x for x in (data["image"], data["pred"]))
+        image, disp = plain(data["image"]), plain(data["pred"])
         weight = next(self.network.parameters())
         moving, fixed = self.network.eval().segment(image[None].to(weight.device, weight.dtype))
         disp = disp[None].to(weight.device, weight.dtype)

@@ -57,7 +57,7 @@ class SAMConvex(nn.Module):
             seven rounds, which is slower. The other buffers are those of `cost_volume` and the features.
         consistent: also register fixed to moving at each level, and make the two inverses of each other.
 
-    Source: SAMConvex section 3; Table 3 varies `radii`. The released code takes features of the warped scan anew at
+    Source: SAMConvex section 2; Table 3 varies `radii`. The released code takes features of the warped scan anew at
     each level, as here.
     """
 

@@ -53,7 +53,7 @@ class Embedder(nn.Module):
 
     Source: SAM (Yan et al., TMI 2022), with the strides that SAMConvex section 2.3 states. The authors' backbone is a
     3-D ResNet-18 with batch normalisation, 32.8 M parameters and 128 numbers a vector; this one has 1.2 M and 32, and
-        normalises each voxel by itself, since the levels of an image pyramid differ in their statistics.
+    normalises each voxel by itself, since the levels of an image pyramid differ in their statistics.
     """
 
     def __init__(self, channels: int = 1, *, widths: tuple[int, int, int] = (32, 48, 96), embedding: int = 32) -> None:

@@ -52,8 +52,8 @@ def cost_volume(
     Raises:
         ValueError: shapes, radius, similarity or padding are not as above.
 
-    Source: SAMConvex section 3.2 (its released code takes "ssd" with padding "border"); ConvexAdam takes "ssd" with
-    "zeros" and orders the offsets the other way round. With `disp`: the look-up of RAFT section 3.2, in 3-D.
+    Source: SAMConvex sections 2.2 and 2.3 (its released code takes "ssd" with padding "border"); ConvexAdam takes "ssd"
+    with "zeros" and orders the offsets the other way round. With `disp`: the look-up of RAFT section 3.2, in 3-D.
     """
     op = "cost_volume"
     _checks.volume(op, "feat_fixed", feat_fixed)
@@ -100,7 +100,7 @@ class CorrelationPyramid:
         ValueError: different numbers of levels.
 
     Source: the correlation block of RAFT (section 3.2), whose all-pairs volume is too large in 3-D, so that scores are
-    computed on look-up; SAMConvex section 3.2 reads one level after the other.
+    computed on look-up; SAMConvex section 2.4 reads one level after the other.
     """
 
     def __init__(

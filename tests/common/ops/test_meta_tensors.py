@@ -10,12 +10,12 @@ from torch import Tensor
 from common.ops import SACB, CorrelationPyramid, cost_volume, kmeans, match, modulated_conv3d, norm_act, plain, warp
 from common.refine import refine
 
-SCAN, MOVED, DISP = (1, 4, 10, 12, 14), (1, 4, 10, 12, 14), (1, 3, 10, 12, 14)
+SCAN, DISP = (1, 4, 10, 12, 14), (1, 3, 10, 12, 14)
 CALLS = {
     "warp": (lambda image, disp: warp(image, disp), (SCAN, DISP)),
-    "match": (lambda fixed, moving: match(fixed, moving, radius=1), (SCAN, MOVED)),
-    "cost_volume": (lambda fixed, moving: cost_volume(fixed, moving, 1), (SCAN, MOVED)),
-    "pyramid": (lambda fixed, moving, disp: CorrelationPyramid([fixed], [moving], [1])(0, disp), (SCAN, MOVED, DISP)),
+    "match": (lambda fixed, moving: match(fixed, moving, radius=1), (SCAN, SCAN)),
+    "cost_volume": (lambda fixed, moving: cost_volume(fixed, moving, 1), (SCAN, SCAN)),
+    "pyramid": (lambda fixed, moving, disp: CorrelationPyramid([fixed], [moving], [1])(0, disp), (SCAN, SCAN, DISP)),
     "kmeans": (lambda points: kmeans(points, 3)[0], ((1, 200, 4),)),
     "norm_act": (norm_act, (SCAN,)),
     "modulated_conv3d": (
