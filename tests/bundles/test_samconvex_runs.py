@@ -98,6 +98,7 @@ def test_what_it_warns_of_is_in_the_table(raw: Path, tmp_path: Path) -> None:
     (row,) = table(tmp_path / "results.csv")
     for part in ("moves to the edge of the search range", "the masks leave no voxel to compare"):
         assert part in row["warnings"] and part in text
+    assert np.isfinite([float(row[name]) for name in ("folding_pct", "sdlogj", "seconds")]).all()
 
 
 REFUSED = {
