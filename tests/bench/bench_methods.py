@@ -127,7 +127,8 @@ def run_tool(tool, data):
     from common.metrics import label_overlap, mean_over_labels, regularity
     from common.ops import warp
 
-    groups, rows = group_table(label_groups(data), 0), []
+    named, rows = label_groups(data), []
+    groups = group_table(named, 0) if named else None
     for pair in pairs_of(data):
         (moving, moving_label), (fixed, fixed_label) = map(load, pair)
         with tempfile.TemporaryDirectory() as folder:
@@ -138,9 +139,10 @@ def run_tool(tool, data):
         maps = [fixed_label, warp(moving_label, disp, mode="nearest", padding="zeros"), moving_label]
         maps = [x[0, 0].round().long() for x in maps]
         row = {"dice": mean_over_labels(label_overlap(*maps, minimum=100), "dice")}
-        row["dice_coarse"] = mean_over_labels(label_overlap(*[groups[x] for x in maps]), "dice")
+        if groups is not None:
+            row["dice_coarse"] = mean_over_labels(label_overlap(*[groups[x] for x in maps]), "dice")
         rows.append(row | regularity(disp, fixed[0, 0] > 0) | {"cpu_s": seconds})
-    means = {key: sum(row[key] for row in rows) / len(rows) for key in (*MEASURES, "cpu_s")}
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
     return means | {"pairs": len(rows)} | ({"version": version(TOOLS[tool])} if TOOLS[tool] else {})
 
 
