@@ -12,7 +12,7 @@ from common.ops.match.reference import offsets
 from common.ops.warp import warp
 
 THETAS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-SLAB = 1 << 22  # scores looked at together
+SLAB = 1 << 19  # scores looked at together, as a CPU's cache holds
 
 
 def coupled_convex(
@@ -57,12 +57,12 @@ def coupled_convex(
 
 def _shortest(cost: Tensor, radius: int) -> Tensor:
     """v_0 as a field: of equal costs the shortest offset, so that a background of nothing stays where it is."""
-    lengths = [i * i + j * j + k * k for i, j, k in itertools.product(range(-radius, radius + 1), repeat=3)]
-    order = torch.tensor(sorted(range(len(lengths)), key=lengths.__getitem__), device=cost.device)
+    table = offsets(radius, cost)
+    lengths, far = table.square().sum(1), torch.full_like(table[:1, 0], torch.inf)
     rows = cost.flatten(2).transpose(1, 2)
     parts = rows.split(_length(cost), dim=1)
-    best = torch.cat([order[_smallest(part.gather(2, order.expand_as(part)))] for part in parts], 1)
-    return _field(best, offsets(radius, cost), cost.shape[2:])
+    best = [_smallest(torch.where(part == part.amin(-1, keepdim=True), lengths, far)) for part in parts]
+    return _field(torch.cat(best, 1), table, cost.shape[2:])
 
 
 def _coupled(cost: Tensor, disp: Tensor, radius: int, theta: float, step: Tensor | None) -> Tensor:

@@ -36,8 +36,8 @@ class Residual(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv3d(inputs, outputs, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.skip(x))
+        y = self.norm1(self.conv1(x)).relu_()
+        return self.norm2(self.conv2(y)).add_(self.skip(x)).relu_()
 
 
 class Embedder(nn.Module):
@@ -60,7 +60,7 @@ class Embedder(nn.Module):
         super().__init__()
         first, second, third = widths
         self.stem = nn.Sequential(
-            nn.Conv3d(channels, first, 5, stride=2, padding=2, bias=False), ChannelNorm(first), nn.ReLU()
+            nn.Conv3d(channels, first, 5, stride=2, padding=2, bias=False), ChannelNorm(first), nn.ReLU(inplace=True)
         )
         self.stage1 = Residual(first, first)
         self.stage2 = nn.Sequential(Residual(first, second, (2, 2, 1)), Residual(second, second))
@@ -76,8 +76,8 @@ class Embedder(nn.Module):
         two = self.stage2(one)
         three = self.stage3(two)
         fine = self.lateral[2](three)
-        fine = self.lateral[1](two) + F.interpolate(fine, size=two.shape[2:], mode="nearest")
-        fine = self.lateral[0](one) + F.interpolate(fine, size=one.shape[2:], mode="nearest")
+        fine = self.lateral[1](two).add_(F.interpolate(fine, size=two.shape[2:], mode="nearest"))
+        fine = self.lateral[0](one).add_(F.interpolate(fine, size=one.shape[2:], mode="nearest"))
         return Embedding(F.normalize(self.local_head(fine), dim=1), F.normalize(self.global_head(three), dim=1))
 
 

@@ -95,7 +95,7 @@ def test_lean_matches_reference(
 
     |f - m|^2 is expanded in float32, where the squares reach 30; the gradient sums up to 343 such terms.
     """
-    monkeypatch.setattr(lean, "BUDGET", budget)
+    monkeypatch.setattr(lean, "BLOCK", budget)
     options = {"radius": radius, "similarity": similarity, "padding": padding}
     assert_backends_agree(lambda **kw: cost_volume(**kw, **options), pair(size), arrange, atol=5e-5)
 
@@ -145,6 +145,7 @@ def test_lean_takes_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     given, counts = pair((5, 6, 7), batch=1), {}
     for budget in BUDGETS.values():
         monkeypatch.setattr(lean, "BUDGET", budget)
+        monkeypatch.setattr(lean, "BLOCK", budget)
         products, slabs = [], []
         bmm, slab = torch.bmm, lean._lookup_slab
         with monkeypatch.context() as patch:
