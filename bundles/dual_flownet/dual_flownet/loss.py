@@ -91,9 +91,14 @@ class DualFlowLoss(nn.Module):
         known = label >= 0
         if not known.flatten(2).any(2).all() or label.max() < 1:
             return disp.new_zeros(())
-        one_hot = F.one_hot(label.clamp(min=0).long())[..., 1:].movedim(-1, 2).to(disp.dtype)
+        moving, fixed = (self.one_hot(x, int(label.max()) + 1) for x in label.chunk(2, dim=1))
         known = warp(known[:, :1].to(disp.dtype), disp.detach()) * known[:, 1:]
-        return dice(warp(one_hot[:, 0], disp) * known, one_hot[:, 1] * known)
+        return dice(warp(moving.to(disp.dtype), disp) * known, fixed * known)
+
+    @staticmethod
+    def one_hot(classes: Tensor, number: int) -> Tensor:
+        """Masks (B, number - 1, I, J, K) of the classes 1, 2, ... in (B, 1, I, J, K)."""
+        return classes == torch.arange(1, number, dtype=classes.dtype, device=classes.device).view(1, -1, 1, 1, 1)
 
     def segmentation(self, logits: list[Tensor], classes: Tensor) -> Tensor:
         """L_seg of one scan: `logits` finest first, `classes` (B, 1, I, J, K), -1 for unknown."""
@@ -106,8 +111,7 @@ class DualFlowLoss(nn.Module):
             entropy = F.cross_entropy(stage, target, ignore_index=-1, reduction="sum") / known.sum().clamp(min=1)
             total = total + entropy
             if self.dice_weight:
-                one_hot = F.one_hot(target.clamp(min=0), stage.shape[1]).movedim(-1, 1) * known
-                overlap = dice(stage.softmax(1)[:, 1:] * known, one_hot[:, 1:])
+                overlap = dice(stage.softmax(1)[:, 1:] * known, self.one_hot(target.unsqueeze(1), stage.shape[1]))
                 total = total + self.dice_weight * known.any() * overlap  # of nothing with nothing it would be 1
         return total / len(logits)
 
