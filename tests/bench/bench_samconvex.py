@@ -97,12 +97,15 @@ def register(name, image):
     return refine(disp, image, steps, similarity=similarity, features=features, progress=False)
 
 
-def measure(disp, image, fixed_label, moving_label):
+def measure(disp, image, fixed_label, moving_label, pose=None):
+    """Dice and regularity; the labels are those from before a `pose` (displacement), and interpolated once."""
+    from common.fields import compose
     from common.metrics import label_overlap, mean_over_labels, regularity
     from common.ops import warp
 
     fixed, moving = fixed_label[0, 0].long(), moving_label[0, 0].long()
-    warped = warp(moving_label, disp, mode="nearest", padding="zeros")[0, 0].round().long()
+    whole = disp if pose is None else compose(pose, disp)
+    warped = warp(moving_label, whole, mode="nearest", padding="zeros")[0, 0].round().long()
     row = {"dice": mean_over_labels(label_overlap(fixed, warped, moving, minimum=100), "dice")}
     return row | regularity(disp, image[0, 1] > 0)
 
@@ -175,42 +178,36 @@ def levels(data, limit=None, output=str(RESULTS / "samconvex_table3.json")):
     accuracy(data, ";".join(LEVELS), limit, output)
 
 
-def turned(scan, label, degrees, shift, pad):
-    """Scan and label, padded, turned about the first axis by `degrees` and shifted by `shift` (3) voxels."""
+def pose_of(scan, degrees, shift):
+    """Displacement that turns a scan about the first axis by `degrees` and shifts it by `shift` (3) voxels."""
     import math
 
     import torch
-    import torch.nn.functional as F
 
     from common.fields import identity
-    from common.ops import warp
 
-    scan, label = (F.pad(x, (pad,) * 6) for x in (scan, label))
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    pose = torch.tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
+    turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
     grid = identity(tuple(scan.shape[2:]), like=scan)
     middle = (torch.tensor(scan.shape[2:]) - 1).view(1, 3, 1, 1, 1) / 2
-    disp = (
-        torch.einsum("ij,bjxyz->bixyz", pose, grid - middle) + middle - torch.tensor(shift).view(1, 3, 1, 1, 1) - grid
-    )
-    return warp(scan, disp, padding="zeros"), warp(label, disp, mode="nearest", padding="zeros")
+    shift = torch.tensor(shift).view(1, 3, 1, 1, 1)
+    return torch.einsum("ij,bjxyz->bixyz", turn, grid - middle) + middle - shift - grid
 
 
 def moved_pair(features, moving, fixed, degrees, shift):
     import torch
     import torch.nn.functional as F
 
+    from common.ops import warp
+
     torch.set_num_threads(1)
-    pad = 16
-    (moving, moving_label), (fixed, fixed_label) = load(moving), load(fixed)
-    moving, moving_label = turned(moving, moving_label, degrees, shift, pad)
-    fixed, fixed_label = (F.pad(x, (pad,) * 6) for x in (fixed, fixed_label))
-    image = torch.cat([moving, fixed], 1)
-    rows = {"start": measure(torch.zeros(1, 3, *image.shape[2:]), image, fixed_label, moving_label)["dice"]}
-    for name in features:
-        with torch.no_grad():
-            rows[name] = measure(network({"features": name})(image), image, fixed_label, moving_label)["dice"]
-    return rows
+    moving, moving_label, fixed, fixed_label = (F.pad(x, (16,) * 6) for x in (*load(moving), *load(fixed)))
+    pose = pose_of(moving, degrees, shift)
+    image = torch.cat([warp(moving, pose, padding="zeros"), fixed], 1)
+    disp = {"start": torch.zeros_like(pose)}
+    with torch.no_grad():
+        disp |= {name: network({"features": name})(image) for name in features}
+    return {name: measure(found, image, fixed_label, moving_label, pose)["dice"] for name, found in disp.items()}
 
 
 DIRECTIONS = {"diagonal": (3**-0.5,) * 3, "axis": (1.0, 0.0, 0.0)}
