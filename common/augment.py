@@ -37,7 +37,7 @@ class MirrorPaird(Transform):
 
     Args:
         prob: for each axis, or three of them.
-        mirrored: pairs of classes, see `common.labels.LabelTable`.
+        mirrored: pairs of classes, see `common.labels.LabelTable`; None, where they are not known, is said.
     """
 
     def __init__(
@@ -47,6 +47,9 @@ class MirrorPaird(Transform):
         if len(self.prob) != 3 or not all(0 <= p <= 1 for p in self.prob):
             raise ValueError(f"MirrorPaird() 'prob' must be one or three numbers from 0 to 1, got {prob}")
         self.mirrored = [tuple(pair) for pair in mirrored or []]
+        if mirrored is None and self.prob[0] > 0:
+            text = "scans are mirrored left to right, and which classes then change places is not known"
+            print(f"{text}: give --mirrored_classes, [] if there are no sides, or --mirror_prob [0,p,p]", flush=True)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)

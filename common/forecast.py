@@ -176,8 +176,10 @@ def plan(
     return policy, tuple(smaller)
 
 
-def run_planned(run: Run, image: Tensor, how: str, size: tuple[int, int, int]) -> Tensor:
-    """Displacement (B, 3, I, J, K) of `image` by a plan.
+def run_planned(
+    run: Run, image: Tensor, how: str, size: tuple[int, int, int], *, resize: Callable[..., Tensor] = resize_disp
+) -> Tensor:
+    """Displacement (B, 3, I, J, K) of `image` by a plan, or what else `run` gives and `resize` brings to another size.
 
     Tiles overlap by OVERLAP and are blended by a Gaussian window (MONAI's sliding window): a displacement that reaches
     beyond a tile cannot be found. The coarser grid loses detail below its voxels.
@@ -189,4 +191,4 @@ def run_planned(run: Run, image: Tensor, how: str, size: tuple[int, int, int]) -
     ratios = [old / new for old, new in zip(image.shape[2:], size)]
     smooth = GaussianFilter(3, [0.4 * max(ratio**2 - 1, 1e-6) ** 0.5 for ratio in ratios]).to(image.device)
     coarse = F.interpolate(smooth(image), size=size, mode="trilinear", align_corners=True)
-    return resize_disp(run(coarse), tuple(image.shape[2:]))
+    return resize(run(coarse), tuple(image.shape[2:]))

@@ -1,12 +1,13 @@
 """Label maps as classes to learn: which codes belong to which class, and which scans may teach them."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
 
+from common.cli import sentence_of
 from common.data import label_groups
 from common.io import InputError
 
@@ -19,7 +20,7 @@ class LabelTable(NamedTuple):
 
     classes: list[list[int]]
     ignored: list[int]  # codes that become background
-    mirrored: list[tuple[int, int]]  # classes that change places when a scan is mirrored left to right
+    mirrored: list[tuple[int, int]] | None  # classes that change places when left and right do; None if not known
 
 
 def label_table(
@@ -39,12 +40,14 @@ def label_table(
             without one the codes 1, 2, ..., `classes`.
         ignored: further codes that may occur and count as background; None takes those of labels.json that are in no
             group, if the groups are from there.
-        mirrored: pairs of classes, left and right; None takes the groups named "Right X" and "Left X".
+        mirrored: pairs of classes, left and right; None takes the groups of labels.json named "Right X" and "Left X",
+            if the groups are from there.
         dataset_dir: folder that may have a labels.json.
         group: name of the groups there.
 
     Raises:
-        InputError: another number of entries than classes, a code in two of them, a pair that names no class.
+        InputError: another number of entries than classes, what is no code, a code in two of them, a pair that names no
+            class.
     """
     groups = None if codes is not None else label_groups(dataset_dir, group)
     source = "--label_codes"
@@ -57,21 +60,25 @@ def label_table(
         if mirrored is None:
             mirrored = _sides([entry.get("name", "") for entry in groups.values()])
     codes = list(range(1, classes + 1)) if codes is None else codes
-    members = [[int(c) for c in (entry if isinstance(entry, (list, tuple)) else [entry])] for entry in codes]
+    members = [list(entry) if _is_list(entry) else [entry] for entry in (codes if _is_list(codes) else [codes])]
+    if strange := [code for code in [*sum(members, []), *(ignored or [])] if type(code) is not int]:
+        raise InputError(f"{source}: a code of a label is a whole number, got {strange[0]!r}")
     if len(members) != classes:
         raise InputError(f"{source}: has {len(members)} classes, the network {classes}")
     known = [code for entry in members for code in entry]
     if twice := sorted({code for code in known if known.count(code) > 1 or code == 0}):
         raise InputError(f"{source}: code {twice[0]} must be in one class, and 0 is the background")
-    pairs = [tuple(map(int, pair)) for pair in mirrored or []]
-    named = [n for pair in pairs for n in pair]
-    if (
-        any(len(pair) != 2 for pair in pairs)
-        or len(named) != len(set(named))
-        or not set(named) <= set(range(classes + 1))
-    ):
-        raise InputError(f"--mirrored_classes must be pairs of different classes up to {classes}, got {mirrored}")
-    return LabelTable(members, sorted(set(ignored or []) - set(known) - {0}), pairs)
+    if mirrored is not None:
+        fits = _is_list(mirrored) and all(_is_list(pair) and len(pair) == 2 for pair in mirrored)
+        named = [n for pair in mirrored for n in pair] if fits else []
+        if not fits or len(named) != len(set(named)) or not set(named) <= set(range(1, classes + 1)):
+            raise InputError(f"--mirrored_classes must be pairs of different classes up to {classes}, got {mirrored}")
+        mirrored = [tuple(pair) for pair in mirrored]
+    return LabelTable(members, sorted(set(ignored or []) - set(known) - {0}), mirrored)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def _sides(names: list[str]) -> list[tuple[int, int]]:
@@ -84,14 +91,16 @@ def _sides(names: list[str]) -> list[tuple[int, int]]:
 class ToClassesd(Transform):
     """Turn a scan's label map into classes: "label" (1, I, J, K), 0 background, n class n of the table, -1 unknown.
 
-    A scan that is not to be learned from gets -1 everywhere.
+    A scan that is not to be learned from gets -1 everywhere, and its label map is not read.
 
     Args:
         table: of `label_table`.
-        labelled: ids of the scans whose labels are used (few-shot); None is all of them.
-        bad_labels: what to do with such a scan if it has no label map, one without any of the classes, or one with
-            codes that the table does not have: "error", or use it "unlabelled", which is said.
+        labelled: ids of the scans whose labels are used (few-shot), or one id; None is all of them.
+        bad_labels: what to do with such a scan if it has no label map, one that cannot be read or does not fit the
+            scan, one without any of the classes, or one with codes that the table does not have: "error", or use it
+            "unlabelled", which is said.
         scans: all scans, to check `labelled` against.
+        loading: reads a scan and its label map; None if that has been done.
 
     Raises:
         InputError: unknown `bad_labels`, an id in `labelled` that no scan has; see `bad_labels`.
@@ -101,17 +110,19 @@ class ToClassesd(Transform):
         self,
         table: LabelTable,
         *,
-        labelled: list[str] | None = None,
+        labelled: str | list[str] | None = None,
         bad_labels: str = "error",
         scans: list[dict] | None = None,
+        loading: Callable[[dict], dict] | None = None,
     ) -> None:
         if bad_labels not in BAD_LABELS:
             raise InputError(f"--bad_labels must be one of {', '.join(BAD_LABELS)}, got {bad_labels}")
+        names = labelled if _is_list(labelled) else [labelled]
+        self.labelled = None if labelled is None else set(map(str, names))
         ids = {scan["id"] for scan in scans or []}
-        if scans is not None and (strange := sorted(set(map(str, labelled or [])) - ids)):
+        if scans is not None and (strange := sorted((self.labelled or set()) - ids)):
             raise InputError(f"--labelled: there is no scan {strange[0]!r} to train on")
-        self.labelled = None if labelled is None else set(map(str, labelled))
-        self.bad_labels = bad_labels
+        self.bad_labels, self.loading = bad_labels, loading or dict
         largest = max([code for entry in table.classes for code in entry] + table.ignored)
         self.lookup = torch.full((largest + 1,), UNKNOWN)
         self.lookup[[0, *table.ignored]] = 0
@@ -119,11 +130,20 @@ class ToClassesd(Transform):
             self.lookup[members] = number
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
-        data = dict(data)
-        scan = data["image"]
+        without = {key: value for key, value in data.items() if key != "label"}
         classes, fault = None, None
         if self.labelled is None or str(data["id"]) in self.labelled:
-            classes, fault = self._classes(data)
+            try:
+                loaded = self.loading(dict(data))
+                classes, fault = self._classes(loaded)
+            except (InputError, RuntimeError) as error:
+                if (sentence := sentence_of(error)) is None:  # Compose wraps what its transforms raise
+                    raise
+                loaded = self.loading(without)  # raises the same if it is the scan that is at fault
+                fault = f"has a label map that cannot be used ({sentence})"
+        else:
+            loaded = self.loading(without)
+        scan = loaded["image"]
         if fault:
             name = scan.meta["filename_or_obj"]
             if self.bad_labels == "error":
@@ -132,8 +152,7 @@ class ToClassesd(Transform):
             print(f"{name}: used without labels, it {fault}", flush=True)
         if classes is None:
             classes = torch.full((1, *scan.shape[1:]), UNKNOWN)
-        data["label"] = MetaTensor(classes.float(), affine=scan.affine)
-        return data
+        return loaded | {"label": MetaTensor(classes.float(), affine=scan.affine)}
 
     def _classes(self, data: Mapping[Hashable, object]) -> tuple[torch.Tensor | None, str | None]:
         """Classes of a label map, or what is wrong with it."""

@@ -20,12 +20,17 @@ def put(**facts: object) -> None:
     _facts.update(facts)
 
 
+def kept(name: str) -> object:
+    """A fact about the present pair, None if it has not been put."""
+    return _facts.get(name)
+
+
 def take() -> tuple[list[str], dict[str, object]]:
     """The warnings and the facts kept since the last call."""
-    kept = list(_notes), dict(_facts)
+    taken = list(_notes), dict(_facts)
     _notes.clear()
     _facts.clear()
-    return kept
+    return taken
 
 
 def stage(text: str) -> None:

@@ -119,14 +119,14 @@ def trained(mode, scans, training, steps, learning_rate, window):
 
 
 def measure(net, scans, pairs, spacing):
-    """Means over the pairs of the three errors in mm and of Dice."""
+    """Means over the pairs of three errors and the global flow's length in mm, and of Dice."""
     import torch
 
     from common.engines import LabelDice
     from common.fields import inverse_error, invert
     from common.ops import warp
 
-    sums, dice = {"inverse": 0.0, "fixed point": 0.0, "both ways": 0.0}, LabelDice(minimum=12)
+    sums, dice = {"inverse": 0.0, "fixed point": 0.0, "both ways": 0.0, "flow": 0.0}, LabelDice(minimum=12)
     for moving, fixed in pairs:
         (a, label_a, _), (b, label_b, _) = scans[moving], scans[fixed]
         with torch.no_grad():
@@ -136,6 +136,7 @@ def measure(net, scans, pairs, spacing):
                 ("inverse", inverse_error(flow, net.inverse_flow(flow))),
                 ("fixed point", inverse_error(flow, invert(flow))),
                 ("both ways", inverse_error(back, result.disp)),
+                ("flow", flow.norm(dim=1, keepdim=True)),
             ):
                 sums[name] += float(error[inside].mean()) * spacing / len(pairs)
             dice(warp(label_a[None], result.disp, "nearest", "zeros"), torch.cat([label_b, label_a])[None])
@@ -157,7 +158,7 @@ def consistency(data, grfn=None, dfn=None, spacing=4.0, steps=60, learning_rate=
         else:
             net = trained(mode, scans, training, steps, learning_rate, window)
         row = measure(net.eval(), scans, pairs, spacing)
-        errors = ", ".join(f"{key} {row[key]:.4f} mm" for key in ("inverse", "fixed point", "both ways"))
+        errors = ", ".join(f"{key} {row[key]:.4f} mm" for key in ("inverse", "fixed point", "both ways", "flow"))
         print(f"{name:5s} {errors}; Dice {row['dice']:.4f}", flush=True)
 
 

@@ -2,10 +2,10 @@
 
     python tests/bench/bench_samconvex.py accuracy DATA
     python tests/bench/bench_samconvex.py levels DATA             # the paper's Table 3
-    python tests/bench/bench_samconvex.py capture DATA            # 8 pairs; --limit 2 for fewer
+    python tests/bench/bench_samconvex.py capture DATA
     python tests/bench/bench_samconvex.py size 192,160,256
 
-Each writes its file in tests/bench/results, or --output. DATA is a folder with dataset.json whose scans share one grid.
+Each writes its file in tests/bench/results, or --output; with --limit 2, for fewer pairs, only the latter. DATA is a folder with dataset.json whose scans share one grid.
 Every pair of every variant runs on one thread in a process of its own, the variants by turns. "package" is convexAdam
 from PyPI with its defaults, where it is installed. "capture" turns and shifts the moving scan, pads both and registers
 without pre-alignment or refinement. "size" runs one pair of the phantom, within two budgets of memory.
@@ -76,25 +76,30 @@ def network(options):
     return net
 
 
-def register(name, image):
-    """Displacement of one pair by a variant."""
+def method(name):
+    """A variant: image of a pair -> its displacement."""
     import torch
 
     from common.refine import refine
 
-    if name == "start":
-        return torch.zeros(1, 3, *image.shape[2:])
-    if name == "package":
+    def package(image):
         from convexAdam.convex_adam_MIND import convex_adam_pt
 
         moving, fixed = (255 * image[0]).numpy()
         return torch.as_tensor(convex_adam_pt(fixed, moving)).permute(3, 0, 1, 2)[None].float()
+
+    if name in ("start", "package"):
+        return package if name == "package" else lambda image: torch.zeros(1, 3, *image.shape[2:])
     options, steps, similarity = (VARIANTS | LEVELS)[name]
     net = network(options)
-    with torch.no_grad():
-        disp = net(image)
     features = net.features if similarity == "features" else None
-    return refine(disp, image, steps, similarity=similarity, features=features, progress=False)
+
+    def ours(image):
+        with torch.no_grad():
+            disp = net(image)
+        return refine(disp, image, steps, similarity=similarity, features=features, progress=False)
+
+    return ours
 
 
 def measure(disp, image, fixed_label, moving_label, pose=None):
@@ -133,12 +138,17 @@ def one_pair(name, moving, fixed):
 
     torch.set_num_threads(1)
     (moving, moving_label), (fixed, fixed_label) = load(moving), load(fixed)
-    image = torch.cat([moving, fixed], 1)
-    register(name, image[..., 16:48, 16:48, 16:48].contiguous())  # what a process loads and builds once is not counted
+    image, register = torch.cat([moving, fixed], 1), method(name)
+    register(image[..., 16:48, 16:48, 16:48].contiguous())  # what a process loads and builds once is not counted
     begin = time.process_time()
-    disp = register(name, image)
+    disp = register(image)
     seconds = time.process_time() - begin
     return measure(disp, image, fixed_label, moving_label) | {"cpu_s": seconds}
+
+
+def whole(limit, file):
+    """Where the result of all pairs is kept; nowhere for fewer."""
+    return None if limit else RESULTS / file
 
 
 def report(rows, output):
@@ -151,9 +161,9 @@ def report(rows, output):
         Path(output).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def accuracy(data, variants=";".join(VARIANTS), limit=None, output=str(RESULTS / "samconvex_accuracy.json")):
+def accuracy(data, variants=";".join(VARIANTS), limit=None, output=None, file="samconvex_accuracy.json"):
     """Every variant on every validation pair: the means, and the Dice of each pair."""
-    names = variants.split(";")
+    names, output = variants.split(";"), output or whole(limit, file)
     if importlib.util.find_spec("convexAdam") is None and "package" in names:
         names.remove("package")
         print("convexAdam is not installed: no row for it")
@@ -173,9 +183,9 @@ def accuracy(data, variants=";".join(VARIANTS), limit=None, output=str(RESULTS /
         print((text + "  {cpu_s:.1f} CPU-s  {peak_gib:.2f} GiB").format(**row), flush=True)
 
 
-def levels(data, limit=None, output=str(RESULTS / "samconvex_table3.json")):
+def levels(data, limit=None, output=None):
     """The pyramids of the paper's Table 3."""
-    accuracy(data, ";".join(LEVELS), limit, output)
+    accuracy(data, ";".join(LEVELS), limit, output, file="samconvex_table3.json")
 
 
 def pose_of(scan, degrees, shift):
@@ -214,10 +224,10 @@ DIRECTIONS = {"diagonal": (3**-0.5,) * 3, "axis": (1.0, 0.0, 0.0)}
 MOVES = [("turn", 0), *[(kind, size) for kind in ("turn", *DIRECTIONS) for size in (10, 20, 30)]]
 
 
-def capture(data, limit=None, spacing=2.0, moves=MOVES, output=str(RESULTS / "samconvex_capture.json")):
+def capture(data, limit=None, spacing=2.0, moves=MOVES, output=None):
     """Dice of SAM and MIND features against a turn of the moving scan about the first axis, in degrees, and against its
     shift along the diagonal or the first axis, in mm."""
-    rows = []
+    rows, output = [], output or whole(limit, "samconvex_capture.json")
     for kind, amount in moves:
         degrees = amount if kind == "turn" else 0
         shift = [amount / spacing * part for part in DIRECTIONS.get(kind, (0.0, 0.0, 0.0))]
@@ -226,7 +236,8 @@ def capture(data, limit=None, spacing=2.0, moves=MOVES, output=str(RESULTS / "sa
             for m, f in pairs_of(data, limit)
         ]
         means = {key: sum(row[key] for row in found) / len(found) for key in ("start", "mind", "sam")}
-        rows.append({"kind": kind, "amount": amount, "n": len(found)} | means)
+        each = {"dice_of_pairs": found}
+        rows.append({"kind": kind, "amount": amount, "n": len(found)} | means | each)
         print("{kind:8s} {amount:3d}  start {start:.3f}  mind {mind:.3f}  sam {sam:.3f}".format(**rows[-1]), flush=True)
         report(rows, output)
 

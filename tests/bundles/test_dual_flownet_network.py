@@ -8,7 +8,7 @@ from dual_flownet_cases import MODES, SIZE, SMALL, bold, scans, waves
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
-from common import phantom
+from common import phantom, progress
 from common.fields import compose, inverse_error, jacobian_determinant
 from common.losses import dice, lncc
 from common.ops import warp
@@ -214,6 +214,21 @@ def test_segment() -> None:
     assert torch.equal(warped[0, :, :-2].as_tensor(), moving[0].argmax(0).float()[:, 2:])
     assert len(still.unique()) > 1, "one class everywhere shows nothing"
     assert set(SegmentPaird(DualFlowNet(mode="global", **SMALL))(data)) == {"image", "pred"}
+    assert set(SegmentPaird(net, save=False)(data)) == {"image", "pred"}
+
+
+@pytest.mark.parametrize("plan", ("tile", "coarsen"))
+def test_segment_by_plan(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair that was registered in tiles or on a coarser grid never has its whole grid segmented."""
+    net, image = DualFlowNet(**SMALL), scans()
+    part, seen = tuple(n // 2 for n in SIZE), []
+    net.seg_cnn.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    monkeypatch.setitem(progress._facts, "forecast", {"plan": plan, "size": list(part)})
+    out = SegmentPaird(net)({"image": MetaTensor(image[0]), "pred": torch.zeros(3, *SIZE)})
+    assert set(seen) == {part} and len(seen) == (2 if plan == "coarsen" else len(seen)) >= 2
+    for name in ("warped", "fixed"):
+        number = out[f"{name}_segmentation"]
+        assert number.shape == (1, *SIZE) and len(number.unique()) > 1
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from commands import ROOT, SPACING, bundle_configs, centred, check_refusal, comm
 from monai.bundle import ConfigParser
 
 from common.data import stem
+from common.io import InputError
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +89,36 @@ def test_other_codes_are_refused(dataset: Path, tmp_path: Path) -> None:
     assert done.returncode != 0
     sentence = "p0.nii.gz: has label codes that the config does not know (9); give --bad_labels unlabelled"
     assert sentence in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("options", ({"labelled": ["p0"]}, {"bad_labels": "unlabelled"}), ids=str)
+def test_a_label_file_that_is_missing(options: dict, dataset: Path, tmp_path: Path) -> None:
+    """It is no matter where it is not wanted or may be bad; otherwise one sentence names scan and file."""
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE / "configs" / "train.json"))
+    parser.update({"bundle_root": str(BUNDLE), "dataset_dir": str(dataset), "output_dir": str(tmp_path), "spacing": 9.0})
+    strict = parser.get_parsed_content("train::preprocessing")
+    parser.update(options)
+    scans, preprocessing = (parser.get_parsed_content(f"train::{name}") for name in ("dataset::data", "preprocessing"))
+    lost = next(scan for scan in scans if scan["id"] != "p0") | {"label": str(tmp_path / "lost.nii.gz")}
+    found = preprocessing(lost)
+    assert (found["label"] == -1).all() and found["label"].shape[1:] == found["image"].shape[1:]
+    assert len(preprocessing(scans[0])["label"].unique()) > 1
+    with pytest.raises(InputError, match=rf"{lost['id']}.nii.gz: has a label map that cannot be used .*lost.nii.gz"):
+        strict(lost)
+
+
+def test_training_has_the_settings_of_the_paper() -> None:
+    """Section 5.1.3: Adam at 1e-4, 20,000 iterations, mirroring, 25 degrees, the loss weights; labels of all scans."""
+    config = json.loads((BUNDLE / "configs" / "train.json").read_text())
+    assert config["max_epochs"] * config["epoch_length"] == 20_000 and config["batch_size"] == 1
+    assert config["learning_rate"] == 1e-4 and config["lr_decay"] == 0
+    assert config["optimizer"]["_target_"] == "torch.optim.Adam"
+    assert config["mirror_prob"] == 0.5 and config["rotation"] == 25
+    assert [config[name] for name in ("alpha", "beta", "gamma", "eta")] == [1, 1, 1, 0.5]
+    assert config["labelled"] is None and config["network_def"]["mode"] == "both+rcc"
+    wide = json.loads((BUNDLE / "configs" / "wide.json").read_text())
+    assert wide["network_def::widths"] == [16, 32, 64, 128, 256]
 
 
 def test_table_2_has_four_rows() -> None:

@@ -13,7 +13,7 @@ from common import RegistrationWarning
 from common.fields import identity, resize_disp
 from common.mind import box_mean, mind_ssc
 from common.ops import cost_volume, warp
-from samconvex import MIND, SAMConvex
+from samconvex import MIND, SAMConvex, convex
 from samconvex.convex import THETAS, coupled_convex, inverse_consistent
 
 TWICE = tuple(2 * theta for theta in THETAS)  # the authors' cost is half of the squared differences
@@ -188,6 +188,39 @@ def test_batch_and_channels() -> None:
 def test_constant_scans_stay_where_they_are() -> None:
     """Features that say nothing: of equal costs the shortest offset is taken."""
     assert SAMConvex()(torch.ones(1, 2, 24, 24, 24)).abs().max() == 0
+
+
+def test_of_equal_costs_the_shortest_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """v_0 against a sort by cost, then length, then number; whole numbers make many ties, and parts are small."""
+    monkeypatch.setattr(convex, "SLAB", 1 << 10)
+    cost = torch.randint(0, 4, (2, 27, 5, 4, 3), generator=torch.Generator().manual_seed(0)).float()
+    table = torch.stack(torch.meshgrid(*[torch.arange(-1.0, 2)] * 3, indexing="ij"), -1).view(27, 3)
+    lengths, found = table.square().sum(1).tolist(), convex._shortest(cost, 1)
+    for b, i, j, k in np.ndindex(2, 5, 4, 3):
+        costs = cost[b, :, i, j, k].tolist()
+        best = min(range(27), key=lambda n: (costs[n], lengths[n], n))
+        assert found[b, :, i, j, k].tolist() == table[best].tolist()
+
+
+@pytest.mark.parametrize("features", ("sam", "mind"))
+def test_autocast_leaves_the_displacement_exact(features: str) -> None:
+    """Features may be bfloat16; costs, coupling and displacements are float32."""
+    torch.manual_seed(0)
+    net, pair = SAMConvex(features=features), torch.cat([smooth_scan((32, 40, 32), seed) for seed in (0, 1)], 1)
+    expected = net(pair)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        disp = net(pair)
+    assert disp.dtype == torch.float32 and expected.abs().mean() > 0.05
+    assert (disp - expected).abs().mean() < (0.1 * expected.abs().mean() if features == "sam" else 1e-6)
+
+
+@pytest.mark.parametrize("coupling", ("voxel", "normalised"))
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_takes_another_size(coupling: str) -> None:
+    net = SAMConvex(radii=(2, 2), coupling=coupling).eval()
+    pairs = [torch.cat([smooth_scan(size, seed) for seed in (0, 1)], 1) for size in ((20, 20, 20), (28, 24, 20))]
+    traced = torch.jit.trace(net, pairs[0])
+    torch.testing.assert_close(traced(pairs[1]), net(pairs[1]), rtol=0, atol=1e-4)
 
 
 def test_resized_field_is_in_voxels() -> None:

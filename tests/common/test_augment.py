@@ -38,6 +38,15 @@ def test_mirror_swaps_sides_along_the_first_axis_only(axis: int) -> None:
     assert torch.equal(label, swap[plain(before)[1].long()].flip(axis + 1))
 
 
+def test_unknown_sides_are_said(capsys: pytest.CaptureFixture) -> None:
+    """Mirrored left to right without pairs of classes; not if there are none, or along the other axes."""
+    for mirrored, prob in (([], 0.5), ([(1, 2)], 0.5), (None, (0, 0.5, 0.5))):
+        augment.MirrorPaird(prob, mirrored=mirrored)
+    assert not capsys.readouterr().out
+    augment.MirrorPaird(0.5)
+    assert "give --mirrored_classes" in capsys.readouterr().out
+
+
 def test_mirror_probability() -> None:
     """About a quarter of the pairs is mirrored; without labels too."""
     before, transform = {"image": MetaTensor(torch.arange(16.0).view(2, 2, 2, 2))}, augment.MirrorPaird((0.25, 0, 0))

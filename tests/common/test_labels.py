@@ -31,7 +31,9 @@ def test_table_of_a_dataset(dataset: str) -> None:
 
 
 def test_table_without_a_dataset(tmp_path: Path) -> None:
-    assert label_table(3, dataset_dir=str(tmp_path)) == ([[1], [2], [3]], [], [])
+    """Nothing is known about sides then, which is not the same as that there are none."""
+    assert label_table(3, dataset_dir=str(tmp_path)) == ([[1], [2], [3]], [], None)
+    assert label_table(3, mirrored=[], dataset_dir=str(tmp_path)).mirrored == []
     assert label_table(2, dataset_dir=None).classes == [[1], [2]]
 
 
@@ -50,6 +52,11 @@ def test_table_by_hand(dataset: str) -> None:
         ({"mirrored": [[1, 3]]}, r"--mirrored_classes must be pairs of different classes up to 2, got \[\[1, 3\]\]"),
         ({"mirrored": [[1, 1]]}, "must be pairs of different classes"),
         ({"mirrored": [[1, 2, 1]]}, "must be pairs of different classes"),
+        ({"mirrored": [1, 2]}, "must be pairs of different classes"),
+        ({"mirrored": [[0, 1]]}, "must be pairs of different classes"),
+        ({"codes": [1.0, 2.5]}, "--label_codes: a code of a label is a whole number, got 1.0"),
+        ({"codes": ["a", 2]}, "--label_codes: a code of a label is a whole number, got 'a'"),
+        ({"codes": 1}, "--label_codes: has 1 classes, the network 2"),
     ),
 )
 def test_table_rejects(options: dict, words: str) -> None:
@@ -87,9 +94,10 @@ def test_codes_become_classes() -> None:
     assert classes_of(ToClassesd(TABLE)(scan(0, 10, 5, 11, 20))) == [0, 1, 0, 1, 2]
 
 
-def test_few_shot() -> None:
+@pytest.mark.parametrize("labelled", (["a"], "a"), ids=("list", "one"))
+def test_few_shot(labelled: object) -> None:
     """Only the scans that are named teach; the others need no label map, and theirs is not looked at."""
-    choose = ToClassesd(TABLE, labelled=["a"], scans=[scan(name=n) for n in "abc"])
+    choose = ToClassesd(TABLE, labelled=labelled, scans=[scan(name=n) for n in "abc"])
     assert classes_of(choose(scan(10, 20, name="a"))) == [1, 2]
     for other in (scan(10, 20, 99, 10, name="b"), scan(name="c")):
         assert classes_of(choose(other)) == [UNKNOWN] * 4
@@ -110,6 +118,25 @@ def test_bad_labels(codes: tuple[int, ...], words: str, capsys: pytest.CaptureFi
         ToClassesd(TABLE)(scan(*codes))
     assert classes_of(ToClassesd(TABLE, bad_labels="unlabelled")(scan(*codes))) == [UNKNOWN] * 4
     assert capsys.readouterr().out.startswith("a.nii: used without labels, it has")
+
+
+def test_label_maps_that_cannot_be_loaded(capsys: pytest.CaptureFixture) -> None:
+    """A fault of the label map is one of `bad_labels`; one of the scan is not; what is not wanted is not loaded."""
+
+    def loading(data: dict) -> dict:
+        if "label" in data or data["id"] == "broken":
+            raise InputError(f"{data['id']}_label.nii: no such file")
+        return data
+
+    with pytest.raises(InputError, match=r"^a.nii: has a label map that cannot be used \(a_label.nii: no such file\)"):
+        ToClassesd(TABLE, loading=loading)(scan(10, 20, 0, 0))
+    lenient = ToClassesd(TABLE, bad_labels="unlabelled", loading=loading)
+    assert classes_of(lenient(scan(10, 20, 0, 0))) == [UNKNOWN] * 4
+    assert "used without labels, it has a label map that cannot be used" in capsys.readouterr().out
+    with pytest.raises(InputError, match="^broken_label.nii"):
+        lenient(scan(name="broken"))
+    assert classes_of(ToClassesd(TABLE, labelled=[], loading=loading)(scan(10, 20, 0, 0))) == [UNKNOWN] * 4
+    assert not capsys.readouterr().out
 
 
 def test_rejects() -> None:

@@ -127,7 +127,7 @@ class DualFlowNet(nn.Module):
         )
 
     def scans(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Moving and fixed scan of a packed pair, as channels-last memory."""
+        """Moving and fixed scan of a packed pair."""
         if image.ndim != 5 or image.shape[1] != 2 * self.channels:
             shape = f"(B, {2 * self.channels}, I, J, K), moving then fixed"
             raise ValueError(f"DualFlowNet() 'image' must have shape {shape}, got {tuple(image.shape)}")

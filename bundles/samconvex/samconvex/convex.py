@@ -91,7 +91,8 @@ def _smallest(scores: Tensor) -> Tensor:
 
 def _length(cost: Tensor) -> int:
     """Voxels whose scores are looked at together: in a trace all, as it would keep the number of parts it has seen."""
-    return sys.maxsize if torch.jit.is_tracing() else max(SLAB // cost.shape[1], 1)
+    slab = SLAB if cost.device.type == "cpu" else 64 * SLAB
+    return sys.maxsize if torch.jit.is_tracing() else max(slab // cost.shape[1], 1)
 
 
 def _field(index: Tensor, table: Tensor, size: Sequence[int]) -> Tensor:

@@ -102,8 +102,10 @@ class SAMConvex(nn.Module):
             moving, fixed = levels.pop().chunk(2, dim=1)
             start = None if disp is None else resize_disp(disp, fixed.shape[2:])
             moved = moving if start is None else warp_onto_background(moving, start)
-            feat_moving, feat_fixed = self.features(torch.cat([moved, fixed]), not levels).chunk(2)
-            update = self.solve(feat_fixed, feat_moving, radius)
+            found = self.features(torch.cat([moved, fixed]), not levels)
+            feat_moving, feat_fixed = found.to(torch.promote_types(found.dtype, torch.float32)).chunk(2)
+            with torch.autocast(image.device.type, enabled=False):  # displacements are float32 whatever the autocast type
+                update = self.solve(feat_fixed, feat_moving, radius)
             if start is None and not _traced():
                 _warn_of_constants((moving, feat_moving), (fixed, feat_fixed))
                 _warn_of_range(update, fixed, radius)
@@ -128,7 +130,8 @@ class SAMConvex(nn.Module):
         size = feat_fixed.shape[2:]
         step = None
         if self.coupling == "normalised":
-            step = 2 / (torch.tensor(size, device=feat_fixed.device) - 1).clamp(min=1)
+            sizes = [torch.as_tensor(n, device=feat_fixed.device) for n in size]  # which a trace keeps as sizes
+            step = 2 / (torch.stack(sizes) - 1).clamp(min=1)
         pyramid = CorrelationPyramid(
             [feat_fixed], [feat_moving], [radius], similarity="ssd", padding=self.padding, backend=None
         )

@@ -56,27 +56,29 @@ def _cost_volume(fixed: Tensor, moving: Tensor, radius: int, ssd: bool, border: 
     rest = tuple(c * side - n for c, n in zip(count, size))
     per_cube = last.element_size() * (side**3 * (channels + halo**3 + width**3) + halo**3 * channels)
     budget = BLOCK if last.device.type == "cpu" else BUDGET
-    rows = max(budget // (per_cube * count[2]), 1)  # of cubes along axis j
+    cubes = max(budget // per_cube, 1)  # in a block: several rows along axis k, or a part of one
+    rows, columns = max(cubes // count[2], 1), -(-count[2] // -(-count[2] // cubes))
     for b in range(batch):
         f = pad_volume(last[b], (0, 0, 0), rest, border=False)
         m = pad_volume(pad_volume(other[b], (radius,) * 3, (radius,) * 3, border), (0, 0, 0), rest, border=False)
         f_cubes = f.unfold(0, side, side).unfold(1, side, side).unfold(2, side, side).movedim(3, -1)
         m_cubes = m.unfold(0, halo, side).unfold(1, halo, side).unfold(2, halo, side).movedim(3, -1)
-        for i, j in itertools.product(range(count[0]), range(0, count[1], rows)):
-            at = i, slice(j, j + rows)
+        for i, j, k in itertools.product(*map(range, (0, 0, 0), count, (1, rows, columns))):
+            at = i, slice(j, j + rows), slice(k, k + columns)
             queries = f_cubes[at].reshape(-1, side**3, channels)
             keys = m_cubes[at].reshape(-1, halo**3, channels)
             scores = torch.bmm(queries, keys.transpose(1, 2))
-            part = out[b, i * side : (i + 1) * side, j * side : (j + rows) * side]
-            cubes = -(-part.shape[1] // side)
-            whole = part.shape[:3] == (side, cubes * side, count[2] * side)
-            found = part if whole else part.new_empty(side, cubes * side, count[2] * side, width**3)
-            view = found.view(side, cubes, side, count[2], side, width, width, width).permute(1, 3, 0, 2, 4, 5, 6, 7)
-            view.copy_(_windows(scores, side, halo, width).unflatten(0, (cubes, count[2])))
-            if not whole:
+            where = tuple(slice(n * side, (n + step) * side) for n, step in zip((i, j, k), (1, rows, columns)))
+            part = out[b][where]
+            cubes = [-(-n // side) for n in part.shape[:3]]
+            filled = *(n * side for n in cubes), width**3
+            found = part if part.shape == filled else part.new_empty(filled)
+            view = found.view(side, cubes[1], side, cubes[2], side, *(width,) * 3).permute(1, 3, 0, 2, 4, 5, 6, 7)
+            view.copy_(_windows(scores, side, halo, width).unflatten(0, cubes[1:]))
+            if found is not part:
                 part.copy_(found[: part.shape[0], : part.shape[1], : part.shape[2]])
             if ssd:
-                part.add_(squares[b, i * side : (i + 1) * side, j * side : (j + rows) * side]).clamp_(min=0)
+                part.add_(squares[b][where]).clamp_(min=0)
     return out.permute(0, 4, 1, 2, 3)
 
 

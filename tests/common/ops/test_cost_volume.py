@@ -124,11 +124,13 @@ def test_lean_matches_reference_with_disp(
     assert_backends_agree(lambda **kw: cost_volume(**kw, **options), inputs, arrange, rtol=1e-4, atol=5e-5)
 
 
-def test_lookup_keeps_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without gradients no buffer beside the result is larger than the budget."""
+@pytest.mark.parametrize("looked_up", (True, False), ids=("with disp", "without"))
+def test_lean_keeps_its_budget(looked_up: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients no buffer beside the result is larger than the budget, but for the padded features."""
     budget, size = 1 << 20, (24, 16, 16)
-    monkeypatch.setattr(lean, "BUDGET", budget)
-    given, disp = pair(size, batch=1), off_grid(size, batch=1)
+    monkeypatch.setattr(lean, "BUDGET" if looked_up else "BLOCK", budget)
+    given = pair(size, batch=1)
+    disp = off_grid(size, batch=1) if looked_up else None
     with torch.no_grad(), torch.profiler.profile(profile_memory=True, record_shapes=False) as profiler:
         out = cost_volume(**given, radius=3, disp=disp, backend="lean")
     held = peak = 0
@@ -137,7 +139,8 @@ def test_lookup_keeps_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
             held += event.nbytes()
             peak = max(peak, held)
     result = out.numel() * out.element_size()
-    assert result > 4 * budget and result <= peak <= result + budget
+    features = 0 if looked_up else 4 * sum(x.nbytes for x in given.values())  # channels last and padded, both
+    assert result > 4 * budget and result <= peak <= result + budget + features
 
 
 def test_lean_takes_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,8 +157,8 @@ def test_lean_takes_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             cost_volume(**given, radius=1, backend="lean")
             cost_volume(**given, radius=1, disp=off_grid((5, 6, 7), batch=1), backend="lean")
         counts[budget] = len(products), len(slabs)
-    # cubes of 2 voxels: 3 rows along i, each in one product or in one a row of cubes along j
-    assert list(counts.values()) == [(3, 1), (9, 5)]
+    # 3 x 3 x 4 cubes of 2 voxels: a product for each of three slabs along i, or for each cube
+    assert list(counts.values()) == [(3, 1), (36, 5)]
 
 
 @pytest.mark.parametrize("with_disp", (False, True))
