@@ -180,7 +180,8 @@ class RegistrationInferer(Inferer):
         if self.similarity == "features" and features is None:
             raise InputError(f"--refine_similarity features: {type(network).__name__} has no features of its own")
         if hasattr(features, "pooled"):  # averaged over blocks, on a grid that `refine` does not take
-            raise InputError(f"--refine_similarity features: not with {type(features).__name__}, which has its own name")
+            name = type(features).__name__
+            raise InputError(f"--refine_similarity features: not with {name}, whose grid it does not take; mind or lncc would do")
         options = {"similarity": self.similarity, "features": features, "mask": mask} | self.options
         if quiet:
             options["progress"] = False

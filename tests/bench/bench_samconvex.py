@@ -5,10 +5,12 @@
     python tests/bench/bench_samconvex.py capture DATA
     python tests/bench/bench_samconvex.py size 192,160,256
 
-Each writes its file in tests/bench/results, or --output; with --limit 2, for fewer pairs, only the latter. DATA is a folder with dataset.json whose scans share one grid.
-Every pair of every variant runs on one thread in a process of its own, the variants by turns. "package" is convexAdam
-from PyPI with its defaults, where it is installed. "capture" turns and shifts the moving scan, pads both and registers
-without pre-alignment or refinement. "size" runs one pair of the phantom, within two budgets of memory.
+Each writes its file in tests/bench/results, or --output; with --limit 2, for two pairs, only the latter. DATA is a
+folder with dataset.json whose scans share one grid. Every pair of every variant runs on one thread in a process of its
+own, the variants by turns; what it loads and builds once is not counted. "package" is convexAdam from PyPI with its
+defaults, where it is installed. "capture" turns and shifts the moving scan, pads both and registers without
+pre-alignment or refinement; labels are interpolated once, by pose and registration together. "size" runs one pair of
+the phantom, within two budgets of memory.
 """
 
 import hashlib

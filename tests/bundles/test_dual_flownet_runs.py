@@ -96,7 +96,8 @@ def test_a_label_file_that_is_missing(options: dict, dataset: Path, tmp_path: Pa
     """It is no matter where it is not wanted or may be bad; otherwise one sentence names scan and file."""
     parser = ConfigParser()
     parser.read_config(str(BUNDLE / "configs" / "train.json"))
-    parser.update({"bundle_root": str(BUNDLE), "dataset_dir": str(dataset), "output_dir": str(tmp_path), "spacing": 9.0})
+    parser.update({"bundle_root": str(BUNDLE), "dataset_dir": str(dataset), "output_dir": str(tmp_path)})
+    parser["spacing"] = COARSE
     strict = parser.get_parsed_content("train::preprocessing")
     parser.update(options)
     scans, preprocessing = (parser.get_parsed_content(f"train::{name}") for name in ("dataset::data", "preprocessing"))

@@ -104,7 +104,7 @@ class SAMConvex(nn.Module):
             moved = moving if start is None else warp_onto_background(moving, start)
             found = self.features(torch.cat([moved, fixed]), not levels)
             feat_moving, feat_fixed = found.to(torch.promote_types(found.dtype, torch.float32)).chunk(2)
-            with torch.autocast(image.device.type, enabled=False):  # displacements are float32 whatever the autocast type
+            with torch.autocast(image.device.type, enabled=False):  # displacements are float32
                 update = self.solve(feat_fixed, feat_moving, radius)
             if start is None and not _traced():
                 _warn_of_constants((moving, feat_moving), (fixed, feat_fixed))

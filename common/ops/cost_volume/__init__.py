@@ -34,8 +34,8 @@ def cost_volume(
     ssd: out[d](x) = |feat_fixed(x) - feat_moving(x + disp(x) + d)|^2
 
     Beside the result, the lean layer holds the padded features and buffers of at most `lean.BLOCK` (4 MiB on a CPU, or
-    one cube of (r+1)^3 voxels), with a `disp` of `lean.BUDGET` (32 MiB, or one plane of the grid), and with a `disp` and
-    gradients the result once more. The triton layer holds nothing, and
+    one cube of (r+1)^3 voxels); with a `disp`, of `lean.BUDGET` (32 MiB, or one plane of the grid), and with gradients
+    the result once more. The triton layer holds nothing, and
     leaves gradients to the lean one, which samples by `common.ops.warp`: on CUDA as deterministic as that.
 
     Args:
