@@ -181,7 +181,8 @@ class RegistrationInferer(Inferer):
             raise InputError(f"--refine_similarity features: {type(network).__name__} has no features of its own")
         if hasattr(features, "pooled"):  # averaged over blocks, on a grid that `refine` does not take
             name = type(features).__name__
-            raise InputError(f"--refine_similarity features: not with {name}, whose grid it does not take; mind or lncc would do")
+            text = f"not with {name}, whose grid it does not take; mind or lncc would do"
+            raise InputError(f"--refine_similarity features: {text}")
         options = {"similarity": self.similarity, "features": features, "mask": mask} | self.options
         if quiet:
             options["progress"] = False
