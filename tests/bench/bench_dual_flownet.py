@@ -1,7 +1,7 @@
 """Time and memory of Dual-FlowNet's training step, and how consistent its flows are with and without the constraint.
 
     python tests/bench/bench_dual_flownet.py cost                      # 80x96x80, 27 classes, a process a variant
-    python tests/bench/bench_dual_flownet.py cost --size 40,48,40 --repeats 3
+    python tests/bench/bench_dual_flownet.py cost --size 40,48,40 --repeats 1
     python tests/bench/bench_dual_flownet.py consistency DATA --grfn GRFN.pt --dfn DFN.pt [--spacing 2.0]
 
 "cost" prints CPU seconds (the fastest of the repeats) and peak memory of forward, loss, backward and Adam with random
@@ -30,6 +30,7 @@ VARIANTS = {
     "RFN": {"mode": "region"},
     "GRFN": {"mode": "both"},
     "DFN": {},
+    "DFN, labels": {},  # with soft Dice of segmentations and warped labels in the loss, as in the card's training
     "DFN, recompute": {"recompute": True},
     "DFN, union": {"roi_mode": "union"},
     "DFN, wide": {"widths": (16, 32, 64, 128, 256)},
@@ -50,7 +51,8 @@ def child(variant, size, repeats, window):
     keep_memory()  # as train.json does
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    net, loss = DualFlowNet(**VARIANTS[variant]), DualFlowLoss(window=window)
+    weight = float(variant.endswith("labels"))
+    net, loss = DualFlowNet(**VARIANTS[variant]), DualFlowLoss(window=window, dice_weight=weight, label_weight=weight)
     optimizer = torch.optim.Adam(net.parameters())
     image, label = torch.rand(1, 2, *size), torch.randint(0, 28, (1, 2, *size)).float()
     times = []
@@ -63,7 +65,7 @@ def child(variant, size, repeats, window):
     print(json.dumps({"cpu_s": min(times), "peak_gib": peak_gib()}))
 
 
-def cost(size=(80, 96, 80), variants=tuple(VARIANTS), repeats=1, window=9, output=None):
+def cost(size=(80, 96, 80), variants=tuple(VARIANTS), repeats=3, window=9, output=None):
     """Print a line a variant; `output` also writes them as JSON."""
     rows = []
     for variant in [variants] if isinstance(variants, str) else variants:
