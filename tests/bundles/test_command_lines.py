@@ -121,6 +121,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "DATA" / "dataset.json").write_text(json.dumps(content))
     for name in ("brain_t1_2mm", "hippocampus_mr"):
         shutil.copytree(folder / "DATA", folder / name, dirs_exist_ok=True)
+    for path in (folder / "hippocampus_mr").glob("*_label.nii.gz"):  # which has two classes
+        label = nib.load(path)
+        codes = np.asarray(label.dataobj).clip(0, 2).astype(label.get_data_dtype())
+        nib.save(nib.Nifti1Image(codes, label.affine), path)
     for name in ("SCANS", "CT_SCANS"):
         for person in PEOPLE[:3]:
             shutil.copy(folder / "DATA" / f"{person}.nii.gz", folder / name)
