@@ -122,9 +122,17 @@ def test_torchscript(bundle: Path, pairs: tuple[Path, list[Tensor]]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("own", (0, 1))
 def test_onnx(own: int, bundle: Path, pairs: tuple[Path, list[Tensor]]) -> None:
-    """MONAI's onnx_export; the graph has the size of its example, and onnxruntime refuses another."""
+    """MONAI's onnx_export; the graph has the size of its example, and onnxruntime refuses another.
+
+    Dual-FlowNet is compared with itself in float64: where its two flows are steep, the rounding of torch and that of
+    onnxruntime each move up to 1 % of the phantom's voxels by 1e-3 and more.
+    """
     pytest.importorskip("onnxruntime", reason="onnxruntime of the extra [export] is not installed")
     folder, expected = pairs
+    if bundle.name == "dual_flownet":
+        net = load_weights(network_of(bundle), bundle / "models" / "model.pt").eval().double()
+        with torch.no_grad():
+            expected = [net(torch.load(folder / f"image{n}.pt").double()).float() for n in range(len(SIZES))]
     # onnxruntime optimizes by itself, the exporter takes minutes for it; MONAI hands options on with use_trace only.
     # onnxscript gives a convolution without bias one of the wrong shape, which its optimizer takes away.
     quick = {"use_trace": True, "converter_kwargs": {"optimize": bundle.name == "samconvex"}}
