@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import RegistrationWarning
+from common.engines import RegistrationInferer
 from common.fields import identity, resize_disp
+from common.io import InputError
 from common.mind import box_mean, mind_ssc
 from common.ops import cost_volume, warp
 from samconvex import MIND, SAMConvex, convex
@@ -243,6 +245,12 @@ def test_resized_field_is_in_voxels() -> None:
     small = net.solve(features, features, 2)
     assert small.abs().max() == 0
     assert resize_disp(small + 1, (16, 16, 16)).mean() == pytest.approx(15 / 7)
+
+
+def test_pooled_features_are_refused_as_similarity() -> None:
+    """MIND averaged over blocks lies on another grid than `refine` takes features on; as "mind" it is computed anew."""
+    with pytest.raises(InputError, match="--refine_similarity features: not with MIND, .*; mind or lncc would do"):
+        RegistrationInferer(1, similarity="features")(torch.rand(1, 2, 16, 16, 16), SAMConvex(radii=(1,)))
 
 
 def test_rejects() -> None:
