@@ -3,6 +3,7 @@
 import atexit
 import csv
 import datetime
+import gc
 import hashlib
 import json
 import os
@@ -176,9 +177,15 @@ class PairTable:
         return "\n".join(lines)
 
 
-def _leave_group() -> None:
+def leave_group() -> None:
+    """End the process group with its threads, for `atexit`: one that lives on while Python ends may abort the program.
+
+    A thread of gloo that lets go of a tensor in that moment does. The group lives as long as anything names it, and a
+    finished workflow, whose parts name each other, does until it is collected.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    gc.collect()
 
 
 def run(engine: Evaluator) -> None:
@@ -195,7 +202,7 @@ def run(engine: Evaluator) -> None:
     if processes() > 1 and not torch.distributed.is_initialized():
         # For waiting at the end only, however long the longest share takes.
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        atexit.register(_leave_group)  # whose threads, still there when the program ends, may abort it
+        atexit.register(leave_group)
         ignite.distributed.sync()
     pairs = loader.dataset.data
     output_folder(table.folder)

@@ -1,6 +1,7 @@
 """Glue between the pair transforms and MONAI's engines: weights, inferer, metric, tables, one-sentence errors."""
 
 import ast
+import atexit
 import ctypes
 import hashlib
 import inspect
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from common import RegistrationWarning, forecast, progress
 from common.cli import options_of, refuse_unknown
-from common.cohort import PairTable, run
+from common.cohort import PairTable, leave_group, run
 from common.io import InputError
 from common.metrics import label_overlap, mean_over_labels
 from common.ops import plain
@@ -349,6 +350,7 @@ def init_processes() -> None:
     """Join the process group that torchrun describes: NCCL on GPUs, gloo on CPUs."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(leave_group)
     if torch.cuda.is_available():
         torch.cuda.set_device(rank_device())
     # Ignite looks at the group when first asked for the rank, by a collective call: rank 0 alone would wait for ever.

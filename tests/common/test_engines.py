@@ -319,6 +319,32 @@ def test_kept_memory_is_not_fetched_again() -> None:
     assert int(done.stdout) < 1000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of a process's threads are read from /proc")
+def test_threads_of_the_process_group_end_before_python_does(repository: Path) -> None:
+    """Even when a finished workflow, whose parts name each other, has kept the group."""
+    code = """if True:
+        import atexit, os, pathlib, torch
+        from common import engines
+        def threads():
+            print(sum("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")))
+        atexit.register(threads)  # after what is registered later
+        os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+        torch.cuda.is_available = lambda: False
+        engines.init_processes()
+        class Workflow: pass
+        workflow = Workflow()
+        workflow.itself = workflow
+        workflow.network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+        torch.distributed.destroy_process_group()
+        threads()
+        del workflow
+    """
+    done = run_python(code, repository)
+    assert done.returncode == 0, done.stderr
+    kept, left = map(int, done.stdout.split())
+    assert kept > 0 and left == 0
+
+
 def test_tensorboard_parts() -> None:
     item = {"image": torch.arange(2.0)[:, None, None, None].expand(2, 3, 3, 3), "warped": torch.full((1, 3, 3, 3), 7.0)}
     fixed, moving = engines.fixed_and_moving([item])
