@@ -8,9 +8,9 @@
 Each writes its file in tests/bench/results, or --output; with --limit 2, for two pairs, only the latter. DATA is a
 folder with dataset.json whose scans share one grid. Every pair of every variant runs on one thread in a process of its
 own, the variants by turns; what it loads and builds once is not counted. "package" is convexAdam from PyPI with its
-defaults, where it is installed. "capture" turns and shifts the moving scan, pads both and registers without
-pre-alignment or refinement; labels are interpolated once, by pose and registration together. "size" runs one pair of
-the phantom, within two budgets of memory.
+defaults, where it is installed. "capture", in one process, turns and shifts the moving scan, pads both by 16 voxels and
+registers without pre-alignment or refinement; labels are interpolated once, by pose and registration together. "size"
+runs one pair of the phantom, within two budgets of memory.
 """
 
 import hashlib
@@ -190,23 +190,21 @@ def levels(data, limit=None, output=None):
     accuracy(data, ";".join(LEVELS), limit, output, file="samconvex_table3.json")
 
 
-def pose_of(scan, degrees, shift):
-    """Displacement that turns a scan about the first axis by `degrees` and shifts it by `shift` (3) voxels."""
-    import math
-
+def pose_of(scan, turn, shift):
+    """Displacement that turns a scan about its middle by a rotation vector (3), radians, and shifts it by (3) voxels."""
     import torch
 
     from common.fields import identity
 
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
+    x, y, z = turn
+    turn = torch.linalg.matrix_exp(torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]])).to(scan)
     grid = identity(tuple(scan.shape[2:]), like=scan)
     middle = (torch.tensor(scan.shape[2:]) - 1).view(1, 3, 1, 1, 1) / 2
-    shift = torch.tensor(shift).view(1, 3, 1, 1, 1)
+    shift = torch.tensor(shift).to(scan).view(1, 3, 1, 1, 1)
     return torch.einsum("ij,bjxyz->bixyz", turn, grid - middle) + middle - shift - grid
 
 
-def moved_pair(features, moving, fixed, degrees, shift):
+def moved_pair(features, moving, fixed, turn, shift):
     import torch
     import torch.nn.functional as F
 
@@ -214,7 +212,7 @@ def moved_pair(features, moving, fixed, degrees, shift):
 
     torch.set_num_threads(1)
     moving, moving_label, fixed, fixed_label = (F.pad(x, (16,) * 6) for x in (*load(moving), *load(fixed)))
-    pose = pose_of(moving, degrees, shift)
+    pose = pose_of(moving, turn, shift)
     image = torch.cat([warp(moving, pose, padding="zeros"), fixed], 1)
     disp = {"start": torch.zeros_like(pose)}
     with torch.no_grad():
@@ -222,25 +220,44 @@ def moved_pair(features, moving, fixed, degrees, shift):
     return {name: measure(found, image, fixed_label, moving_label, pose)["dice"] for name, found in disp.items()}
 
 
-DIRECTIONS = {"diagonal": (3**-0.5,) * 3, "axis": (1.0, 0.0, 0.0)}
-MOVES = [("turn", 0), *[(kind, size) for kind in ("turn", *DIRECTIONS) for size in (10, 20, 30)]]
+def moves(kind, amount, draws, spacing, pair):
+    """Rotation vectors (radians) and shifts (voxels) of one pair, the same draws for every kind and amount."""
+    import numpy as np
+
+    random, angle, length = np.random.default_rng(pair), np.radians(amount), amount / spacing
+    for _ in range(draws if kind in ("turn", "shift", "both") else 1):
+        axis, direction = (v / np.linalg.norm(v) for v in random.normal(size=(2, 3)))
+        turn = angle * axis if kind in ("turn", "both") else np.zeros(3)
+        along = np.array([1.0, 0.0, 0.0]) if kind == "along an axis" else direction
+        yield turn.tolist(), (length * along if kind in ("shift", "both", "along an axis") else np.zeros(3)).tolist()
 
 
-def capture(data, limit=None, spacing=2.0, moves=MOVES, output=None):
-    """Dice of SAM and MIND features against a turn of the moving scan about the first axis, in degrees, and against its
-    shift along the diagonal or the first axis, in mm."""
-    rows, output = [], output or whole(limit, "samconvex_capture.json")
-    for kind, amount in moves:
-        degrees = amount if kind == "turn" else 0
-        shift = [amount / spacing * part for part in DIRECTIONS.get(kind, (0.0, 0.0, 0.0))]
-        found = [
-            in_a_process(lambda m=m, f=f: moved_pair(("mind", "sam"), m, f, degrees, shift))
-            for m, f in pairs_of(data, limit)
-        ]
-        means = {key: sum(row[key] for row in found) / len(found) for key in ("start", "mind", "sam")}
-        each = {"dice_of_pairs": found}
-        rows.append({"kind": kind, "amount": amount, "n": len(found)} | means | each)
-        print("{kind:8s} {amount:3d}  start {start:.3f}  mind {mind:.3f}  sam {sam:.3f}".format(**rows[-1]), flush=True)
+KINDS = ("turn", "shift", "both", "along an axis")
+MOVES = [("none", 0), *[(kind, amount) for kind in KINDS for amount in (10, 20, 30)]]
+
+
+def capture(data, limit=None, spacing=2.0, moved=MOVES, draws=2, output=None):
+    """Dice of SAM and MIND features against moves of the moving scan: a turn (degrees) about a random axis, a shift
+    (mm) in a random direction, both, a shift along the first axis. The loss is that against the pair as it is; its
+    difference between the two comes with a standard error over the pairs, of means of their draws."""
+    from statistics import mean, stdev
+
+    rows, pairs, output = [], pairs_of(data, limit), output or whole(limit, "samconvex_capture.json")
+    for kind, amount in [("none", 0), *[tuple(move) for move in moved if move[0] != "none"]]:
+        found = []  # of each pair: the mean of its draws
+        for n, (m, f) in enumerate(pairs):
+            each = [moved_pair(("mind", "sam"), m, f, *move) for move in moves(kind, amount, draws, spacing, n)]
+            found.append({key: mean(row[key] for row in each) for key in ("start", "mind", "sam")})
+        still = rows[0]["dice_of_pairs"] if rows else found
+        row = {"kind": kind, "amount": amount, "n": len(found), "draws": len(each)}
+        row |= {key: mean(pair[key] for pair in found) for key in ("start", "mind", "sam")}
+        loss = [{key: a[key] - b[key] for key in ("mind", "sam")} for a, b in zip(still, found)]
+        less = [pair["mind"] - pair["sam"] for pair in loss]
+        row |= {f"{key}_loss": mean(pair[key] for pair in loss) for key in ("mind", "sam")}
+        row |= {"sam_loses_less_by": mean(less), "standard_error": stdev(less) / len(less) ** 0.5 if less[1:] else None}
+        rows.append(row | {"dice_of_pairs": found})
+        text = "{kind:13s} {amount:3d}  start {start:.3f}  mind {mind:.4f}  sam {sam:.4f}"
+        print((text + "  SAM loses less by {sam_loses_less_by:.4f}").format(**row), flush=True)
         report(rows, output)
 
 

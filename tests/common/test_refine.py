@@ -5,7 +5,7 @@ import torch
 
 from common import RegistrationWarning
 from common.fields import identity, jacobian_determinant
-from common.losses import lncc
+from common.losses import diffusion, lncc
 from common.ops import warp
 from common.refine import refine, smooth
 
@@ -45,6 +45,15 @@ def test_never_worse_than_the_start() -> None:
     image, truth = pair()
     kept = refine(truth, image, 2, learning_rate=50.0, progress=False)
     assert torch.equal(kept, truth)
+
+
+def test_a_rough_start_ends_as_a_smooth_one() -> None:
+    """Noise from voxel to voxel, which a smooth update cannot take back."""
+    image, truth = pair()
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+    smooth_start, rough_start = (refine(truth / 2 + part, image, 20, progress=False) for part in (0 * noise, noise))
+    assert diffusion(rough_start) < 1.2 * diffusion(smooth_start)
+    assert (rough_start - smooth_start).norm(dim=1).mean() < 0.1
 
 
 def test_works_under_no_grad_and_repeats_itself() -> None:
