@@ -191,7 +191,7 @@ def levels(data, limit=None, output=None):
 
 
 def pose_of(scan, turn, shift):
-    """Displacement that turns a scan about its middle by a rotation vector (3), radians, and shifts it by (3) voxels."""
+    """Displacement that turns a scan about its middle by a rotation vector (3), radians, and shifts it, (3) voxels."""
     import torch
 
     from common.fields import identity
