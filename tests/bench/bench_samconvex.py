@@ -261,39 +261,44 @@ def capture(data, limit=None, spacing=2.0, moved=MOVES, draws=2, output=None):
         report(rows, output)
 
 
-def size(voxels, features="sam,mind", budgets=(4.0, 0.5), output=None):
+def size(voxels, features="sam,mind", budgets=(4.0, 0.5), steps=(0, 20), output=None):
     """CPU seconds and peak memory of one pair of so many voxels along each axis, the phantom; by default its file has
-    the size in its name. A cost volume above a budget, in GiB, is computed in slabs."""
+    the size in its name. A cost volume above a budget, in GiB, is computed in slabs. With the first features and
+    budget also followed by so many steps of refinement."""
     import numpy as np
     import torch
 
     from common import phantom
+    from common.refine import refine
 
     affine = np.diag([160.0 / voxels[0]] * 3 + [1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(voxels) - 1) / 2)
     scans = [phantom.sample(voxels, affine, d)[0] / 1000 for d in (phantom.Deformation(0), None)]
     image, rows = torch.from_numpy(np.stack(scans))[None].float(), []
 
-    def work(name, budget):
+    def work(name, budget, count):
         torch.set_num_threads(1)
         begin = time.process_time()
         with torch.no_grad():
             disp = network({"features": name, "budget": budget})(image)
+        disp = refine(disp, image, count, progress=False)
         return {
             "features": name,
             "budget_gib": budget,
+            "refine_steps": count,
             "size": list(voxels),
             "cpu_s": time.process_time() - begin,
             "mean_voxels": float(disp.norm(dim=1).mean()),
         }
 
     output = output or RESULTS / f"samconvex_{'x'.join(map(str, voxels))}.json"
-    text = "{features:5s} {size}  budget {budget_gib} GiB  {cpu_s:.1f} CPU-s  {peak_gib:.2f} GiB"
-    for name in features.split(",") if isinstance(features, str) else features:
-        for budget in budgets:
-            rows.append(in_a_process(lambda name=name, budget=budget: work(name, budget)))
-            print(text.format(**rows[-1]), flush=True)
-            report(rows, output)
+    text = "{features:5s} {size}  budget {budget_gib} GiB  {refine_steps} steps  {cpu_s:.1f} CPU-s  {peak_gib:.2f} GiB"
+    names = features.split(",") if isinstance(features, str) else features
+    cases = [(name, budget, 0) for name in names for budget in budgets if 0 in steps]
+    for case in cases + [(names[0], budgets[0], count) for count in steps if count]:
+        rows.append(in_a_process(lambda case=case: work(*case)))
+        print(text.format(**rows[-1]), flush=True)
+        report(rows, output)
 
 
 if __name__ == "__main__":

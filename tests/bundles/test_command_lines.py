@@ -69,7 +69,7 @@ SMALL = {
     "bench_dual_flownet.py cost": {"--size": "16,16,16", "--variants": "GFN"},
     "bench_samconvex.py accuracy": {"--variants": "start;mind", "--output": "rows.json"},
     "bench_samconvex.py levels": {"--output": "rows.json"},
-    "bench_samconvex.py size": {"192,160,256": "32,32,32", "--output": "rows.json"},
+    "bench_samconvex.py size": {"192,160,256": "32,32,32", "--steps": "(0,2)", "--output": "rows.json"},
     "bench_samconvex.py capture": {"--moved": "[['both',10]]", "--draws": "1", "--output": "rows.json"},
     "bench_sliding.py": {"--steps": "2", "--size": "(32,16,16)", "--pairs": "1", "--seeds": "1"},
     "bench_residual_aligner.py": {"--size": "16,16,16", "--variants": "ran0"},
