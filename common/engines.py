@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from common import RegistrationWarning, forecast, progress
 from common.cli import options_of, refuse_unknown
 from common.cohort import PairTable, leave_group, run
+from common.fields import compose
 from common.io import InputError
 from common.metrics import label_overlap, mean_over_labels
-from common.ops import plain
+from common.ops import plain, warp
 from common.refine import SIMILARITIES, refine
 
 __all__ = ["PairTable", "run"]  # which the configs name as part of this module
@@ -107,6 +108,8 @@ class RegistrationInferer(Inferer):
     forecast of the whole pair; without them it is of network and refinement alone.
 
     Args:
+        passes: how often the network registers: each further pass takes the moving scan as the ones before have warped
+            it, and its displacement is composed with theirs.
         refine_steps: steps of `common.refine.refine`; 0 leaves the network's displacement.
         similarity: of the refinement; "features" takes the network's own, `network.features(scan)`.
         memory: GiB that may be used; None: most of what is free.
@@ -118,11 +121,14 @@ class RegistrationInferer(Inferer):
         self,
         refine_steps: int = 0,
         *,
+        passes: int = 1,
         similarity: str = "lncc",
         memory: float | None = None,
         too_large: str = "stop",
         **options: Any,
     ) -> None:
+        if not isinstance(passes, int) or passes < 1:
+            raise InputError(f"--passes must be a whole number >= 1, got {passes}")
         if not isinstance(refine_steps, int) or refine_steps < 0:
             raise InputError(f"--refine_steps must be a whole number >= 0, got {refine_steps}")
         if similarity not in SIMILARITIES:
@@ -131,7 +137,7 @@ class RegistrationInferer(Inferer):
             raise InputError(f"--memory must be a number of GiB, got {memory}")
         if too_large not in forecast.POLICIES:
             raise InputError(f"--too_large must be one of {', '.join(forecast.POLICIES)}, got {too_large}")
-        self.refine_steps, self.similarity, self.options = refine_steps, similarity, options
+        self.passes, self.refine_steps, self.similarity, self.options = passes, refine_steps, similarity, options
         self.memory, self.too_large = memory, too_large
         self._cost: forecast.Cost | None = None  # measured once, on the first pair that is large enough
 
@@ -175,6 +181,10 @@ class RegistrationInferer(Inferer):
 
     def _register(self, image, network, mask, steps, quiet, args, kwargs) -> Tensor:
         disp = network(image, *args, **kwargs).float()
+        moving, fixed = image.chunk(2, dim=1)
+        for _ in range(self.passes - 1):
+            further = network(torch.cat([warp(moving, disp), fixed], 1), *args, **kwargs).float()
+            disp = compose(disp, further)
         if not steps:
             return disp
         features = getattr(network, "features", None) if self.similarity == "features" else None

@@ -37,6 +37,7 @@ BUNDLES = {  # name of the row: bundle, options
     "samconvex, MIND": ("samconvex", MIND),
     "samconvex, MIND, 20 steps": ("samconvex", MIND | {"refine_steps": 20}),
     "dual_flownet": ("dual_flownet", {}),
+    "dual_flownet, 2 passes": ("dual_flownet", {"passes": 2}),
     "dual_flownet, 50 steps": ("dual_flownet", {"refine_steps": 50}),
     "residual_aligner": ("residual_aligner", {}),
     "residual_aligner, 50 steps": ("residual_aligner", {"refine_steps": 50}),

@@ -95,6 +95,25 @@ def test_inferer_without_refinement_is_the_network(image: Tensor) -> None:
     assert engines.RegistrationInferer()(image, Still()).dtype == torch.float32
 
 
+def test_inferer_registers_what_earlier_passes_have_warped(image: Tensor) -> None:
+    seen = []
+
+    def half(pair: Tensor) -> Tensor:
+        """Half a voxel of the one that the fixture's scans are apart; of two channels a scan."""
+        seen.append(pair)
+        return torch.tensor([0.5, 0.0, 0.0]).view(1, 3, 1, 1, 1).expand(1, 3, *pair.shape[2:])
+
+    image = image.repeat_interleave(2, 1) * torch.tensor([1.0, 2.0, 1.0, 2.0]).view(1, 4, 1, 1, 1)
+    disp = engines.RegistrationInferer(passes=2)(image, half)
+    moving, fixed = image.chunk(2, 1)
+    torch.testing.assert_close(disp, torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1, 1).expand_as(disp))
+    torch.testing.assert_close(warp(moving, disp)[:, :, :-1], fixed[:, :, :-1])
+    assert torch.equal(seen[0], image) and torch.equal(seen[1], torch.cat([warp(moving, half(image)), fixed], 1))
+    for wrong in (0, "two", 1.5):
+        with pytest.raises(InputError, match=f"--passes must be a whole number >= 1, got {wrong}"):
+            engines.RegistrationInferer(passes=wrong)
+
+
 def test_inferer_refines_for_the_pair(image: Tensor) -> None:
     moving, fixed = image.chunk(2, 1)
     with torch.no_grad():  # as engines call it
