@@ -108,9 +108,9 @@ class RegistrationInferer(Inferer):
     forecast of the whole pair; without them it is of network and refinement alone.
 
     Args:
-        passes: how often the network registers: each further pass takes the moving scan as the ones before have warped
-            it, and its displacement is composed with theirs.
         refine_steps: steps of `common.refine.refine`; 0 leaves the network's displacement.
+        passes: how often the network registers: each further pass takes the moving scan as the ones before have warped
+            it, and its displacement is composed with theirs. Of what they warn, the last pass's counts.
         similarity: of the refinement; "features" takes the network's own, `network.features(scan)`.
         memory: GiB that may be used; None: most of what is free.
         too_large: what to do with a pair that needs more: "stop", "tile" or "coarsen".
@@ -127,7 +127,7 @@ class RegistrationInferer(Inferer):
         too_large: str = "stop",
         **options: Any,
     ) -> None:
-        if not isinstance(passes, int) or passes < 1:
+        if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
             raise InputError(f"--passes must be a whole number >= 1, got {passes}")
         if not isinstance(refine_steps, int) or refine_steps < 0:
             raise InputError(f"--refine_steps must be a whole number >= 0, got {refine_steps}")
@@ -180,11 +180,16 @@ class RegistrationInferer(Inferer):
         return disp
 
     def _register(self, image, network, mask, steps, quiet, args, kwargs) -> Tensor:
-        disp = network(image, *args, **kwargs).float()
         moving, fixed = image.chunk(2, dim=1)
-        for _ in range(self.passes - 1):
-            further = network(torch.cat([warp(moving, disp), fixed], 1), *args, **kwargs).float()
-            disp = compose(disp, further)
+        disp, warped = None, moving
+        for left in reversed(range(self.passes)):
+            with warnings.catch_warnings():
+                if left:
+                    warnings.simplefilter("ignore", RegistrationWarning)
+                further = network(torch.cat([warped, fixed], 1), *args, **kwargs).float()
+            disp = further if disp is None else compose(disp, further)
+            if left:
+                warped = warp(moving, disp)
         if not steps:
             return disp
         features = getattr(network, "features", None) if self.similarity == "features" else None

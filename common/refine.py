@@ -26,7 +26,6 @@ def smooth(disp: Tensor, *, times: int = 2) -> Tensor:
 SIMILARITIES = ("lncc", "mind", "features")
 POOLED = 2  # voxels along each axis of the blocks that MIND-SSC is averaged over
 SMOOTHNESS = {"lncc": 0.5, "mind": 0.5, "features": 0.5}  # weights of the diffusion term, chosen on training pairs
-START_MEANS = 8  # box means of the start, chosen on two validation pairs
 
 
 @torch.enable_grad()
@@ -43,13 +42,15 @@ def refine(
     learning_rate: float = 0.5,
     shrink: int = 2,
     coarse_share: float = 0.2,
+    start_means: int = 8,
     progress: bool = True,
 ) -> Tensor:
     """Minimise dissimilarity(moving(x + disp(x)), fixed) + smoothness * diffusion(disp) over the displacement, by Adam.
 
     disp = disp_0 + smooth(update), `update` starting at 0, whose box means make it nearly a cubic B-spline. disp_0 is
-    the given displacement, smoothed as well (a Gaussian of 2.3 voxels): what is wrong in it from one voxel to the next
-    a smooth update cannot take back. Last, `common.fields.unfold` smooths the few places where the result folds.
+    the given displacement, smoothed as well (by default nearly a Gaussian of 2.3 voxels): what is wrong in it from one
+    voxel to the next a smooth update cannot take back. Where organs slide, that blurs the border of the motions too.
+    Last, `common.fields.unfold` smooths the few places where the result folds.
 
     The dissimilarity is one of
       "lncc"      -LNCC of the scans. The first `coarse_share` of the steps work on scans and displacement reduced
@@ -65,16 +66,19 @@ def refine(
         similarity: see above.
         features: (B, C, I, J, K) -> (B, F, i, j, k), corners aligned.
         mask: (B, 2, I, J, K) weights >= 0 of the voxels of the moving and of the fixed scan in the similarity; the
-            moving ones are carried along by `disp`. Without any weight left, the mask is ignored with a warning.
+            moving ones are carried along by the given `disp`. Without any weight left, a warning says that the mask is
+            ignored.
         window: of the LNCC, in voxels.
         smoothness: weight of the diffusion term; None takes SMOOTHNESS[similarity].
         learning_rate: of Adam, in voxels of the grid of the update.
         shrink: reduction of the coarse stage.
         coarse_share: share of the steps spent there.
+        start_means: 3x3x3 box means of the given displacement, 0 for none; 8 was chosen on two validation pairs.
         progress: show a bar.
 
     Returns:
-        (B, 3, I, J, K) displacement: the better of start and end by the loss, unfolded.
+        (B, 3, I, J, K) displacement, unfolded: the result, or the given one as it is where the loss of the last stage
+        finds that better.
 
     Raises:
         ValueError: steps < 0, an unknown similarity, "features" without `features`, a mask of another shape.
@@ -110,7 +114,7 @@ def refine(
     else:
         stages = [(*_feature_fit(image, weight, features), steps)]
     bar = trange(steps, desc="refine", unit="step", file=sys.stderr, leave=False, disable=not progress)
-    start, result = result, smooth(result, times=START_MEANS)
+    start, result = result, smooth(result, times=start_means)
     for fit, at, count in stages:
         result = result + to_scan(_descend(fit, to_grid(result, at), count, smoothness, learning_rate, bar))
     bar.close()

@@ -50,6 +50,23 @@ def test_results_of_samconvex_belong_to_its_weights(bench, name: str) -> None:
     assert content["weights"] == bench.sha256("samconvex")
 
 
+def test_results_of_dual_flownet_belong_to_its_weights(bench) -> None:
+    """Otherwise: python tests/bench/bench_dual_flownet.py. The card's means are those of the pairs."""
+    names = ("table2_brain", "table2_hippocampus", "consistency")
+    found = {name: json.loads(bench.RESULTS.with_name(f"dual_flownet_{name}.json").read_text()) for name in names}
+    rows = {name: {row["row"]: row for row in content["rows"]} for name, content in found.items()}
+    card = (bench.ROOT / "bundles" / "dual_flownet" / "docs" / "README.md").read_text()
+    assert rows["table2_hippocampus"]["DFN"]["weights"] == bench.sha256("dual_flownet", "hippocampus.pt")
+    for name, row in rows["consistency"].items():
+        assert row["weights"] == rows["table2_brain"][name]["weights"]
+    for name in names[:2]:
+        assert list(rows[name]) == ["GFN", "RFN", "GRFN", "DFN"]
+        for row in rows[name].values():
+            assert sum(row["dice_of_pairs"].values()) / len(row["dice_of_pairs"]) == pytest.approx(row["dice"])
+            columns = [f"{row[key]:.3f}" for key in ("dice", "dice_coarse", "folding_pct") if key in row]
+            assert " | ".join([*columns, f"{row['sdlogj']:.2f}"]) + " |" in card
+
+
 def test_every_bundle_has_a_row(bench) -> None:
     bundles = [path.name for path in (bench.ROOT / "bundles").iterdir() if path.is_dir()]
     assert sorted({bundle for bundle, _ in bench.BUNDLES.values()}) == sorted(bundles)

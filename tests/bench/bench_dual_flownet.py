@@ -1,11 +1,17 @@
-"""Time and memory of Dual-FlowNet's training step, and how consistent its flows are with and without the constraint.
+"""Dual-FlowNet: time and memory of a training step, the rows of Table 2, what the consistency constraint does.
 
     python tests/bench/bench_dual_flownet.py cost                      # 80x96x80, 27 classes, a process a variant
     python tests/bench/bench_dual_flownet.py cost --size 40,48,40 --repeats 1
+    python tests/bench/bench_dual_flownet.py table2 DATA --gfn GFN.pt --rfn RFN.pt --grfn GRFN.pt --dfn DFN.pt
     python tests/bench/bench_dual_flownet.py consistency DATA --grfn GRFN.pt --dfn DFN.pt [--spacing 2.0]
+
+--output writes the rows as JSON, those of weights with their sha256.
 
 "cost" prints CPU seconds (the fastest of the repeats) and peak memory of forward, loss, backward and Adam with random
 scans and labels; it ends with an error if the default variant takes more than 10 GiB.
+
+"table2" evaluates the rows whose weights are given on the validation pairs of DATA, by the bundle's evaluate.json, for
+the hippocampus with --overlay hippocampus.
 
 "consistency" registers the validation pairs of DATA both ways with the weights of either mode and prints, in mm inside
 the fixed foreground: "inverse", |compose(Phi_Global, Phi_Global^-1)| with the network's own estimate of the inverse
@@ -13,17 +19,20 @@ the fixed foreground: "inverse", |compose(Phi_Global, Phi_Global^-1)| with the n
 Without --grfn and --dfn both are trained first from the same seed, `--steps` steps each on random training pairs.
 """
 
+import csv
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import fire
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "bundles" / "dual_flownet")]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(ROOT / "bundles" / "dual_flownet")]
 LIMIT_GIB = 10.0  # what the project allows the default training step at 80x96x80 with 27 classes
 VARIANTS = {
     "GFN": {"mode": "global"},
@@ -65,8 +74,19 @@ def child(variant, size, repeats, window):
     print(json.dumps({"cpu_s": min(times), "peak_gib": peak_gib()}))
 
 
+def report(rows, output):
+    if output:
+        from bench_operators import hardware
+
+        Path(output).write_text(json.dumps({"rows": rows, "hardware": hardware("cpu")}, indent=1) + "\n")
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def cost(size=(80, 96, 80), variants=tuple(VARIANTS), repeats=3, window=9, output=None):
-    """Print a line a variant; `output` also writes them as JSON."""
+    """Print a line a variant."""
     rows = []
     for variant in [variants] if isinstance(variants, str) else variants:
         call = [sys.executable, __file__, "child", variant, json.dumps(size), str(repeats), str(window)]
@@ -76,11 +96,39 @@ def cost(size=(80, 96, 80), variants=tuple(VARIANTS), repeats=3, window=9, outpu
             raise SystemExit(done.stderr)
         rows.append({"variant": variant, "size": list(size), "window": window} | json.loads(done.stdout))
         print("{variant:15s} {cpu_s:6.2f} CPU-s a step {peak_gib:6.2f} GiB peak".format(**rows[-1]), flush=True)
-    if output:
-        Path(output).write_text(json.dumps(rows, indent=1) + "\n")
+    report(rows, output)
     default = [row["peak_gib"] for row in rows if row["variant"] == "DFN" and row["size"] == [80, 96, 80]]
     if default and default[0] > LIMIT_GIB:
         raise SystemExit(f"the default training step takes {default[0]:.1f} GiB, more than {LIMIT_GIB} GiB")
+
+
+def table2(data, gfn=None, rfn=None, grfn=None, dfn=None, overlay=None, spacing=None, output=None):
+    """Print a line a row: means over the pairs."""
+    bundle, rows = ROOT / "bundles" / "dual_flownet", []
+    for name, weights in (("gfn", gfn), ("rfn", rfn), ("grfn", grfn), ("dfn", dfn)):
+        if not weights:
+            continue
+        files = ["inference", "evaluate", *filter(None, [overlay]), f"table2_{name}"]
+        options = {"config_file": [str(bundle / "configs" / f"{file}.json") for file in files], "bundle_root": bundle}
+        options |= {"dataset_dir": Path(data).resolve(), "weights": Path(weights).resolve(), "surface": False}
+        options |= {"spacing": spacing} if spacing else {}
+        with tempfile.TemporaryDirectory() as folder:
+            line = [sys.executable, "-m", "monai.bundle", "run"]
+            for key, value in (options | {"output_dir": folder}).items():
+                line += [f"--{key}", str(value)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            with Path(folder, "results.csv").open(newline="") as file:
+                pairs = list(csv.DictReader(file))
+        keys = {"dice": "dice_after", "dice_coarse": "dice_coarse_after", "folding_pct": "folding_pct"}
+        keys = {key: column for key, column in (keys | {"sdlogj": "sdlogj"}).items() if column in pairs[0]}
+        row = {key: sum(float(pair[column]) for pair in pairs) / len(pairs) for key, column in keys.items()}
+        row |= {"dice_of_pairs": {pair["id"]: float(pair["dice_after"]) for pair in pairs}, "weights": sha256(weights)}
+        rows.append({"row": name.upper()} | row)
+        print(f"{name.upper():5s}", ", ".join(f"{key} {row[key]:.4f}" for key in keys), flush=True)
+    report(rows, output)
 
 
 def scans_of(data, spacing):
@@ -145,7 +193,7 @@ def measure(net, scans, pairs, spacing):
     return sums | {"dice": float(dice.aggregate())}
 
 
-def consistency(data, grfn=None, dfn=None, spacing=4.0, steps=60, learning_rate=0.001, window=5):
+def consistency(data, grfn=None, dfn=None, spacing=4.0, steps=60, learning_rate=0.001, window=5, output=None):
     """Print a line a mode."""
     import torch
 
@@ -154,6 +202,7 @@ def consistency(data, grfn=None, dfn=None, spacing=4.0, steps=60, learning_rate=
 
     torch.set_num_threads(1)
     scans, training, pairs = scans_of(data, spacing)
+    rows = []
     for name, mode, weights in (("GRFN", "both", grfn), ("DFN", "both+rcc", dfn)):
         if weights:
             net = load_weights(DualFlowNet(mode=mode), weights)
@@ -162,10 +211,12 @@ def consistency(data, grfn=None, dfn=None, spacing=4.0, steps=60, learning_rate=
         row = measure(net.eval(), scans, pairs, spacing)
         errors = ", ".join(f"{key} {row[key]:.4f} mm" for key in ("inverse", "fixed point", "both ways", "flow"))
         print(f"{name:5s} {errors}; Dice {row['dice']:.4f}", flush=True)
+        rows.append({"row": name, "spacing_mm": spacing} | row | {"weights": sha256(weights) if weights else None})
+    report(rows, output)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] == "child":
         child(sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
     else:
-        fire.Fire({"cost": cost, "consistency": consistency})
+        fire.Fire({"cost": cost, "table2": table2, "consistency": consistency})

@@ -66,6 +66,7 @@ SMALL = {
     "bench_sacb_net.py": {"--size": "32,32,32", "--cluster_quality": "False"},
     "bench_operators.py": {"--cases": "kmeans", "--scale": "0.1", "--repeats": "1", "--check": "False"},
     "bench_dual_flownet.py consistency": {"--spacing": "9"},
+    "bench_dual_flownet.py table2": {"--spacing": "4.5"},
     "bench_dual_flownet.py cost": {"--size": "16,16,16", "--variants": "GFN"},
     "bench_samconvex.py accuracy": {"--variants": "start;mind", "--output": "rows.json"},
     "bench_samconvex.py levels": {"--output": "rows.json"},
@@ -204,8 +205,8 @@ def test_measurement(words: tuple[str, ...], files: Path, tmp_path: Path) -> Non
     """Small, on the tiny scans, in a folder of its own; it prints numbers."""
     folder = tmp_path / "work"
     shutil.copytree(files, folder, copy_function=os.symlink)
-    for mode, name in (("both", "GRFN.pt"), ("both+rcc", "DFN.pt")):
-        torch.save(DualFlowNet(mode=mode).state_dict(), folder / name)
+    for mode, name in {"global": "GFN", "region": "RFN", "both": "GRFN", "both+rcc": "DFN"}.items():
+        torch.save(DualFlowNet(mode=mode).state_dict(), folder / f"{name}.pt")
     name = Path(words[1]).name
     key = next(key for key in (" ".join([name, *words[2:3]]), name) if key in SMALL)
     line = [sys.executable, str(ROOT / words[1]), *with_options(list(words[2:]), SMALL[key])]

@@ -89,16 +89,19 @@ def test_evaluation_of_a_dataset(dataset: Path, tmp_path: Path) -> None:
         assert float(row["dice_after"]) > float(row["dice_before"]) and float(row["hd95_after"]) > 0
 
 
-def test_what_it_warns_of_is_in_the_table(raw: Path, tmp_path: Path) -> None:
+def test_what_it_warns_of_is_in_table_and_report(raw: Path, tmp_path: Path) -> None:
     """A mask that leaves nothing; and one level with a narrow window for scans that lie apart."""
     pair = "--moving", raw / "moving.nii.gz", "--fixed", raw / "fixed.nii.gz", "--fixed_mask", raw / "no_mask.nii.gz"
     options = "--prealign", "none", "--spacing", 4.0, "--network_def#radii", "[1]", "--refine_steps", 2
-    done = command(*from_root("inference.json"), *pair, *options, "--output_dir", tmp_path, "--save", "False")
+    done = command(*from_root("inference.json"), *pair, *options, "--output_dir", tmp_path)
     text = succeeded(done)
     (row,) = table(tmp_path / "results.csv")
+    report = json.loads((tmp_path / row["id"] / "report.json").read_text())
+    assert report["verdict"] == "doubtful"
     for part in ("moves to the edge of the search range", "the masks leave no voxel to compare"):
-        assert part in row["warnings"] and part in text
+        assert part in row["warnings"] and part in text and any(part in warning for warning in report["warnings"])
     assert np.isfinite([float(row[name]) for name in ("folding_pct", "sdlogj", "seconds")]).all()
+    assert np.isfinite(nib.load(tmp_path / row["id"] / "displacement.nii.gz").get_fdata()).all()
 
 
 REFUSED = {

@@ -5,6 +5,7 @@ import json
 import platform
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from monai.data import MetaTensor
 from monai.utils import set_determinism
 from torch import Tensor, nn
 
-from common import checkpoints, engines
+from common import RegistrationWarning, checkpoints, engines, progress
 from common.io import InputError
 from common.losses import lncc
 from common.ops import warp
@@ -109,9 +110,23 @@ def test_inferer_registers_what_earlier_passes_have_warped(image: Tensor) -> Non
     torch.testing.assert_close(disp, torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1, 1).expand_as(disp))
     torch.testing.assert_close(warp(moving, disp)[:, :, :-1], fixed[:, :, :-1])
     assert torch.equal(seen[0], image) and torch.equal(seen[1], torch.cat([warp(moving, half(image)), fixed], 1))
-    for wrong in (0, "two", 1.5):
+    for wrong in (0, "two", 1.5, True):
         with pytest.raises(InputError, match=f"--passes must be a whole number >= 1, got {wrong}"):
             engines.RegistrationInferer(passes=wrong)
+
+
+def test_inferer_tells_what_the_last_pass_warns_of(image: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that a further pass has cured is none of the result's."""
+    calls, notes = [], []
+
+    def warning(pair: Tensor) -> Tensor:
+        calls.append(len(calls))
+        warnings.warn(f"pass {len(calls)}", RegistrationWarning, stacklevel=2)
+        return torch.zeros(1, 3, *pair.shape[2:])
+
+    monkeypatch.setattr(progress, "note", notes.append)
+    engines.RegistrationInferer(passes=3)(image, warning)
+    assert len(calls) == 3 and notes == ["pass 3"]
 
 
 def test_inferer_refines_for_the_pair(image: Tensor) -> None:
@@ -177,6 +192,7 @@ def test_one_sentence_errors(repository: Path) -> None:
     """One process for both: the hook is called by hand with the second error, then by Python with the first."""
     code = """
 import sys
+import warnings
 from common.cli import one_sentence_errors
 from common.io import InputError
 one_sentence_errors()

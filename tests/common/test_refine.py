@@ -51,9 +51,14 @@ def test_a_rough_start_ends_as_a_smooth_one() -> None:
     """Noise from voxel to voxel, which a smooth update cannot take back."""
     image, truth = pair()
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
-    smooth_start, rough_start = (refine(truth / 2 + part, image, 20, progress=False) for part in (0 * noise, noise))
+    starts = truth / 2, truth / 2 + noise
+    smooth_start, rough_start = (refine(start, image, 20, progress=False) for start in starts)
     assert diffusion(rough_start) < 1.2 * diffusion(smooth_start)
     assert (rough_start - smooth_start).norm(dim=1).mean() < 0.1
+    kept = refine(starts[1], image, 20, start_means=0, progress=False)
+    assert diffusion(kept) > 2 * diffusion(smooth_start)
+    by_mind = refine(starts[1], image, 20, similarity="mind", progress=False)
+    assert diffusion(by_mind) < 0.2 * diffusion(starts[1])
 
 
 def test_works_under_no_grad_and_repeats_itself() -> None:

@@ -53,10 +53,10 @@ def test_equals_the_command(people: Path, tmp_path: Path, registrar: Registrar) 
 def test_weights_are_kept(people: Path, tmp_path: Path, registrar: Registrar) -> None:
     before = list(sys.path)
     networks = []
-    for options in ({}, {"refine_steps": 1}, {"intensity_range": [0, 1]}):
+    for options in ({}, {"refine_steps": 1, "passes": 2}, {"intensity_range": [0, 1]}):
         registrar.register(people / "a.nii.gz", people / "b.nii.gz", tmp_path / str(len(networks)), **options)
         networks.append(registrar._kept[1])
-    assert networks[0] is networks[1], "refinement needs no other network"
+    assert networks[0] is networks[1], "refinement and passes need no other network"
     assert networks[2] is not networks[0], "an option that is not known to leave the network alone"
     assert sys.path == before
     gc.collect()
