@@ -181,15 +181,15 @@ class RegistrationInferer(Inferer):
 
     def _register(self, image, network, mask, steps, quiet, args, kwargs) -> Tensor:
         moving, fixed = image.chunk(2, dim=1)
-        disp, warped = None, moving
+        pair, disp = image, None
         for left in reversed(range(self.passes)):
             with warnings.catch_warnings():
                 if left:
                     warnings.simplefilter("ignore", RegistrationWarning)
-                further = network(torch.cat([warped, fixed], 1), *args, **kwargs).float()
+                further = network(pair, *args, **kwargs).float()
             disp = further if disp is None else compose(disp, further)
             if left:
-                warped = warp(moving, disp)
+                pair = torch.cat([warp(moving, disp), fixed], 1)
         if not steps:
             return disp
         features = getattr(network, "features", None) if self.similarity == "features" else None

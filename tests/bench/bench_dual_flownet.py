@@ -122,12 +122,13 @@ def table2(data, gfn=None, rfn=None, grfn=None, dfn=None, overlay=None, spacing=
                 raise SystemExit(done.stderr)
             with Path(folder, "results.csv").open(newline="") as file:
                 pairs = list(csv.DictReader(file))
-        keys = {"dice": "dice_after", "dice_coarse": "dice_coarse_after", "folding_pct": "folding_pct"}
-        keys = {key: column for key, column in (keys | {"sdlogj": "sdlogj"}).items() if column in pairs[0]}
-        row = {key: sum(float(pair[column]) for pair in pairs) / len(pairs) for key, column in keys.items()}
+        columns = {"dice": "dice_after", "dice_coarse": "dice_coarse_after"}
+        columns |= {"folding_pct": "folding_pct", "sdlogj": "sdlogj"}
+        row = {k: sum(float(pair[c]) for pair in pairs) / len(pairs) for k, c in columns.items() if c in pairs[0]}
+        text = ", ".join(f"{key} {value:.4f}" for key, value in row.items())
         row |= {"dice_of_pairs": {pair["id"]: float(pair["dice_after"]) for pair in pairs}, "weights": sha256(weights)}
         rows.append({"row": name.upper()} | row)
-        print(f"{name.upper():5s}", ", ".join(f"{key} {row[key]:.4f}" for key in keys), flush=True)
+        print(f"{name.upper():5s} {text}", flush=True)
     report(rows, output)
 
 
