@@ -21,6 +21,7 @@ class LabelTable(NamedTuple):
     classes: list[list[int]]
     ignored: list[int]  # codes that become background
     mirrored: list[tuple[int, int]] | None  # classes that change places when left and right do; None if not known
+    class_of: list[int] | None = None  # `fine`: the class of the network that class n is a part of, at n - 1
 
 
 def label_table(
@@ -31,6 +32,7 @@ def label_table(
     mirrored: list | None = None,
     dataset_dir: str | None = None,
     group: str = "coarse27",
+    fine: bool = False,
 ) -> LabelTable:
     """Which codes of the label maps make the `classes` of a network.
 
@@ -44,12 +46,15 @@ def label_table(
             if the groups are from there.
         dataset_dir: folder that may have a labels.json.
         group: name of the groups there.
+        fine: make each code a class of its own, in their order, and tell in `class_of` where it belongs. Left and right
+            of codes are by their names in labels.json, or else those of `mirrored`, code by code.
 
     Raises:
         InputError: another number of entries than classes, what is no code, a code in two of them, a pair that names no
-            class.
+            class, with `fine` a pair of classes with different numbers of codes.
     """
     groups = None if codes is not None else label_groups(dataset_dir, group)
+    sides = None  # of the codes
     source = "--label_codes"
     if groups is not None:
         source = f"{dataset_dir}/labels.json"
@@ -59,6 +64,7 @@ def label_table(
             ignored = [int(code) for code in every]
         if mirrored is None:
             mirrored = _sides([entry.get("name", "") for entry in groups.values()])
+            sides = _sides([every.get(str(code), "") for entry in codes for code in entry])
     codes = list(range(1, classes + 1)) if codes is None else codes
     members = [list(entry) if _is_list(entry) else [entry] for entry in (codes if _is_list(codes) else [codes])]
     if strange := [code for code in [*sum(members, []), *(ignored or [])] if type(code) is not int]:
@@ -74,7 +80,13 @@ def label_table(
         if not fits or len(named) != len(set(named)) or not set(named) <= set(range(1, classes + 1)):
             raise InputError(f"--mirrored_classes must be pairs of different classes up to {classes}, got {mirrored}")
         mirrored = [tuple(pair) for pair in mirrored]
-    return LabelTable(members, sorted(set(ignored or []) - set(known) - {0}), mirrored)
+    ignored = sorted(set(ignored or []) - set(known) - {0})
+    if not fine:
+        return LabelTable(members, ignored, mirrored)
+    if sides is None and mirrored is not None:
+        sides = _code_by_code(members, mirrored)
+    class_of = [number for number, entry in enumerate(members, 1) for _ in entry]
+    return LabelTable([[code] for code in known], ignored, sides, class_of)
 
 
 def _is_list(value: object) -> bool:
@@ -86,6 +98,20 @@ def _sides(names: list[str]) -> list[tuple[int, int]]:
     number = {name: n for n, name in enumerate(names, 1)}
     rights = [name for name in names if name.startswith("Right ") and "Left " + name[6:] in number]
     return [(number[name], number["Left " + name[6:]]) for name in rights]
+
+
+def _code_by_code(members: list[list[int]], mirrored: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same pairs for classes of one code each."""
+    pairs, start = [], [1]
+    for entry in members:
+        start.append(start[-1] + len(entry))
+    for a, b in mirrored:
+        one, other = len(members[a - 1]), len(members[b - 1])
+        if one != other:
+            fault = f"[{a}, {b}] have {one} and {other} codes, --fine_labels needs as many"
+            raise InputError(f"--mirrored_classes: {fault}")
+        pairs += [(start[a - 1] + n, start[b - 1] + n) for n in range(one)]
+    return pairs
 
 
 class ToClassesd(Transform):

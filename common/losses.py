@@ -1,5 +1,8 @@
 """Similarity and smoothness losses: functions, with thin modules for configs."""
 
+import math
+from itertools import product
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -195,6 +198,53 @@ def dice(warped_onehot: Tensor, fixed_onehot: Tensor, *, eps: float = 1e-5) -> T
     total = a.sum(2) + b.sum(2)
     score = 2 * (a * b).sum(2) / (total + eps)
     present = (total > 0).float()
+    return 1 - (score * present).sum() / present.sum().clamp(min=1)
+
+
+def label_dice(disp: Tensor, moving: Tensor, fixed: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """`dice` of the moving label map, warped by `disp`, with the fixed one, without a volume for each label.
+
+    a_c(x) = k(x) sum over the 8 corners i of the cell that holds x + disp(x) of w_i(x) [moving_i = c],
+    b_c(x) = k(x) [fixed(x) = c] for the labels c = 1, 2, ..., and the formula of `dice`, the sums over x taken label by
+    label. Memory and time do not grow with the number of labels. Outside the moving map the nearest voxel counts.
+
+    Args:
+        disp: (B, 3, I, J, K) displacement in voxels; the gradient goes there.
+        moving, fixed: (B, 1, I, J, K) whole numbers: 0 the background, below 0 unknown, which is not compared: k is 0
+            where `fixed` is unknown, and elsewhere the share of the known in the cell, without a gradient.
+
+    Returns:
+        Mean over the B pairs; 0 for a pair without a label, or with a map of which nothing is known.
+    """
+    each = [_label_dice(*pair, eps) for pair in zip(disp, moving.squeeze(1).long(), fixed.squeeze(1).long())]
+    return torch.stack(each).mean()
+
+
+def _label_dice(disp: Tensor, moving: Tensor, fixed: Tensor, eps: float) -> Tensor:
+    number = 1 + max(int(moving.max()), int(fixed.max()))
+    if number < 2 or moving.max() < 0 or fixed.max() < 0:
+        return disp.new_zeros(())
+    disp, size = disp.to(torch.promote_types(disp.dtype, torch.float32)), moving.shape
+    low, part = [], []  # of each axis: the lower corner and how far beyond it x + disp(x) lies
+    for axis, n in enumerate(size):
+        shape = [-1 if a == axis else 1 for a in range(3)]
+        at = (torch.arange(n, dtype=disp.dtype, device=disp.device).view(shape) + disp[axis]).clamp(0, n - 1)
+        low.append(at.detach().floor().long().clamp(max=max(n - 2, 0)))
+        part.append(at - low[-1])
+    corners = []  # label and weight of each
+    for corner in product((0, 1), repeat=3):
+        i, j, k = ((first + step).clamp(max=n - 1) for first, step, n in zip(low, corner, size))
+        weight = math.prod(x if step else 1 - x for x, step in zip(part, corner))
+        corners.append((moving[i, j, k], weight))
+    known = sum(weight.detach() * (label >= 0) for label, weight in corners) * (fixed >= 0)
+
+    def sums(values: Tensor, label: Tensor) -> Tensor:
+        return values.new_zeros(number).index_add(0, label.clamp(min=0).flatten(), values.flatten())[1:]
+
+    a = sum(sums(weight * known * (label > 0), label) for label, weight in corners)
+    b = sums(known, fixed)
+    both = sums(known.square() * sum(weight * (label == fixed) for label, weight in corners), fixed)
+    score, present = 2 * both / (a + b + eps), (a + b > 0).to(a.dtype)
     return 1 - (score * present).sum() / present.sum().clamp(min=1)
 
 

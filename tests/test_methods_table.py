@@ -30,7 +30,7 @@ def test_results_belong_to_the_weights(bench) -> None:
     rows = json.loads(bench.RESULTS.read_text())["rows"]
     assert set(rows) == {*bench.TOOLS, *bench.BUNDLES}
     needed = {name: options.get("features") != "mind" for name, (_, options) in bench.BUNDLES.items()}
-    expected = {n: bench.sha256(bundle) if needed[n] else None for n, (bundle, _) in bench.BUNDLES.items()}
+    expected = {n: bench.checksum(bundle) if needed[n] else None for n, (bundle, _) in bench.BUNDLES.items()}
     stale = [name for name in expected if rows[name]["weights"] != expected[name]]
     assert not stale, f"measured with other weights: {stale}"
 
@@ -40,7 +40,7 @@ def test_results_of_the_hippocampus_belong_to_its_weights(bench) -> None:
     rows = json.loads(bench.RESULTS.with_name("methods_hippocampus_mr.json").read_text())["rows"]
     bundles = [path.parents[1].name for path in (bench.ROOT / "bundles").glob("*/models/hippocampus.pt")]
     assert {*bundles} <= {*rows} <= {*bench.BUNDLES, *bench.TOOLS}
-    expected = {n: bench.sha256(bench.BUNDLES[n][0], "hippocampus.pt") for n in rows if n in bench.BUNDLES}
+    expected = {n: bench.checksum(bench.BUNDLES[n][0], "hippocampus.pt") for n in rows if n in bench.BUNDLES}
     assert [n for n in expected if rows[n]["weights"] != expected[n]] == []
 
 
@@ -48,7 +48,7 @@ def test_results_of_the_hippocampus_belong_to_its_weights(bench) -> None:
 def test_results_of_samconvex_belong_to_its_weights(bench, name: str) -> None:
     """Otherwise: python tests/bench/bench_samconvex.py."""
     content = json.loads(bench.RESULTS.with_name(f"samconvex_{name}.json").read_text())
-    assert content["weights"] == bench.sha256("samconvex")
+    assert content["weights"] == bench.checksum("samconvex")
 
 
 def test_results_of_dual_flownet_belong_to_its_weights(bench) -> None:
@@ -57,7 +57,7 @@ def test_results_of_dual_flownet_belong_to_its_weights(bench) -> None:
     found = {name: json.loads(bench.RESULTS.with_name(f"dual_flownet_{name}.json").read_text()) for name in names}
     rows = {name: {row["row"]: row for row in content["rows"]} for name, content in found.items()}
     card = (bench.ROOT / "bundles" / "dual_flownet" / "docs" / "README.md").read_text()
-    assert rows["table2_hippocampus"]["DFN"]["weights"] == bench.sha256("dual_flownet", "hippocampus.pt")
+    assert rows["table2_hippocampus"]["DFN"]["weights"] == bench.checksum("dual_flownet", "hippocampus.pt")
     for name, row in rows["consistency"].items():
         assert row["weights"] == rows["table2_brain"][name]["weights"]
     for name in names[:2]:

@@ -3,6 +3,7 @@
     python tests/bench/bench_dual_flownet.py cost                      # 80x96x80, 27 classes, a process a variant
     python tests/bench/bench_dual_flownet.py cost --size 40,48,40 --repeats 1
     python tests/bench/bench_dual_flownet.py table2 DATA --gfn GFN.pt --rfn RFN.pt --grfn GRFN.pt --dfn DFN.pt
+    python tests/bench/bench_dual_flownet.py raw DATA                  # scans as scanned, the shipped weights
     python tests/bench/bench_dual_flownet.py consistency DATA --grfn GRFN.pt --dfn DFN.pt [--spacing 2.0]
 
 --output writes the rows as JSON, those of weights with their sha256.
@@ -13,6 +14,8 @@ scans and labels; it ends with an error if the default variant takes more than 1
 "table2" evaluates the rows whose weights are given on the validation pairs of DATA, by the bundle's evaluate.json, for
 the hippocampus with --overlay hippocampus.
 
+"raw" registers the `registration_pairs` of DATA, of different people and of one person twice, by inference.json.
+
 "consistency" registers the validation pairs of DATA both ways with the weights of either mode and prints, in mm inside
 the fixed foreground: "inverse", |compose(Phi_Global, Phi_Global^-1)| with the network's own estimate of the inverse
 (eq. 9), "fixed point" with 30 updates, and "both ways", |compose(disp of A to B, disp of B to A)|; Dice beside them.
@@ -20,9 +23,7 @@ Without --grfn and --dfn both are trained first from the same seed, `--steps` st
 """
 
 import csv
-import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,9 +31,9 @@ import time
 from pathlib import Path
 
 import fire
+from machine import ROOT, hardware, one_thread, peak_gib
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(ROOT / "bundles" / "dual_flownet")]
+sys.path[:0] = [str(ROOT), str(ROOT / "bundles" / "dual_flownet")]
 LIMIT_GIB = 10.0  # what the project allows the default training step at 80x96x80 with 27 classes
 VARIANTS = {
     "GFN": {"mode": "global"},
@@ -44,11 +45,6 @@ VARIANTS = {
     "DFN, union": {"roi_mode": "union"},
     "DFN, wide": {"widths": (16, 32, 64, 128, 256)},
 }
-
-
-def peak_gib():
-    """Largest resident memory of this program (Linux)."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def child(variant, size, repeats, window):
@@ -76,13 +72,7 @@ def child(variant, size, repeats, window):
 
 def report(rows, output):
     if output:
-        from bench_operators import hardware
-
-        Path(output).write_text(json.dumps({"rows": rows, "hardware": hardware("cpu")}, indent=1) + "\n")
-
-
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        Path(output).write_text(json.dumps({"rows": rows, "hardware": hardware()}, indent=1) + "\n")
 
 
 def cost(size=(80, 96, 80), variants=tuple(VARIANTS), repeats=3, window=9, output=None):
@@ -90,8 +80,7 @@ def cost(size=(80, 96, 80), variants=tuple(VARIANTS), repeats=3, window=9, outpu
     rows = []
     for variant in [variants] if isinstance(variants, str) else variants:
         call = [sys.executable, __file__, "child", variant, json.dumps(size), str(repeats), str(window)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        done = subprocess.run(call, env=environment, capture_output=True, text=True)
+        done = subprocess.run(call, env=one_thread(), capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
         rows.append({"variant": variant, "size": list(size), "window": window} | json.loads(done.stdout))
@@ -102,34 +91,64 @@ def cost(size=(80, 96, 80), variants=tuple(VARIANTS), repeats=3, window=9, outpu
         raise SystemExit(f"the default training step takes {default[0]:.1f} GiB, more than {LIMIT_GIB} GiB")
 
 
+def registered(configs, options):
+    """Rows of results.csv after a run of the bundle on one thread."""
+    bundle = ROOT / "bundles" / "dual_flownet"
+    given = {"config_file": [str(bundle / "configs" / f"{name}.json") for name in configs], "bundle_root": bundle}
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, "-m", "monai.bundle", "run"]
+        for key, value in (given | {"surface": False} | options | {"output_dir": folder}).items():
+            line += [f"--{key}", str(value)]
+        done = subprocess.run(line, cwd=ROOT, env=one_thread(), capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        with Path(folder, "results.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+
+def summary(name, pairs, columns):
+    """Print and return the row of these pairs: their means, and the Dice of each."""
+    row = {k: sum(float(pair[c]) for pair in pairs) / len(pairs) for k, c in columns.items() if c in pairs[0]}
+    print(f"{name:5s} {', '.join(f'{key} {value:.4f}' for key, value in row.items())}", flush=True)
+    return {"row": name} | row | {"dice_of_pairs": {pair["id"]: float(pair["dice_after"]) for pair in pairs}}
+
+
 def table2(data, gfn=None, rfn=None, grfn=None, dfn=None, overlay=None, spacing=None, output=None):
     """Print a line a row: means over the pairs."""
-    bundle, rows = ROOT / "bundles" / "dual_flownet", []
+    from common.pack import sha256
+
+    columns = {"dice": "dice_after", "dice_coarse": "dice_coarse_after"}
+    columns, rows = columns | {"folding_pct": "folding_pct", "sdlogj": "sdlogj"}, []
     for name, weights in (("gfn", gfn), ("rfn", rfn), ("grfn", grfn), ("dfn", dfn)):
         if not weights:
             continue
-        files = ["inference", "evaluate", *filter(None, [overlay]), f"table2_{name}"]
-        options = {"config_file": [str(bundle / "configs" / f"{file}.json") for file in files], "bundle_root": bundle}
-        options |= {"dataset_dir": Path(data).resolve(), "weights": Path(weights).resolve(), "surface": False}
-        options |= {"spacing": spacing} if spacing else {}
-        with tempfile.TemporaryDirectory() as folder:
-            line = [sys.executable, "-m", "monai.bundle", "run"]
-            for key, value in (options | {"output_dir": folder}).items():
-                line += [f"--{key}", str(value)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            with Path(folder, "results.csv").open(newline="") as file:
-                pairs = list(csv.DictReader(file))
-        columns = {"dice": "dice_after", "dice_coarse": "dice_coarse_after"}
-        columns |= {"folding_pct": "folding_pct", "sdlogj": "sdlogj"}
-        row = {k: sum(float(pair[c]) for pair in pairs) / len(pairs) for k, c in columns.items() if c in pairs[0]}
-        text = ", ".join(f"{key} {value:.4f}" for key, value in row.items())
-        row |= {"dice_of_pairs": {pair["id"]: float(pair["dice_after"]) for pair in pairs}, "weights": sha256(weights)}
-        rows.append({"row": name.upper()} | row)
-        print(f"{name.upper():5s} {text}", flush=True)
+        configs = ["inference", "evaluate", *filter(None, [overlay]), f"table2_{name}"]
+        options = {"dataset_dir": Path(data).resolve(), "weights": Path(weights).resolve()}
+        pairs = registered(configs, options | ({"spacing": spacing} if spacing else {}))
+        rows.append(summary(name.upper(), pairs, columns) | {"weights": sha256(weights)})
     report(rows, output)
+
+
+def raw(data, minimum=100, spacing=None, output=None):
+    """Print a line for pairs of different people and one for those of one person; labels above `minimum` voxels."""
+    from common.data import dataset_pairs
+    from common.pack import sha256
+
+    columns = {"affine": "dice_before", "dice": "dice_after", "folding_pct": "folding_pct", "sdlogj": "sdlogj"}
+    every, people = dataset_pairs(data, kind=None), dataset_pairs(data)
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder, "pairs.csv")
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, every[0])
+            writer.writeheader()
+            writer.writerows(every)
+        options = {"pairs": table, "minimum": minimum, "save": False} | ({"spacing": spacing} if spacing else {})
+        found = registered(["inference"], options)
+    weights = sha256(ROOT / "bundles" / "dual_flownet" / "models" / "model.pt")
+    kinds = {"different people": [], "one person": []}
+    for pair, row in zip(every, found, strict=True):
+        kinds["different people" if pair in people else "one person"].append(row)
+    report([summary(name, rows, columns) | {"weights": weights} for name, rows in kinds.items() if rows], output)
 
 
 def scans_of(data, spacing):
@@ -199,6 +218,7 @@ def consistency(data, grfn=None, dfn=None, spacing=4.0, steps=60, learning_rate=
     import torch
 
     from common.engines import load_weights
+    from common.pack import sha256
     from dual_flownet import DualFlowNet
 
     torch.set_num_threads(1)
@@ -220,4 +240,4 @@ if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] == "child":
         child(sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
     else:
-        fire.Fire({"cost": cost, "table2": table2, "consistency": consistency})
+        fire.Fire({"cost": cost, "table2": table2, "raw": raw, "consistency": consistency})

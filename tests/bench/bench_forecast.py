@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 
 import fire
+from machine import ROOT, hardware, one_thread
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(ROOT))
 SIZES = ((64, 64, 64), (80, 96, 80), (96, 112, 96))
 STEPS = {"sacb_net": (0, 20), "samconvex": (0, 20)}
 
@@ -124,7 +124,7 @@ def pairs(data, bundle="sacb_net", limit=2, steps=(0, 20), output=None):
                 line = [sys.executable, "-m", "monai.bundle", "run", "--bundle_root", str(root), "--config_file"]
                 line += [str(root / "configs" / "inference.json"), "--moving", scans[moving], "--fixed", scans[fixed]]
                 line += ["--refine_steps", str(some), "--output_dir", folder]
-                environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+                environment = one_thread() | {"PYTHONPATH": str(ROOT)}
                 child = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 _, status, used = os.wait4(child.pid, 0)
                 if status:
@@ -145,9 +145,7 @@ def pairs(data, bundle="sacb_net", limit=2, steps=(0, 20), output=None):
 def save(rows, output):
     """The rows so far, so that a run that is stopped leaves what it has measured."""
     if output:
-        from bench_operators import hardware
-
-        Path(output).write_text(json.dumps({"rows": rows, "hardware": hardware("cpu")}, indent=1) + "\n")
+        Path(output).write_text(json.dumps({"rows": rows, "hardware": hardware()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

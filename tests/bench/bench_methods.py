@@ -13,7 +13,6 @@ Dice: mean over labels above 100 voxels; "coarse": over the label groups of labe
 """
 
 import csv
-import hashlib
 import json
 import os
 import subprocess
@@ -24,8 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import fire
+from machine import ROOT, hardware, one_thread, peak_gib
 
-ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "methods_brain_t1_2mm.json"
 BEGIN, END = "<!-- made by tests/bench/bench_methods.py table -->\n", "<!-- end of the table -->\n"
 MIND = {"features": "mind"}
@@ -46,18 +45,16 @@ TOOLS = {"affine start": None, "ANTs SyN": "antspyx", "Greedy": "picsl_greedy", 
 MEASURES = ("dice", "dice_coarse", "folding_pct", "sdlogj")
 
 
-def peak_gib():
-    """Largest resident memory of this program (Linux)."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
-
-
 def cpu_seconds():
     """Of this process and of the programs that it has started."""
     return sum(os.times()[:4])
 
 
-def sha256(bundle, file="model.pt"):
-    return hashlib.sha256((ROOT / "bundles" / bundle / "models" / file).read_bytes()).hexdigest()
+def checksum(bundle, file="model.pt"):
+    """Of a bundle's weights."""
+    from common.pack import sha256
+
+    return sha256(ROOT / "bundles" / bundle / "models" / file)
 
 
 def run_bundle(name, data, overlay):
@@ -88,7 +85,7 @@ def run_bundle(name, data, overlay):
     columns = {"dice_before": "dice_before"} | columns
     means = {key: sum(float(r[c]) for r in rows) / len(rows) for key, c in columns.items() if c in rows[0]}
     file = Path(parser.get_parsed_content("weights")).name  # "" where none are needed
-    weights = sha256(bundle, file) if file else None
+    weights = checksum(bundle, file) if file else None
     return means | {"cpu_s": sum(times) / len(times), "pairs": len(rows), "weights": weights}
 
 
@@ -158,11 +155,11 @@ def child(name, data, output, *overlay):
 def measure(data, methods=None, overlay=None, output=str(RESULTS)):
     """Measure the methods named (separated by ";"), keeping the other rows of `output`; `overlay`: a config's name."""
     content = json.loads(Path(output).read_text()) if Path(output).exists() else {"rows": {}}
-    threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+    environment = one_thread() | {"ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1"}
     for name in methods.split(";") if methods else (*TOOLS, *BUNDLES):
         with tempfile.TemporaryDirectory() as folder:
             line = [sys.executable, __file__, "child", name, str(data), f"{folder}/row.json", *filter(None, [overlay])]
-            done = subprocess.run(line, env=os.environ | dict.fromkeys(threads, "1"), capture_output=True, text=True)
+            done = subprocess.run(line, env=environment, capture_output=True, text=True)
             if done.returncode:
                 print(f"{name}: not measured: {done.stderr.strip().splitlines()[-1]}", flush=True)
                 continue
@@ -170,9 +167,7 @@ def measure(data, methods=None, overlay=None, output=str(RESULTS)):
             row["measured"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
             content["rows"][name] = row
         print(name, json.dumps(row), flush=True)
-        from bench_operators import hardware
-
-        content["hardware"] = hardware("cpu")
+        content["hardware"] = hardware()
         Path(output).write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -211,7 +206,7 @@ def table(write=False):
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+    sys.path.insert(0, str(ROOT))
     if len(sys.argv) > 1 and sys.argv[1] == "child":
         child(*sys.argv[2:])
     else:

@@ -16,11 +16,7 @@ timed the operator's tests run: no numbers for an operator whose test is red.
 """
 
 import contextlib
-import importlib.metadata
-import importlib.util
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,7 +26,7 @@ from pathlib import Path
 
 import fire
 import torch
-from bench_sacb_net import ROOT, peak_gib
+from machine import ROOT, hardware, one_thread, peak_gib
 from operator_cases import CASES, Case, Way, floor_seconds
 from tqdm import tqdm
 
@@ -113,10 +109,6 @@ def run_tests(names: set[str], bar: tqdm) -> dict[str, str]:
         red = failed[0] if failed else f"{name}: pytest exit code {done.returncode}"
         outcome[name] = red if done.returncode else "green"
     return outcome
-
-
-def one_thread() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def run_child(job: dict) -> dict:
@@ -257,23 +249,6 @@ def verdict(ask: dict) -> str:
     met = {None: "not judged", True: "met", False: "NOT met"}[ask["met"]]
     of = {"reference": "of plain", "monai": "of MONAI", None: "s" if what == "time" else "MiB in all"}[ask["of"]]
     return f"{what} {ask['measured']:.3g} {of} (asked {ask['limit']}: {met})"
-
-
-def hardware(device: str) -> dict:
-    """What the figures depend on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    packages = {name: _version(name) for name in ("torch", "triton", "monai")}
-    gpu = {}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        gpu = {"gpu": properties.name, "gpu_gib": properties.total_memory / 2**30, "cuda": torch.version.cuda}
-    return {"cpu": model, "cores": os.cpu_count(), "threads": 1, "python": platform.python_version()} | packages | gpu
-
-
-def _version(package: str) -> str | None:
-    return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
 
 
 if __name__ == "__main__":

@@ -8,21 +8,15 @@ inverse error, backward and Adam, with `recompute` where the variant has all mod
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import fire
+from machine import ROOT, one_thread, peak_gib
 
-ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "bundles" / "residual_aligner")]
-
-
-def peak_gib():
-    """Largest resident memory of this program (Linux)."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def child(variant, size, training):
@@ -52,8 +46,7 @@ def main(size=(80, 96, 80), variants=("ran0", "ran3", "ran4", "ran4plus"), train
     for variant in [variants] if isinstance(variants, str) else variants:
         for kind in ("forward", "training step")[: 1 + training]:
             call = [sys.executable, __file__, "child", variant, json.dumps(size), str(int(kind != "forward"))]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            done = subprocess.run(call, env=environment, capture_output=True, text=True)
+            done = subprocess.run(call, env=one_thread(), capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr)
             row = {"variant": variant, "kind": kind, "size": list(size)} | json.loads(done.stdout)

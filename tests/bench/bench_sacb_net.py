@@ -12,15 +12,14 @@ our k-means over that of the converged one from the same and from evenly spaced 
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import fire
+from machine import ROOT, one_thread, peak_gib
 
-ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "bundles" / "sacb_net")]
 BUDGET = {"cpu_s": 0.3, "peak_gib": 0.6}  # what the project asks of ours / plain at full size
 
@@ -49,14 +48,6 @@ def network(variant, backend=None):
     weights = ROOT / "bundles" / "sacb_net" / "models" / "model.pt"
     net.load_state_dict(torch.load(weights, weights_only=True))
     return net.to(memory_format=torch.contiguous_format) if variant == "plain" else net
-
-
-def peak_gib():
-    """Largest resident memory of this program; Linux's ru_maxrss also counts what the parent held before exec."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def child(variant, path, repeats):
@@ -123,8 +114,8 @@ def clustering(path):
 
 
 def run_child(*arguments):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], env=env, capture_output=True, text=True)
+    call = [sys.executable, __file__, *map(str, arguments)]
+    done = subprocess.run(call, env=one_thread(), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -13,21 +13,19 @@ registers without pre-alignment or refinement; labels are interpolated once, by 
 runs one pair of the phantom, within two budgets of memory.
 """
 
-import hashlib
 import importlib.util
 import json
 import os
-import resource
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import fire
+from machine import ROOT, hardware, peak_gib
 
-ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "samconvex"
-sys.path[:0] = [str(ROOT), str(BUNDLE), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(BUNDLE)]
 VARIANTS = {  # options of the network, steps and similarity of the refinement
     "start": None,
     "package": None,
@@ -122,7 +120,7 @@ def in_a_process(work):
     read, write = os.pipe()
     if os.fork() == 0:
         os.close(read)
-        row = work() | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        row = work() | {"peak_gib": peak_gib()}
         with os.fdopen(write, "w") as file:
             file.write(json.dumps(row))
         os._exit(0)
@@ -155,10 +153,10 @@ def whole(limit, file):
 
 def report(rows, output):
     if output:
-        from bench_operators import hardware
+        from common.pack import sha256
 
-        found = hardware("cpu") | {name: version(name) for name in ("convexAdam",) if importlib.util.find_spec(name)}
-        weights = hashlib.sha256((BUNDLE / "models" / "model.pt").read_bytes()).hexdigest()
+        found = hardware() | {name: version(name) for name in ("convexAdam",) if importlib.util.find_spec(name)}
+        weights = sha256(BUNDLE / "models" / "model.pt")
         content = {"rows": rows, "weights": weights, "hardware": found}
         Path(output).write_text(json.dumps(content, indent=1) + "\n")
 

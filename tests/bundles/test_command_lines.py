@@ -67,6 +67,7 @@ SMALL = {
     "bench_operators.py": {"--cases": "kmeans", "--scale": "0.1", "--repeats": "1", "--check": "False"},
     "bench_dual_flownet.py consistency": {"--spacing": "9"},
     "bench_dual_flownet.py table2": {"--spacing": "4.5"},
+    "bench_dual_flownet.py raw": {"--spacing": "9", "--minimum": "0"},
     "bench_dual_flownet.py cost": {"--size": "16,16,16", "--variants": "GFN"},
     "bench_samconvex.py accuracy": {"--variants": "start;mind", "--output": "rows.json"},
     "bench_samconvex.py levels": {"--output": "rows.json"},

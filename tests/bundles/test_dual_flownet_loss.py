@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from dual_flownet_cases import MODES, SIZE, SMALL, bold, scans
 
-from common.losses import dice, diffusion, lncc
+from common.losses import dice, diffusion, label_dice, lncc
 from common.ops import warp
 from dual_flownet import DualFlowLoss, DualFlowNet
 
@@ -65,25 +65,6 @@ def test_a_batch_counts_as_its_pairs(mode: str) -> None:
     assert abs(alone[0] - alone[1]) > 0.1
 
 
-def test_dice_of_the_labels() -> None:
-    """A step of two voxels known in closed form; what is unknown in the fixed scan, or a scan without labels."""
-    label = torch.zeros(1, 2, 8, 6, 5)
-    label[:, 0, 2:4], label[:, 1, 4:6] = 2, 2  # two slices, moved by two voxels
-    disp = torch.zeros(1, 3, 8, 6, 5)
-    loss = DualFlowLoss(label_weight=1.0)
-    assert loss.label_dice(disp, label) == 1
-    disp[:, 0] = -1
-    assert loss.label_dice(disp, label).item() == pytest.approx(0.5, abs=1e-4)  # 2 x 1 slice of 2 + 2
-    disp[:, 0] = -2
-    assert loss.label_dice(disp, label).item() == pytest.approx(0, abs=1e-4)
-    label[:, 1, 5] = -1  # then one slice of each is compared
-    assert loss.label_dice(disp, label).item() == pytest.approx(0, abs=1e-4)
-    label[:, 0, 2:4, :3] = -1  # as the half of the moving scan's slices, of which nobody says what they are
-    assert loss.label_dice(disp, label).item() == pytest.approx(0, abs=1e-4)
-    label[:, 0] = -1
-    assert loss.label_dice(disp, label) == 0
-
-
 def test_dice_of_the_labels_moves_the_flows(step: tuple) -> None:
     result, image, label = step
     with_labels = DualFlowLoss(window=3, label_weight=2.0).terms(result, image, label)
@@ -91,13 +72,20 @@ def test_dice_of_the_labels_moves_the_flows(step: tuple) -> None:
     assert set(with_labels) == {*plain, "labels"}
     gradients = torch.autograd.grad(with_labels["labels"], [result.disp_region, result.disp_global])
     assert all(g.abs().max() > 1e-6 for g in gradients)
-    expected = dice(
-        *(
-            torch.cat([warp((part == c).float(), disp) for c in (1, 2, 3)], 1)
-            for part, disp in ((label[:, :1], result.disp), (label[:, 1:], torch.zeros_like(result.disp)))
-        )
-    )
+    expected = label_dice(result.disp, label[:, :1], label[:, 1:])
     torch.testing.assert_close(with_labels["labels"], 2 * expected)
+
+
+def test_labels_finer_than_the_classes(step: tuple) -> None:
+    """The segmentation is taught the classes that the labels are parts of, the flows the labels themselves."""
+    result, image, _ = step
+    label = torch.randint(-1, 6, (1, 2, *SIZE)).float()
+    classes = torch.tensor([0, 1, 1, 2, 3, 3, -1])[label.long()].float()
+    fine = DualFlowLoss(window=3, label_weight=2.0, class_of=[1, 1, 2, 3, 3]).terms(result, image, label)
+    coarse = DualFlowLoss(window=3, label_weight=2.0).terms(result, image, classes)
+    torch.testing.assert_close(fine["seg"], coarse["seg"])
+    torch.testing.assert_close(fine["labels"], 2 * label_dice(result.disp, label[:, :1], label[:, 1:]))
+    assert (fine["labels"] - coarse["labels"]).abs() > 0.05
 
 
 def test_segmentation_loss_known_values() -> None:

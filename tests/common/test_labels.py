@@ -19,7 +19,8 @@ def dataset(tmp_path: Path) -> str:
         "2": {"name": "Stem", "members": [35]},
         "3": {"name": "Left Cortex", "members": [101, 103]},
     }
-    full = {str(code): f"name {code}" for code in (0, 35, 46, 63, 100, 101, 102, 103)}
+    full = {str(code): f"name {code}" for code in (0, 35, 46, 63)}
+    full |= {"100": "Right Gyrus", "101": "Left Gyrus", "102": "Right Pole", "103": "Left Pole"}
     (tmp_path / "labels.json").write_text(json.dumps({"coarse27": groups, "full": full}))
     return str(tmp_path)
 
@@ -32,7 +33,7 @@ def test_table_of_a_dataset(dataset: str) -> None:
 
 def test_table_without_a_dataset(tmp_path: Path) -> None:
     """Nothing is known about sides then, which is not the same as that there are none."""
-    assert label_table(3, dataset_dir=str(tmp_path)) == ([[1], [2], [3]], [], None)
+    assert label_table(3, dataset_dir=str(tmp_path)) == ([[1], [2], [3]], [], None, None)
     assert label_table(3, mirrored=[], dataset_dir=str(tmp_path)).mirrored == []
     assert label_table(2, dataset_dir=None).classes == [[1], [2]]
 
@@ -40,7 +41,20 @@ def test_table_without_a_dataset(tmp_path: Path) -> None:
 def test_table_by_hand(dataset: str) -> None:
     """What is given wins over labels.json, whose unused codes are not taken then either."""
     table = label_table(2, codes=[7, [8, 9]], ignored=[5, 8], mirrored=[[2, 1]], dataset_dir=dataset)
-    assert table == ([[7], [8, 9]], [5], [(2, 1)])
+    assert table == ([[7], [8, 9]], [5], [(2, 1)], None)
+
+
+def test_table_of_single_codes(dataset: str) -> None:
+    """Sides by the names of the codes, whatever the groups are called; or of the classes given, code by code."""
+    table = label_table(3, dataset_dir=dataset, fine=True)
+    assert table.classes == [[100], [102], [35], [101], [103]] and table.class_of == [1, 1, 2, 3, 3]
+    assert table.ignored == [46, 63] and table.mirrored == [(1, 4), (2, 5)]
+    by_hand = {"codes": [7, [8, 9], [1, 2]], "fine": True}
+    classes, class_of = [[7], [8], [9], [1], [2]], [1, 2, 2, 3, 3]
+    assert label_table(3, mirrored=[[3, 2]], **by_hand) == (classes, [], [(4, 2), (5, 3)], class_of)
+    assert label_table(3, **by_hand).mirrored is None
+    with pytest.raises(InputError, match=r"\[1, 2\] have 1 and 2 codes, --fine_labels needs as many"):
+        label_table(3, mirrored=[[1, 2]], **by_hand)
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,45 @@ def test_dice() -> None:
     assert losses.dice(half, torch.ones_like(half)).item() == pytest.approx(1 - 2 * 4 / 12, abs=1e-4)
 
 
+def one_hot(label: Tensor, number: int) -> Tensor:
+    """Masks (B, number, I, J, K) of the labels 1, 2, ..., number."""
+    return (label == torch.arange(1, number + 1).view(1, -1, 1, 1, 1)).float()
+
+
+@pytest.mark.parametrize("size", ((9, 8, 7), (1, 6, 5)))
+def test_label_dice_is_dice_of_warped_masks(size: tuple[int, int, int]) -> None:
+    """Value and gradient against a mask for each label; unknown voxels, an unused label, a motion out of the grid."""
+    moving, fixed = (torch.randint(-1, 7, (2, 1, *size)) for _ in range(2))
+    moving[moving == 4], fixed[fixed == 4] = 0, 0
+    disp = (3 * torch.randn(2, 3, *size)).requires_grad_()
+    found = losses.label_dice(disp, moving.float(), fixed.float())
+    known = warp((moving >= 0).float(), disp.detach()) * (fixed >= 0)
+    masks = warp(one_hot(moving, 6), disp) * known, one_hot(fixed, 6) * known
+    expected = sum(losses.dice(masks[0][n : n + 1], masks[1][n : n + 1]) for n in (0, 1)) / 2
+    torch.testing.assert_close(found, expected)
+    grads = (torch.autograd.grad(value, disp)[0] for value in (found, expected))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
+
+
+def test_label_dice_known_values() -> None:
+    """A step of two voxels known in closed form; what is unknown in one of the maps; maps without a label."""
+    moving, fixed = torch.zeros(1, 1, 8, 6, 5), torch.zeros(1, 1, 8, 6, 5)
+    moving[..., 2:4, :, :], fixed[..., 4:6, :, :] = 2, 2  # two slices, moved by two voxels
+    disp = torch.zeros(1, 3, 8, 6, 5)
+    assert losses.label_dice(disp, moving, fixed) == 1
+    disp[:, 0] = -1
+    assert losses.label_dice(disp, moving, fixed).item() == pytest.approx(0.5, abs=1e-4)  # 2 x 1 slice of 2 + 2
+    disp[:, 0] = -2
+    assert losses.label_dice(disp, moving, fixed).item() == pytest.approx(0, abs=1e-4)
+    fixed[..., 5, :, :] = -1  # then one slice of each is compared
+    assert losses.label_dice(disp, moving, fixed).item() == pytest.approx(0, abs=1e-4)
+    moving[..., 2:4, :3, :] = -1  # as the half of the moving scan's slices, of which nobody says what they are
+    assert losses.label_dice(disp, moving, fixed).item() == pytest.approx(0, abs=1e-4)
+    for without in (-torch.ones_like(moving), torch.zeros_like(moving)):
+        assert losses.label_dice(disp, without, without) == 0
+    assert losses.label_dice(disp, -torch.ones_like(moving), fixed) == 0
+
+
 def test_registration_loss_with_edges() -> None:
     """The fixed scan is the one whose edges count."""
     moving, fixed = pair((8, 9, 7))

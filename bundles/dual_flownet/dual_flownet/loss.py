@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.losses import dice, diffusion, lncc
+from common.losses import dice, diffusion, label_dice, lncc
 from common.ops import warp
 from dual_flownet.network import Registration
 
@@ -28,6 +28,8 @@ class DualFlowLoss(nn.Module):
         seg_weight: of L_seg, which eq. 12 does not contain.
         dice_weight: of the soft Dice in L_seg; the paper has none.
         label_weight: of L_labels, which the paper does not have either.
+        class_of: class of the segmentation that label n is a part of, at n - 1, where labels are finer than those
+            classes: L_labels then compares label by label. None where they are the classes.
         window: of the LNCC, in voxels.
         region_reduction: of the LNCC over the volumes of the classes: "roi" averages over the classes weighted by the
             fixed scan's probabilities, "mean" over all classes and voxels, "sum" is the mean times their number.
@@ -47,6 +49,7 @@ class DualFlowLoss(nn.Module):
         seg_weight: float = 1.0,
         dice_weight: float = 0.0,
         label_weight: float = 0.0,
+        class_of: list[int] | None = None,
         window: int = 9,
         region_reduction: str = "roi",
     ) -> None:
@@ -57,9 +60,11 @@ class DualFlowLoss(nn.Module):
         self.alpha, self.beta, self.gamma, self.eta = alpha, beta, gamma, eta
         self.seg_weight, self.dice_weight, self.label_weight = seg_weight, dice_weight, label_weight
         self.window, self.region_reduction = window, region_reduction
+        classes = None if class_of is None else torch.tensor([0, *class_of, -1])  # the last one is that of label -1
+        self.register_buffer("class_of", classes, persistent=False)
 
     def forward(self, result: Registration, image: Tensor, label: Tensor) -> Tensor:
-        """Mean of the pairs' losses; `label` (B, 2, I, J, K): the classes of moving and fixed scan, -1 for unknown.
+        """Mean of the pairs' losses; `label` (B, 2, I, J, K): of moving and fixed scan, 0 background, -1 unknown.
 
         Pair by pair, because the terms divide by sums over regions: a batch then counts as the same pairs on two GPUs.
         """
@@ -71,8 +76,9 @@ class DualFlowLoss(nn.Module):
         moving, fixed = image.chunk(2, dim=1)
         terms = {}
         if result.disp_region is not None:
-            both = zip((result.logits_moving, result.logits_fixed), label.chunk(2, dim=1))
-            terms["seg"] = self.seg_weight * sum(self.segmentation(logits, classes) for logits, classes in both)
+            classes = label if self.class_of is None else self.class_of.to(label.device)[label.long()]
+            both = zip((result.logits_moving, result.logits_fixed), classes.chunk(2, dim=1))
+            terms["seg"] = self.seg_weight * sum(self.segmentation(logits, target) for logits, target in both)
             fit = self.region_lncc(warp(result.roi_moving, result.disp_region), result, channels=moving.shape[1])
             terms["region"] = fit + self.alpha * diffusion(result.disp_region)
         if result.disp_global is not None:
@@ -83,17 +89,8 @@ class DualFlowLoss(nn.Module):
             fit = lncc(warp(fixed, result.disp_inverse), region_warped, window=self.window)
             terms["rcc"] = self.eta * (fit + self.gamma * diffusion(result.disp_inverse))
         if self.label_weight:
-            terms["labels"] = self.label_weight * self.label_dice(result.disp, label)
+            terms["labels"] = self.label_weight * label_dice(result.disp, *label.chunk(2, dim=1))
         return terms
-
-    def label_dice(self, disp: Tensor, label: Tensor) -> Tensor:
-        """L_labels; `label` as in `forward`. What is unknown in either scan is not compared."""
-        known = label >= 0
-        if not known.flatten(2).any(2).all() or label.max() < 1:
-            return disp.new_zeros(())
-        moving, fixed = (self.one_hot(x, int(label.max()) + 1) for x in label.chunk(2, dim=1))
-        known = warp(known[:, :1].to(disp.dtype), disp.detach()) * known[:, 1:]
-        return dice(warp(moving.to(disp.dtype), disp) * known, fixed * known)
 
     @staticmethod
     def one_hot(classes: Tensor, number: int) -> Tensor:
