@@ -109,6 +109,23 @@ def test_a_label_file_that_is_missing(options: dict, dataset: Path, tmp_path: Pa
         strict(lost)
 
 
+@pytest.mark.parametrize("fine", (True, False))
+def test_fine_labels(fine: bool, dataset: Path, tmp_path: Path) -> None:
+    """train.json gives the loss the single codes and what they belong to; the network keeps its classes."""
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE / "configs" / "train.json"))
+    given = {"bundle_root": str(BUNDLE), "dataset_dir": str(dataset), "output_dir": str(tmp_path), "spacing": COARSE}
+    given |= {"label_codes": [[1, 2, 3], [4, 5, 6, 7, 8, 9]], "mirrored_classes": [], "network_def::classes": 2}
+    parser.update(given | {"fine_labels": fine, "label_weight": 1.0, "rotation": 0})
+    step, (pair, *_) = parser.get_parsed_content("train::network"), parser.get_parsed_content("train::dataset")
+    assert pair["label"].unique().tolist() == list(range(10 if fine else 3))
+    loss = parser.get_parsed_content("loss")
+    expected = [0, 1, 1, 1, 2, 2, 2, 2, 2, 2, -1]
+    assert loss.class_of.tolist() == expected if fine else loss.class_of is None
+    step(pair["image"][None].as_tensor(), pair["label"][None].as_tensor()).backward()
+    assert parser.get_parsed_content("network_def").seg_cnn(torch.rand(1, 1, 16, 16, 16))[0].shape[1] == 3
+
+
 def test_training_has_the_settings_of_the_paper() -> None:
     """Section 5.1.3: Adam at 1e-4, 20,000 iterations, mirroring, 25 degrees, the loss weights; labels of all scans."""
     config = json.loads((BUNDLE / "configs" / "train.json").read_text())
