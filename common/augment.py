@@ -1,4 +1,4 @@
-"""Random mirroring and rotation of a packed training pair, both scans and their classes alike."""
+"""Random mirroring and rotation of a packed training pair, both scans and their classes alike; deformation of each."""
 
 import math
 from collections.abc import Hashable, Mapping
@@ -85,10 +85,44 @@ class RotatePaird(Transform):
         data = dict(data)
         if not self.degrees:
             return data
-        image = data["image"].as_tensor()
-        disp = rotation_displacement(random_rotation(self.degrees), tuple(image.shape[1:]))
-        turned = {"image": warp(image[None], disp, padding="zeros")[0]}
-        if "label" in data:
-            label = data["label"].as_tensor()[None] - UNKNOWN  # what warp fills the outside with, 0, means unknown
-            turned["label"] = warp(label, disp, mode="nearest", padding="zeros")[0] + UNKNOWN
-        return data | {key: MetaTensor(value, meta=dict(data[key].meta)) for key, value in turned.items()}
+        disp = rotation_displacement(random_rotation(self.degrees), tuple(data["image"].shape[1:]))
+        return data | {key: _pulled(data[key], key, [disp]) for key in ("image", "label") if key in data}
+
+
+class DeformPaird(Transform):
+    """Deform each scan of "image" and, if there, its half of "label" by a smooth random displacement of its own.
+
+    The displacement is interpolated, linearly along each axis, from normal numbers at control points. Outside the old
+    grid scans are 0 and classes unknown.
+
+    Args:
+        amplitude: standard deviation at the control points, in voxels; 0 leaves the pair as it is.
+        distance: of the control points, in voxels; a displacement folds where neighbours differ by more than this.
+    """
+
+    def __init__(self, amplitude: float = 0.0, *, distance: int = 16) -> None:
+        if amplitude < 0:
+            raise ValueError(f"DeformPaird() 'amplitude' must be >= 0, got {amplitude}")
+        if distance < 1:
+            raise ValueError(f"DeformPaird() 'distance' must be >= 1, got {distance}")
+        self.amplitude, self.distance = amplitude, distance
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        if not self.amplitude:
+            return data
+        disps = [self._displacement(tuple(data["image"].shape[1:])) for _ in ("moving", "fixed")]
+        return data | {key: _pulled(data[key], key, disps) for key in ("image", "label") if key in data}
+
+    def _displacement(self, size: tuple[int, int, int]) -> Tensor:
+        points = self.amplitude * torch.randn(1, 3, *(1 + math.ceil((n - 1) / self.distance) for n in size))
+        return F.interpolate(points, size=size, mode="trilinear", align_corners=True)
+
+
+def _pulled(value: MetaTensor, key: str, disps: list[Tensor]) -> MetaTensor:
+    """A packed "image" or "label", as many parts as displacements, each sampled along its own."""
+    parts, label = value.as_tensor()[None].chunk(len(disps), dim=1), key == "label"
+    shift = UNKNOWN if label else 0  # what warp fills the outside with, 0, means unknown in a label
+    mode = "nearest" if label else "linear"
+    moved = [warp(part - shift, disp, mode=mode, padding="zeros") + shift for part, disp in zip(parts, disps)]
+    return MetaTensor(torch.cat(moved, dim=1)[0], meta=dict(value.meta))

@@ -117,8 +117,9 @@ def test_fine_labels(fine: bool, dataset: Path, tmp_path: Path) -> None:
     given = {"bundle_root": str(BUNDLE), "dataset_dir": str(dataset), "output_dir": str(tmp_path), "spacing": COARSE}
     given |= {"label_codes": [[1, 2, 3], [4, 5, 6, 7, 8, 9]], "mirrored_classes": [], "network_def::classes": 2}
     parser.update(given | {"fine_labels": fine, "label_weight": 1.0, "rotation": 0})
+    parser.update({"deformation": 0.5, "contrast_prob": 1.0})
     step, (pair, *_) = parser.get_parsed_content("train::network"), parser.get_parsed_content("train::dataset")
-    assert pair["label"].unique().tolist() == list(range(10 if fine else 3))
+    assert set(pair["label"].unique().tolist()) == {-1, *range(10 if fine else 3)}, "-1 from outside the grid"
     loss = parser.get_parsed_content("loss")
     expected = [0, 1, 1, 1, 2, 2, 2, 2, 2, 2, -1]
     assert loss.class_of.tolist() == expected if fine else loss.class_of is None
@@ -133,6 +134,7 @@ def test_training_has_the_settings_of_the_paper() -> None:
     assert config["learning_rate"] == 1e-4 and config["lr_decay"] == 0
     assert config["optimizer"]["_target_"] == "torch.optim.Adam"
     assert config["mirror_prob"] == 0.5 and config["rotation"] == 25
+    assert config["deformation"] == config["contrast_prob"] == 0
     assert [config[name] for name in ("alpha", "beta", "gamma", "eta")] == [1, 1, 1, 0.5]
     assert config["labelled"] is None and config["network_def"]["mode"] == "both+rcc"
     wide = json.loads((BUNDLE / "configs" / "wide.json").read_text())

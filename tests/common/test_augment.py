@@ -110,7 +110,35 @@ def test_rotation_turns_scan_and_classes_together() -> None:
     assert "label" not in augment.RotatePaird(25.0)({"image": data["image"]})
 
 
+def test_deformation_moves_each_scan_with_its_classes() -> None:
+    """A box and its label map: the box is where its class is, elsewhere in the moving than in the fixed scan."""
+    box = torch.zeros(4, 20, 20, 20)  # two channels a scan
+    box[:, 4:12, 6:16, 5:11] = 1
+    data = {"image": MetaTensor(box.clone()), "label": MetaTensor(box[:2].clone())}
+    image, label = plain(augment.DeformPaird(2.0, distance=8)(data))
+    assert torch.equal(image[0], image[1]) and torch.equal(image[2], image[3])
+    for n, scan in enumerate((image[0], image[2])):
+        sure = (scan - 0.5).abs() > 0.49
+        assert torch.equal((scan > 0.5)[sure], (label[n] == 1)[sure]) and (scan - box[0]).abs().max() > 0.5
+    assert (image[0] - image[2]).abs().max() > 0.5
+    assert augment.DeformPaird(0.0)(data)["image"] is data["image"]
+    assert "label" not in augment.DeformPaird(2.0)({"image": data["image"]})
+
+
+def test_deformation_is_as_large_as_asked_and_smooth() -> None:
+    transform, every = augment.DeformPaird(1.5, distance=16), []
+    for _ in range(20):
+        disp = transform._displacement((33, 49, 17))
+        assert disp.shape == (1, 3, 33, 49, 17) and disp.diff(dim=2).abs().max() < 1
+        every.append(disp[:, :, ::16, ::16, ::16])  # at the control points
+    assert float(torch.cat(every).std()) == pytest.approx(1.5, rel=0.05)
+
+
 def test_rejects() -> None:
+    with pytest.raises(ValueError, match=r"DeformPaird\(\) 'amplitude' must be >= 0, got -1"):
+        augment.DeformPaird(-1)
+    with pytest.raises(ValueError, match=r"DeformPaird\(\) 'distance' must be >= 1, got 0"):
+        augment.DeformPaird(1.0, distance=0)
     with pytest.raises(ValueError, match=r"MirrorPaird\(\) 'prob' must be one or three numbers from 0 to 1, got 1.5"):
         augment.MirrorPaird(1.5)
     with pytest.raises(ValueError, match=r"'prob' must be one or three numbers"):
