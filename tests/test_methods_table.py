@@ -68,6 +68,19 @@ def test_results_of_dual_flownet_belong_to_its_weights(bench) -> None:
             assert " | ".join([*columns, f"{row['sdlogj']:.2f}"]) + " |" in card
 
 
+def test_raw_scans_of_dual_flownet_belong_to_its_weights(bench) -> None:
+    """Otherwise: python tests/bench/bench_dual_flownet.py raw. README and card say the same."""
+    rows = json.loads(bench.RESULTS.with_name("dual_flownet_raw.json").read_text())["rows"]
+    texts = [(bench.ROOT / path).read_text() for path in ("README.md", "bundles/dual_flownet/docs/README.md")]
+    assert [row["row"] for row in rows] == ["different people", "one person"]
+    for row in rows:
+        assert row["weights"] == bench.checksum("dual_flownet")
+        assert sum(row["dice_of_pairs"].values()) / len(row["dice_of_pairs"]) == pytest.approx(row["dice"])
+        columns = [f"{row[key]:.3f}" for key in ("affine", "dice", "folding_pct")]
+        assert f"| {len(row['dice_of_pairs'])} | {' | '.join(columns)} |" in texts[1]
+    assert f"| {rows[0]['affine']:.3f} | 0.584 | {rows[0]['dice']:.3f} |" in texts[0]
+
+
 def test_every_bundle_has_a_row(bench) -> None:
     bundles = [path.name for path in (bench.ROOT / "bundles").iterdir() if path.is_dir()]
     assert sorted({bundle for bundle, _ in bench.BUNDLES.values()}) == sorted(bundles)

@@ -86,7 +86,8 @@ def run_bundle(name, data, overlay):
     means = {key: sum(float(r[c]) for r in rows) / len(rows) for key, c in columns.items() if c in rows[0]}
     file = Path(parser.get_parsed_content("weights")).name  # "" where none are needed
     weights = checksum(bundle, file) if file else None
-    return means | {"cpu_s": sum(times) / len(times), "pairs": len(rows), "weights": weights}
+    found = {"cpu_s": sum(times) / len(times), "pairs": len(rows), "weights": weights}
+    return means | found | {"dice_of_pairs": {row["id"]: float(row["dice_after"]) for row in rows}}
 
 
 def displacement(tool, moving, fixed, folder):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,11 @@ def bundle(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pairs(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Tensor]]:
+def pairs(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[Tensor, Tensor | None]]]:
     """A folder with images of two sizes and nothing else, and what the eager network makes of them.
+
+    Dual-FlowNet in float64, and how far float32 is from that: its steep flows make much of the rounding, differently
+    with one thread or two.
 
     SAMConvex of the second with the layers that exports hold: summing in another order than the lean ones do, these
     choose another of nearly equal offsets in a tenth of the phantom's voxels there.
@@ -74,7 +78,12 @@ def pairs(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
             if n > 0 and bundle.name == "samconvex":
                 patch.setattr(torch.compiler, "is_exporting", lambda: True)
             expected.append(net(image))
-        assert expected[n].abs().mean() > 0.05
+            if bundle.name == "dual_flownet":
+                exact = deepcopy(net).double()(image.double()).float()
+                expected[n] = exact, (expected[n] - exact).abs()
+            else:
+                expected[n] = expected[n], None
+        assert expected[n][0].abs().mean() > 0.05
     return folder, expected
 
 
@@ -87,13 +96,17 @@ def alone(folder: Path, code: str, *blocked: str) -> str:
     return done.stdout
 
 
-def compare(found: Tensor, expected: Tensor, name: str) -> None:
+def compare(found: Tensor, expected: Tensor, rounding: Tensor | None, name: str) -> None:
     """Not every voxel: where two k-means clusters or two offsets of a cost volume are equally good, rounding decides,
-    and smoothing carries that to the neighbourhood."""
+    and smoothing carries that to the neighbourhood. Where the rounding of torch is known, three times that."""
     assert found.shape == expected.shape
     error = (found - expected).abs()
     assert error.mean() <= 3e-3 * expected.abs().mean()
-    assert (error <= 1e-3).double().mean() >= (0.95 if name == "samconvex" else 0.99)
+    if rounding is None:
+        assert (error <= 1e-3).double().mean() >= (0.95 if name == "samconvex" else 0.99)
+    else:
+        assert error.mean() <= 3 * rounding.mean() and rounding.mean() <= 1e-3
+        assert error.flatten().quantile(0.99) <= 3 * rounding.flatten().quantile(0.99)
 
 
 def options(bundle: Path, output: Path, size: tuple[int, int, int] = SIZES[0]) -> dict:
@@ -109,47 +122,39 @@ def options(bundle: Path, output: Path, size: tuple[int, int, int] = SIZES[0]) -
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_torchscript(bundle: Path, pairs: tuple[Path, list[Tensor]]) -> None:
+def test_torchscript(bundle: Path, pairs: tuple) -> None:
     """Traced on one size by MONAI's ckpt_export, it takes any other, too."""
     folder, expected = pairs
     ckpt_export(**options(bundle, folder / "model.ts"), use_trace=True)
     assert "monai_registration" not in str(torch.jit.load(folder / "model.ts").inlined_graph), "an operator of ours"
     alone(folder, TORCH.format(load="torch.jit.load('model.ts')", sizes=[0, 1], other=0))
     for n, value in enumerate(expected):
-        compare(torch.load(folder / f"found{n}.pt"), value, bundle.name)
+        compare(torch.load(folder / f"found{n}.pt"), *value, bundle.name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("own", (0, 1))
-def test_onnx(own: int, bundle: Path, pairs: tuple[Path, list[Tensor]]) -> None:
-    """MONAI's onnx_export; the graph has the size of its example, and onnxruntime refuses another.
-
-    Dual-FlowNet is compared with itself in float64: where its two flows are steep, the rounding of torch and that of
-    onnxruntime each move up to 1 % of the phantom's voxels by 1e-3 and more.
-    """
+def test_onnx(own: int, bundle: Path, pairs: tuple) -> None:
+    """MONAI's onnx_export; the graph has the size of its example, and onnxruntime refuses another."""
     pytest.importorskip("onnxruntime", reason="onnxruntime of the extra [export] is not installed")
     folder, expected = pairs
-    if bundle.name == "dual_flownet":
-        net = load_weights(network_of(bundle), bundle / "models" / "model.pt").eval().double()
-        with torch.no_grad():
-            expected = [net(torch.load(folder / f"image{n}.pt").double()).float() for n in range(len(SIZES))]
     # onnxruntime optimizes by itself, the exporter takes minutes for it; MONAI hands options on with use_trace only.
     # onnxscript gives a convolution without bias one of the wrong shape, which its optimizer takes away.
     quick = {"use_trace": True, "converter_kwargs": {"optimize": bundle.name == "samconvex"}}
     onnx_export(**options(bundle, folder / "model.onnx", SIZES[own]), **quick)
     assert "refused: " in alone(folder, ONNX.format(own=own, other=1 - own), "torch")
-    compare(torch.from_numpy(np.load(folder / f"found{own}.npy")), expected[own], bundle.name)
+    compare(torch.from_numpy(np.load(folder / f"found{own}.npy")), *expected[own], bundle.name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("own", (0, 1))
-def test_torch_export(own: int, bundle: Path, pairs: tuple[Path, list[Tensor]]) -> None:
+def test_torch_export(own: int, bundle: Path, pairs: tuple) -> None:
     """Our command; the program has the size it was made for and refuses another."""
     folder, expected = pairs
     export(str(bundle), folder / "model.pt2", size=SIZES[own])
     told = alone(folder, TORCH.format(load="torch.export.load('model.pt2').module()", sizes=[own], other=1 - own))
     assert "refused: Guard failed: image.size()[2]" in told
-    compare(torch.load(folder / f"found{own}.pt"), expected[own], bundle.name)
+    compare(torch.load(folder / f"found{own}.pt"), *expected[own], bundle.name)
     program = torch.export.load(folder / "model.pt2")
     assert not [node for node in program.graph.nodes if "monai_registration" in str(node.target)], "operator of ours"
 
