@@ -90,14 +90,14 @@ class RotatePaird(Transform):
 
 
 class DeformPaird(Transform):
-    """Deform each scan of "image" and, if there, its half of "label" by a smooth random displacement of its own.
+    """Deform each scan of "image" and, if there, its half of "label" by a random displacement of its own.
 
     The displacement is interpolated, linearly along each axis, from normal numbers at control points. Outside the old
     grid scans are 0 and classes unknown.
 
     Args:
         amplitude: standard deviation at the control points, in voxels; 0 leaves the pair as it is.
-        distance: of the control points, in voxels; a displacement folds where neighbours differ by more than this.
+        distance: of the control points, in voxels, at most.
     """
 
     def __init__(self, amplitude: float = 0.0, *, distance: int = 16) -> None:

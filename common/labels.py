@@ -47,7 +47,8 @@ def label_table(
         dataset_dir: folder that may have a labels.json.
         group: name of the groups there.
         fine: make each code a class of its own, in their order, and tell in `class_of` where it belongs. Left and right
-            of codes are by their names in labels.json, or else those of `mirrored`, code by code.
+            of codes are by their names in labels.json if those of all codes tell it, or else those of `mirrored`, code
+            by code.
 
     Raises:
         InputError: another number of entries than classes, what is no code, a code in two of them, a pair that names no
@@ -83,8 +84,9 @@ def label_table(
     ignored = sorted(set(ignored or []) - set(known) - {0})
     if not fine:
         return LabelTable(members, ignored, mirrored)
-    if sides is None and mirrored is not None:
-        sides = _code_by_code(members, mirrored)
+    both_sides = {code for pair in mirrored or [] for n in pair for code in members[n - 1]}
+    if mirrored is not None and (sides is None or not both_sides <= {known[n - 1] for pair in sides for n in pair}):
+        sides = _code_by_code(members, mirrored)  # nobody, or not everybody, has a name that tells the side
     class_of = [number for number, entry in enumerate(members, 1) for _ in entry]
     return LabelTable([[code] for code in known], ignored, sides, class_of)
 

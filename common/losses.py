@@ -229,7 +229,7 @@ def _label_dice(disp: Tensor, moving: Tensor, fixed: Tensor, eps: float) -> Tens
     for axis, n in enumerate(size):
         shape = [-1 if a == axis else 1 for a in range(3)]
         at = (torch.arange(n, dtype=disp.dtype, device=disp.device).view(shape) + disp[axis]).clamp(0, n - 1)
-        low.append(at.detach().floor().long().clamp(max=max(n - 2, 0)))
+        low.append(at.detach().floor().long().clamp(0, max(n - 2, 0)))  # of a NaN, too
         part.append(at - low[-1])
     corners = []  # label and weight of each
     for corner in product((0, 1), repeat=3):
@@ -241,7 +241,7 @@ def _label_dice(disp: Tensor, moving: Tensor, fixed: Tensor, eps: float) -> Tens
     def sums(values: Tensor, label: Tensor) -> Tensor:
         return values.new_zeros(number).index_add(0, label.clamp(min=0).flatten(), values.flatten())[1:]
 
-    a = sum(sums(weight * known * (label > 0), label) for label, weight in corners)
+    a = sum(sums(weight * known, label) for label, weight in corners)
     b = sums(known, fixed)
     both = sums(known.square() * sum(weight * (label == fixed) for label, weight in corners), fixed)
     score, present = 2 * both / (a + b + eps), (a + b > 0).to(a.dtype)

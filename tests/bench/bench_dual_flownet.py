@@ -127,7 +127,7 @@ def table2(data, gfn=None, rfn=None, grfn=None, dfn=None, overlay=None, spacing=
         configs = ["inference", "evaluate", *filter(None, [overlay]), f"table2_{name}"]
         options = {"dataset_dir": Path(data).resolve(), "weights": Path(weights).resolve()}
         pairs = registered(configs, options | ({"spacing": spacing} if spacing else {}))
-        rows.append(summary(name.upper(), pairs, columns) | {"weights": sha256(weights)})
+        rows.append(summary(name.upper(), pairs, columns) | {"weights": sha256(Path(weights))})
     report(rows, output)
 
 
@@ -234,7 +234,8 @@ def consistency(data, grfn=None, dfn=None, spacing=4.0, steps=60, learning_rate=
         row = measure(net.eval(), scans, pairs, spacing)
         errors = ", ".join(f"{key} {row[key]:.4f} mm" for key in ("inverse", "fixed point", "both ways", "flow"))
         print(f"{name:5s} {errors}; Dice {row['dice']:.4f}", flush=True)
-        rows.append({"row": name, "spacing_mm": spacing} | row | {"weights": sha256(weights) if weights else None})
+        row |= {"weights": sha256(Path(weights)) if weights else None}
+        rows.append({"row": name, "spacing_mm": spacing} | row)
     report(rows, output)
 
 

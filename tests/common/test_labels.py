@@ -49,6 +49,10 @@ def test_table_of_single_codes(dataset: str) -> None:
     table = label_table(3, dataset_dir=dataset, fine=True)
     assert table.classes == [[100], [102], [35], [101], [103]] and table.class_of == [1, 1, 2, 3, 3]
     assert table.ignored == [46, 63] and table.mirrored == [(1, 4), (2, 5)]
+    names = json.loads(Path(dataset, "labels.json").read_text())
+    names["full"] |= {"102": "Pole R", "103": "Pole L"}  # then the order in the groups tells it, for all codes
+    Path(dataset, "labels.json").write_text(json.dumps(names))
+    assert label_table(3, dataset_dir=dataset, fine=True).mirrored == [(1, 4), (2, 5)]
     by_hand = {"codes": [7, [8, 9], [1, 2]], "fine": True}
     classes, class_of = [[7], [8], [9], [1], [2]], [1, 2, 2, 3, 3]
     assert label_table(3, mirrored=[[3, 2]], **by_hand) == (classes, [], [(4, 2), (5, 3)], class_of)

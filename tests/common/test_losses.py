@@ -287,6 +287,8 @@ def test_label_dice_known_values() -> None:
     for without in (-torch.ones_like(moving), torch.zeros_like(moving)):
         assert losses.label_dice(disp, without, without) == 0
     assert losses.label_dice(disp, -torch.ones_like(moving), fixed) == 0
+    disp.fill_(torch.nan)  # no error: a trainer with a gradient scaler skips the step
+    assert losses.label_dice(disp, moving, fixed).isnan()
 
 
 def test_registration_loss_with_edges() -> None:
