@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -178,12 +179,14 @@ class PairTable:
 
 
 def leave_group() -> None:
-    """End the process group with its threads, for `atexit`: one that lives on while Python ends may abort the program.
+    """End the process group with its threads, last and for `atexit`: one that lives on may abort the program.
 
-    A thread of gloo that lets go of a tensor in that moment does. The group lives as long as anything names it, and a
-    finished workflow, whose parts name each other, does until it is collected.
+    A thread of gloo that lets go of a tensor while Python ends does, and one that does so while the group ends has been
+    seen to wait for ever: hence half a second for what is under way. The group lives as long as anything names it, and
+    a finished workflow, whose parts name each other, does until it is collected.
     """
     if torch.distributed.is_initialized():
+        time.sleep(0.5)  # without the interpreter's lock, which that thread needs
         torch.distributed.destroy_process_group()
     gc.collect()
 
