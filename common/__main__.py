@@ -10,11 +10,12 @@ from pathlib import Path
 import fire
 import numpy as np
 
-from common import io, mapping, phantom, points
-from common.cli import options_of, refuse_unknown
+from common import phantom
 from common.deploy.command import deploy
-from common.io import InputError
 from common.label.command import label
+from common.run.cli import options_of, refuse_unknown
+from common.space import io, mapping, points
+from common.space.io import InputError
 
 POINT_ENDINGS = (".csv", ".fcsv", ".json")
 
@@ -128,7 +129,7 @@ def make_report(
         fixed_points: landmarks of the fixed scan, in the same order.
         spacing: voxel size in mm on which the deformation is measured; 0 keeps the fixed scan's.
     """
-    from common import measure, picture, report, verdict
+    from common.quality import measure, picture, report, verdict
 
     paths = {"moving_label": moving_label, "fixed_label": fixed_label}
     paths |= {"moving_points": moving_points, "fixed_points": fixed_points}
@@ -173,11 +174,11 @@ def datalist(name: str, folder: str, *, output: str = ""):
         folder: the unpacked download.
         output: folder for dataset.json, and for what must be converted; that of the data if not given.
     """
-    from common.datalists import write_datalist
+    from common.train.datalists import write_datalist
 
     content = write_datalist(str(name), str(folder), str(output) or None)
     counts = ", ".join(f"{len(content[part])} {part}" for part in ("training", "validation", "test"))
-    preset = Path(__file__).parent / "presets" / f"{content['preset']}.json"
+    preset = Path(__file__).parent / "train" / "presets" / f"{content['preset']}.json"
     pairs = len(content["registration_pairs"])
     path = Path(str(output) or str(folder)) / "dataset.json"
     return _written(str(path), f"{counts}, {pairs} pairs; preset {os.path.relpath(preset)}")
@@ -206,7 +207,7 @@ def pack_bundles(*names: str, output: str = "dist", url: str = ""):
         output: folder for the files.
         url: folder where the files will be published, https://...; goes into the list.
     """
-    from common.pack import pack
+    from common.publish.pack import pack
 
     if not names:
         raise InputError("pack needs the names of bundles")
@@ -221,7 +222,7 @@ def verify_zip(file: str, checksum: str = ""):
         file: the zip; `monai.bundle download` calls it NAME.zip.
         checksum: the .sha256 file of the release, or its 64 digits; by default FILE.sha256.
     """
-    from common.pack import verify
+    from common.publish.pack import verify
 
     return f"{file}: is as published, SHA-256 {verify(str(file), str(checksum))}"
 
@@ -236,7 +237,7 @@ def export_network(name: str, output: str, size: tuple[int, int, int], weights: 
         weights: of the network; models/model.pt if not given.
         config: one more config file, laid over inference.json, that changes network_def.
     """
-    from common.export import export
+    from common.publish.export import export
 
     export(str(name), str(output), size=size, weights=str(weights), config=str(config))
     return _written(output, f"torch.export program for images of {' x '.join(map(str, size))} voxels")

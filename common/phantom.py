@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.io import InputError, write_folder, write_label, write_scan
-from common.points import Points, write_points
+from common.space.io import InputError, write_folder, write_label, write_scan
+from common.space.points import Points, write_points
 
 RADII = np.array([62.0, 78.0, 58.0])  # of the brain, mm
 LABELS = {

@@ -20,7 +20,7 @@ BY_NAME = ("import_module", "optional_import", "__import__", "importorskip")  # 
 GATES = {
     "triton": ("common/ops/_triton.py", "common/ops/*/kernel.py"),
     "common.ops._triton": ("common/ops/*/kernel.py",),
-    "itk": ("common/io.py", "common/mapping.py", "common/itk_classes.py"),
+    "itk": ("common/space/io.py", "common/space/mapping.py", "common/space/itk_classes.py"),
     "monailabel": ("common/label/app.py",),
     "common.label.app": (),
     "monai.deploy": ("common/deploy/operators.py", "common/deploy/pair_app.py"),
@@ -70,7 +70,7 @@ def test_scanner_sees_every_form() -> None:
 
 def test_files_are_found() -> None:
     names = [name(p) for p in COMMON + BUNDLE_FILES]
-    assert {"common/fields.py", "common/io.py", "bundles/sacb_net/sacb_net/network.py"} <= set(names)
+    assert {"common/fields.py", "common/space/io.py", "bundles/sacb_net/sacb_net/network.py"} <= set(names)
     assert len(REFERENCES) >= 5
 
 

@@ -43,7 +43,7 @@ def pins() -> str:
 def run(python: str) -> None:
     """Stops with what a command said if one fails."""
     sys.path.insert(0, str(ROOT))
-    from common import pack
+    from common.publish import pack
 
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     with tempfile.TemporaryDirectory() as folder:

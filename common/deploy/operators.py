@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from common import io, mapping
-from common.registrar import Registrar
+from common.run.registrar import Registrar
+from common.space import io, mapping
 
 try:
     from monai.deploy.core import ConditionType, Fragment, Image, Operator, OperatorSpec

@@ -8,7 +8,7 @@ import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
 
-from common.io import LPS_FROM_RAS, UNEVEN_MM, InputError
+from common.space.io import LPS_FROM_RAS, UNEVEN_MM, InputError
 
 
 class Series(NamedTuple):

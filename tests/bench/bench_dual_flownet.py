@@ -51,7 +51,7 @@ VARIANTS = {
 def child(variant, size, repeats, window):
     import torch
 
-    from common.engines import keep_memory
+    from common.run.engines import keep_memory
     from dual_flownet import DualFlowLoss, DualFlowNet
 
     keep_memory()  # as train.json does
@@ -117,7 +117,7 @@ def summary(name, pairs, columns):
 
 def table2(data, gfn=None, rfn=None, grfn=None, dfn=None, overlay=None, spacing=None, output=None):
     """Print a line a row: means over the pairs."""
-    from common.pack import sha256
+    from common.publish.pack import sha256
 
     columns = {"dice": "dice_after", "dice_coarse": "dice_coarse_after"}
     columns, rows = columns | {"folding_pct": "folding_pct", "sdlogj": "sdlogj"}, []
@@ -133,8 +133,8 @@ def table2(data, gfn=None, rfn=None, grfn=None, dfn=None, overlay=None, spacing=
 
 def raw(data, minimum=100, spacing=None, output=None):
     """Print a line for pairs of different people and one for those of one person; labels above `minimum` voxels."""
-    from common.data import dataset_pairs
-    from common.pack import sha256
+    from common.publish.pack import sha256
+    from common.run.data import dataset_pairs
 
     columns = {"affine": "dice_before", "dice": "dice_after", "folding_pct": "folding_pct", "sdlogj": "sdlogj"}
     every, people = dataset_pairs(data, kind=None), dataset_pairs(data)
@@ -157,9 +157,9 @@ def scans_of(data, spacing):
     """{id: (scan, label map, classes)} on one grid, ids of the training scans, validation pairs."""
     from monai.transforms import Compose
 
-    from common.data import list_scans, validation_pairs
-    from common.labels import ToClassesd, label_table
-    from common.transforms import LoadScansd, ScaleForegroundd, ToTrainingGridd
+    from common.run.data import list_scans, validation_pairs
+    from common.run.transforms import LoadScansd, ScaleForegroundd, ToTrainingGridd
+    from common.train.labels import ToClassesd, label_table
 
     load = Compose([LoadScansd(["image"], ["label"]), ToTrainingGridd(spacing), ScaleForegroundd(["image"])])
     classes, found, training = ToClassesd(label_table(27, dataset_dir=data)), {}, []
@@ -194,9 +194,9 @@ def measure(net, scans, pairs, spacing):
     """Means over the pairs of three errors and the global flow's length in mm, and of Dice."""
     import torch
 
-    from common.engines import LabelDice
     from common.fields import inverse_error, invert
     from common.ops import warp
+    from common.run.engines import LabelDice
 
     sums, dice = {"inverse": 0.0, "fixed point": 0.0, "both ways": 0.0, "flow": 0.0}, LabelDice(minimum=12)
     for moving, fixed in pairs:
@@ -219,8 +219,8 @@ def consistency(data, grfn=None, dfn=None, spacing=4.0, steps=60, learning_rate=
     """Print a line a mode."""
     import torch
 
-    from common.engines import load_weights
-    from common.pack import sha256
+    from common.publish.pack import sha256
+    from common.run.engines import load_weights
     from dual_flownet import DualFlowNet
 
     torch.set_num_threads(1)

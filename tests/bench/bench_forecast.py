@@ -31,7 +31,7 @@ def registration(bundle, steps):
     """The bundle's inferer, as a function of an image and the number of steps."""
     from monai.bundle import ConfigParser
 
-    from common.engines import RegistrationInferer
+    from common.run.engines import RegistrationInferer
 
     root = ROOT / "bundles" / bundle
     sys.path.insert(1, str(root))
@@ -53,7 +53,7 @@ def child(what, bundle, path, steps):
     """One measurement, printed as JSON."""
     import torch
 
-    from common import forecast
+    from common.run import forecast
 
     torch.set_num_threads(1)
     forecast.time.perf_counter = time.process_time
@@ -114,7 +114,7 @@ def pairs(data, bundle="sacb_net", limit=2, steps=(0, 20), output=None):
     """The first pairs of a dataset.json, file to file."""
     import nibabel
 
-    from common.data import list_scans, validation_pairs
+    from common.run.data import list_scans, validation_pairs
 
     root, rows = ROOT / "bundles" / bundle, []
     scans = {scan["id"]: scan["image"] for scan in list_scans(data, "validation")}

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from monailabel.client import MONAILabelClient
 
-from common import io
-from common.metrics import label_overlap, mean_over_labels
+from common.quality.metrics import label_overlap, mean_over_labels
+from common.space import io
 
 ROOT = Path(__file__).resolve().parents[2]
 

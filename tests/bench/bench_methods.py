@@ -52,7 +52,7 @@ def cpu_seconds():
 
 def checksum(bundle, file="model.pt"):
     """Of a bundle's weights."""
-    from common.pack import sha256
+    from common.publish.pack import sha256
 
     return sha256(ROOT / "bundles" / bundle / "models" / file)
 
@@ -121,10 +121,10 @@ def run_tool(tool, data):
     import torch
     from bench_samconvex import load, pairs_of
 
-    from common.data import label_groups
-    from common.measure import group_table
-    from common.metrics import label_overlap, mean_over_labels, regularity
     from common.ops import warp
+    from common.quality.measure import group_table
+    from common.quality.metrics import label_overlap, mean_over_labels, regularity
+    from common.run.data import label_groups
 
     named, rows = label_groups(data), []
     groups = group_table(named, 0) if named else None

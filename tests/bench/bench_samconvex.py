@@ -47,7 +47,7 @@ def load(case):
     """Scan in [0, 1] and labels of one case, (1, 1, I, J, K)."""
     import torch
 
-    from common.transforms import LoadScansd, ScaleForegroundd, ToTrainingGridd
+    from common.run.transforms import LoadScansd, ScaleForegroundd, ToTrainingGridd
 
     for transform in (LoadScansd(("image",), ("label",)), ToTrainingGridd(None), ScaleForegroundd(("image",))):
         case = transform(case)
@@ -55,7 +55,7 @@ def load(case):
 
 
 def pairs_of(data, limit=None):
-    from common.data import list_scans, validation_pairs
+    from common.run.data import list_scans, validation_pairs
 
     scans = {scan["id"]: scan for scan in list_scans(data, "validation")}
     return [(scans[moving], scans[fixed]) for moving, fixed in validation_pairs(data, limit=limit)]
@@ -105,8 +105,8 @@ def method(name):
 def measure(disp, image, fixed_label, moving_label, pose=None):
     """Dice and regularity; the labels are those from before a `pose` (displacement), and interpolated once."""
     from common.fields import compose
-    from common.metrics import label_overlap, mean_over_labels, regularity
     from common.ops import warp
+    from common.quality.metrics import label_overlap, mean_over_labels, regularity
 
     fixed, moving = fixed_label[0, 0].long(), moving_label[0, 0].long()
     whole = disp if pose is None else compose(pose, disp)
@@ -153,7 +153,7 @@ def whole(limit, file):
 
 def report(rows, output):
     if output:
-        from common.pack import sha256
+        from common.publish.pack import sha256
 
         found = hardware() | {name: version(name) for name in ("convexAdam",) if importlib.util.find_spec(name)}
         weights = sha256(BUNDLE / "models" / "model.pt")

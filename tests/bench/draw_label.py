@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 import nibabel as nib  # noqa: E402
 import numpy as np  # noqa: E402
 
-from common import io, phantom  # noqa: E402
+from common import phantom  # noqa: E402
+from common.space import io  # noqa: E402
 
 
 def axial(path: str | Path) -> tuple[np.ndarray, float]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from common import io, phantom
+from common import phantom
+from common.space import io
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACING = 4.5  # mm, of the synthetic dataset

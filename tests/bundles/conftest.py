@@ -9,7 +9,8 @@ import pytest
 import torch
 from commands import SPACING, centred, write
 
-from common import io, phantom
+from common import phantom
+from common.space import io
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ import monai.bundle  # noqa: F401
 import torch
 
 import common.__main__  # noqa: F401
-import common.engines  # noqa: F401
-import common.report  # noqa: F401
+import common.quality.report  # noqa: F401
+import common.run.engines  # noqa: F401
 
 
 def run(words: list[str], cwd: str, log: str) -> int:

@@ -20,8 +20,10 @@ from commands import ROOT, centred, write
 from monai.bundle import ConfigParser
 from printed_lines import lines_of
 
-from common import mapping, pack, phantom
-from common.points import Points, write_points
+from common import phantom
+from common.publish import pack
+from common.space import mapping
+from common.space.points import Points, write_points
 from dual_flownet import DualFlowNet
 
 FILES = [

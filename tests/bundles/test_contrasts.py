@@ -9,7 +9,7 @@ import pytest
 from commands import bundle_configs, command, succeeded, table
 from scipy.ndimage import gaussian_filter
 
-from common import io, mapping
+from common.space import io, mapping
 
 CONTRASTS = ("T1", "T2", "FLAIR")
 

@@ -8,10 +8,11 @@ from dual_flownet_cases import MODES, SIZE, SMALL, bold, scans, waves
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
-from common import phantom, progress
+from common import phantom
 from common.fields import compose, inverse_error, jacobian_determinant
 from common.losses import dice, lncc
 from common.ops import warp
+from common.run import progress
 from dual_flownet import DualFlowLoss, DualFlowNet, SegmentPaird
 from dual_flownet.cnn import RegCNN, SegCNN
 

@@ -9,7 +9,7 @@ import torch
 from commands import ROOT, SPACING, bundle_configs, check_refusal, command, faults, succeeded, table
 from monai.bundle import ConfigParser
 
-from common.data import stem
+from common.run.data import stem
 
 pytestmark = pytest.mark.slow
 

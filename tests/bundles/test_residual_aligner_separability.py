@@ -9,7 +9,7 @@ import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor
 
-from common.cohort import CohortEvents
+from common.run.cohort import CohortEvents
 from residual_aligner import separability as sep
 from residual_aligner.network import VARIANTS
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from common.fields import jacobian_determinant
 from common.losses import RegistrationLoss, diffusion
 from common.ops import warp
-from common.transforms import PackPaird
+from common.run.transforms import PackPaird
 from residual_aligner import BothDirections, synthetic
 from residual_aligner.network import Registration
 

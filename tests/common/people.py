@@ -5,7 +5,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from common import io, phantom
+from common import phantom
+from common.space import io
 
 SPACING = 8.0  # mm of the networks' grid in these tests: little work
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import io, mapping, phantom
+from common import phantom
 from common.__main__ import main
-from common.points import Points, read_points, write_points
+from common.space import io, mapping
+from common.space.points import Points, read_points, write_points
 
 Command = Callable[..., str]
 

@@ -9,8 +9,8 @@ import torch
 from scipy import ndimage
 
 from common import phantom
-from common.io import InputError
 from common.ops import warp
+from common.space.io import InputError
 
 FIXED = ((32, 40, 30), nib.affines.from_matvec(np.diag([4.0, 4, 4]), [-62, -78, -58]))
 

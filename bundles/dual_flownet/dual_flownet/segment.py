@@ -8,9 +8,9 @@ from monai.data import MetaTensor
 from monai.transforms import Transform
 from torch import Tensor
 
-from common import progress
-from common.forecast import run_planned
 from common.ops import plain, warp
+from common.run import progress
+from common.run.forecast import run_planned
 from dual_flownet.network import DualFlowNet
 
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from common import mapping
-from common.cohort import CohortEvents
+from common.run.cohort import CohortEvents
+from common.space import mapping
 from residual_aligner.network import VARIANTS
 
 
@@ -157,7 +157,7 @@ def picture(counts: np.ndarray, variant: str | None = None) -> Figure:
 
 
 class MotionPairs:
-    """Handler of a `common.cohort.run`: `motion_pairs` of its pairs with labels, added up, on the working grid.
+    """Handler of a `common.run.cohort.run`: `motion_pairs` of its pairs with labels, added up, on the working grid.
 
     Writes motion_pairs.npy and .png of the pairs that this run has registered; neither if no voxel of them is right.
 

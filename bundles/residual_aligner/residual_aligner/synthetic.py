@@ -9,10 +9,10 @@ from monai.data import MetaTensor
 from monai.transforms import Transform
 from torch import Tensor, nn
 
-from common.augment import random_rotation
 from common.fields import identity
 from common.losses import diffusion
 from common.ops import plain, warp
+from common.train.augment import random_rotation
 from residual_aligner.network import Registration
 
 

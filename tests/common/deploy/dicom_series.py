@@ -6,7 +6,7 @@ import numpy as np
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from common.io import LPS_FROM_RAS
+from common.space.io import LPS_FROM_RAS
 
 
 def write_series(

@@ -10,10 +10,11 @@ from dicom_series import write_series
 from pydicom.uid import generate_uid
 from registration_object import by_the_standard, errors_of_dciodvfy, needs_dciodvfy
 
-from common import mapping, phantom
+from common import phantom
 from common.deploy.dsro import read_dsro, registration_of, write_dsro
 from common.deploy.series import find_series
-from common.io import InputError
+from common.space import mapping
+from common.space.io import InputError
 
 SIZE = (20, 26, 18)
 TURNED = nib.eulerangles.euler2mat(0.3, -0.2, 0.15)

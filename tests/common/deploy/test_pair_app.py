@@ -18,11 +18,13 @@ from people import SPACING
 from printed_lines import the_line
 from registration_object import by_the_standard, errors_of_dciodvfy, needs_dciodvfy
 
-from common import io, mapping, pack, phantom
-from common.cli import bundle_folder
+from common import phantom
 from common.deploy.dsro import read_dsro
 from common.deploy.series import find_series
-from common.registrar import Registrar
+from common.publish import pack
+from common.run.cli import bundle_folder
+from common.run.registrar import Registrar
+from common.space import io, mapping
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]

@@ -22,10 +22,10 @@ import pytest
 from people import SPACING, label_of, write_person
 from printed_lines import lines_of, the_line
 
-from common import io, mapping
-from common.cli import bundle_folder
 from common.label.folder import write_app
-from common.registrar import Registrar
+from common.run.cli import bundle_folder
+from common.run.registrar import Registrar
+from common.space import io, mapping
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed; common/label/README.md says how")
 pytestmark = pytest.mark.slow

@@ -1,0 +1,244 @@
+"""What is known about a registered pair: similarity, overlap, landmarks, deformation, in one row and its details."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.fields import round_trip
+from common.quality.metrics import label_overlap, mean_over_labels, ncc, nmi, regularity, ssim
+from common.space import geometry, io, mapping
+from common.space.points import Points, read_matching
+
+FEW_LABELS = 20  # up to so many, surface distances are measured without being asked for
+SAMPLE = 20000  # voxels at which the deformation is inverted: 0.1 s, where the whole inverse of a brain takes 3 s
+PERCENTILES = (5, 50, 95, 99, 100)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Two scans, each in its own space, and the point map found between them."""
+
+    moving: np.ndarray  # (C, I, J, K)
+    moving_affine: np.ndarray
+    fixed: np.ndarray
+    fixed_affine: np.ndarray
+    start: mapping.Transform  # fixed -> moving before the registration: the pre-alignment
+    whole: mapping.Transform  # fixed -> moving after it
+    work: Tensor  # (2C, i, j, k) pre-aligned moving and fixed scan on the working grid, scaled
+    disp: Tensor  # (3, i, j, k) displacement on that grid, voxels
+    work_affine: np.ndarray
+    moving_label: np.ndarray | None = None  # (I, J, K)
+    fixed_label: np.ndarray | None = None
+    moving_points: Points | None = None
+    fixed_points: Points | None = None
+
+    @property
+    def inside(self) -> Tensor:
+        """(i, j, k) voxels of the working grid where the fixed scan is above 0; all, if there are none."""
+        inside = self.work[len(self.work) // 2] > 0
+        return inside if inside.any() else torch.ones_like(inside)
+
+
+def read_registration(
+    moving: str,
+    fixed: str,
+    transform: str,
+    *,
+    moving_label: str | None = None,
+    fixed_label: str | None = None,
+    moving_points: str | None = None,
+    fixed_points: str | None = None,
+    spacing: float | None = None,
+) -> Registration:
+    """A registration made by any tool, from its files; what it began with are the linear parts of its transform, if it
+    also has others, else the identity.
+
+    Args:
+        moving, fixed: scans, each in its own space.
+        transform: what `mapping.read_transform` reads, fixed -> moving.
+        spacing: of the grid on which the deformation is measured, mm; None keeps the fixed scan's.
+
+    Raises:
+        InputError: what the readers refuse.
+    """
+    (scan, affine), (target, target_affine) = io.read_scan(moving), io.read_scan(fixed)
+    io.refuse_constant(scan, moving), io.refuse_constant(target, fixed)
+    whole = mapping.read_transform(transform)
+    linear = [part for part in mapping.parts(whole) if part.IsLinear()]
+    deforms = len(linear) < len(mapping.parts(whole))
+    start = mapping.compose(*linear) if linear and deforms else mapping.affine_transform(np.eye(4))
+    box = geometry.foreground_box(target[0])
+    size, onto = geometry.working_grid(target.shape[1:], target_affine, spacing, box=box)
+    work = []
+    for array, own, matrix in ((scan, affine, mapping.matrix_of(start)), (target, target_affine, None)):
+        channel = geometry.to_working_grid(array[:1], own, size, onto, matrix)
+        low, high = geometry.foreground_range(channel[0])
+        work.append(np.clip((channel - low) / max(high - low, 1e-12), 0, 1))
+    labels, marks = {}, {}
+    if moving_label and fixed_label:
+        labels["moving_label"] = io.read_beside(moving_label, "label map", moving, scan, affine)[0]
+        labels["fixed_label"] = io.read_beside(fixed_label, "label map", fixed, target, target_affine)[0]
+    if moving_points and fixed_points:
+        both = read_matching(moving_points, affine, fixed_points, target_affine)
+        marks = dict(zip(("moving_points", "fixed_points"), both))
+    return Registration(
+        *(scan, affine, target, target_affine),
+        start=start,
+        whole=whole,
+        work=torch.from_numpy(np.concatenate(work).astype(np.float32)),
+        disp=torch.from_numpy(mapping.disp_of(mapping.compose(whole, mapping.invert(start)), size, onto)).float(),
+        work_affine=onto,
+        **labels,
+        **marks,
+    )
+
+
+class Warped(NamedTuple):
+    """The moving scan and label map on the fixed grid, before (pre-aligned) and after."""
+
+    before: np.ndarray  # (I, J, K), first channel
+    after: np.ndarray  # (C, I, J, K)
+    label_before: np.ndarray | None
+    label_after: np.ndarray | None
+
+
+def warp_pair(pair: Registration) -> Warped:
+    """One interpolation each, of the original files."""
+    onto = pair.fixed.shape[1:], pair.fixed_affine
+
+    def bring(channel: np.ndarray, transform: mapping.Transform, nearest: bool = False) -> np.ndarray:
+        outside = 0.0 if nearest else io.background(channel)
+        options = {"nearest": nearest, "outside": outside}
+        return mapping.resample(channel, pair.moving_affine, *onto, transform, **options)
+
+    labels = [None, None]
+    if pair.moving_label is not None:
+        labels = [np.rint(bring(pair.moving_label, t, nearest=True)) for t in (pair.start, pair.whole)]
+    after = np.stack([bring(channel, pair.whole) for channel in pair.moving])
+    return Warped(bring(pair.moving[0], pair.start), after, *labels)
+
+
+def measure(
+    pair: Registration, warped: Warped, *, surface: bool | None = None, minimum: int = 0, groups: dict | None = None
+) -> tuple[dict[str, float], dict[str, dict]]:
+    """The row of a pair, and what does not fit into a row: every label, every landmark, percentiles.
+
+    Args:
+        surface: measure HD, HD95 and ASSD of the labels, and SSIM of the scans; None: the distances, of few labels.
+        minimum: labels of at most this many voxels in the fixed map are left out of the means.
+        groups: coarse label groups as {name: {"members": [...]}}; adds the mean Dice over them.
+
+    Returns:
+        {measure: value} for results.csv, and {"labels": ..., "landmarks": ..., "displacement_mm": ...}.
+    """
+    row, details = _similarity(pair, warped, bool(surface)), {}
+    if warped.label_after is not None and pair.fixed_label is not None:
+        found, details["labels"] = _overlap(pair, warped, surface, minimum, groups)
+        row |= found
+    if pair.fixed_points is not None and pair.moving_points is not None:
+        found, details["landmarks"] = _landmarks(pair)
+        row |= found
+    length = geometry.length_mm(pair.disp.numpy(), pair.work_affine)[pair.inside.numpy()]
+    details["displacement_mm"] = {f"p{p}": float(np.percentile(length, p)) for p in PERCENTILES}
+    row |= {"disp_mean_mm": float(length.mean()), "disp_max_mm": float(length.max())}
+    return row | regularity(pair.disp[None], pair.inside) | _one_to_one(pair), details
+
+
+def _one_to_one(pair: Registration) -> dict[str, float]:
+    """What `inverse_error` says, of at most SAMPLE voxels of the working grid and without an inverse to write."""
+    points = pair.inside.nonzero().T.float()
+    points = points[:, :: -(-points.shape[1] // SAMPLE)]
+    return _error_row(geometry.length_mm(round_trip(pair.disp, points).numpy(), pair.work_affine), pair)
+
+
+def inverse_error(pair: Registration, inverse: mapping.Transform) -> dict[str, float]:
+    """|T^-1(T(x)) - x| in mm of an inverse over the fixed foreground: mean, 99th percentile, share above half a voxel.
+
+    The voxel is that of the working grid, on which displacement and inverse live.
+    """
+    error = mapping.inverse_error_mm(pair.whole, inverse, pair.fixed.shape[1:], pair.fixed_affine)
+    return _error_row(error[pair.fixed[0] > geometry.foreground_floor(pair.fixed[0])], pair)
+
+
+def _error_row(error: np.ndarray, pair: Registration) -> dict[str, float]:
+    half = float(np.linalg.norm(pair.work_affine[:3, :3], axis=0).min()) / 2
+    return {
+        "inverse_error_mm": float(error.mean()),
+        "inverse_error_p99_mm": float(np.percentile(error, 99)),
+        "inverse_failed_pct": 100 * float((error > half).mean()),
+    }
+
+
+def _similarity(pair: Registration, warped: Warped, structural: bool) -> dict[str, float]:
+    fixed, moving = pair.fixed[0], pair.moving[0]
+    f, s, w = (torch.from_numpy(np.ascontiguousarray(x)) for x in (fixed, warped.before, warped.after[0]))
+    inside, there = f > geometry.foreground_floor(fixed), s > geometry.foreground_floor(moving)
+    overlap = 2 * float((there & inside).sum()) / max(float(there.sum() + inside.sum()), 1.0)
+    row = {"overlap": overlap}
+    for name, of in (("ncc", ncc), ("nmi", nmi)):
+        row |= {f"{name}_before": of(s, f, inside), f"{name}_after": of(w, f, inside)}
+    if structural:
+        row |= {"ssim_before": ssim(_scaled(s), _scaled(f)), "ssim_after": ssim(_scaled(w), _scaled(f))}
+    return row
+
+
+def _overlap(
+    pair: Registration, warped: Warped, surface: bool | None, minimum: int, groups: dict | None
+) -> tuple[dict[str, float], dict]:
+    maps = (pair.fixed_label, warped.label_before, warped.label_after, pair.moving_label)
+    f, b, a, m = (torch.from_numpy(np.ascontiguousarray(x)).long() for x in maps)
+    if surface is None:
+        surface = len(f.unique()) <= FEW_LABELS + 1
+    spacing = tuple(np.linalg.norm(pair.fixed_affine[:3, :3], axis=0)) if surface else None
+    scores = {
+        name: label_overlap(f, label, m, spacing=spacing, minimum=minimum)
+        for name, label in (("before", b), ("after", a))
+    }
+    left = set(a.unique().tolist())
+    row = {"labels": len(scores["after"]), "labels_lost": sum(n not in left for n in scores["after"])}
+    for name, other, label in (("before", "after", b), ("after", "before", a)):
+        for kind in next(iter(scores[name].values()), {}):
+            row[f"{kind}_{name}"] = mean_over_labels(scores[name], kind, beside=scores[other])
+        if groups:
+            table = group_table(groups, int(max(f.max(), b.max(), a.max(), m.max())))
+            row[f"dice_coarse_{name}"] = mean_over_labels(label_overlap(table[f], table[label], table[m]), "dice")
+    each = {
+        str(n): {f"{kind}_{name}": scores[name][n][kind] for kind in scores[name][n] for name in ("before", "after")}
+        for n in scores["after"]
+    }
+    return row, each
+
+
+def _landmarks(pair: Registration) -> tuple[dict[str, float], dict]:
+    """Target registration error |T(x) - y| in mm of fixed landmarks x and moving landmarks y, in moving space."""
+    errors = {
+        name: np.linalg.norm(mapping.map_points(transform, pair.fixed_points.lps) - pair.moving_points.lps, axis=1)
+        for name, transform in (("before", pair.start), ("after", pair.whole))
+    }
+    row = {"landmarks": len(pair.fixed_points.lps)}
+    for name, error in errors.items():
+        row |= {f"tre_mm_{name}": float(error.mean())}
+    row["tre_max_mm_after"] = float(errors["after"].max())
+    each = [
+        {"name": name, "tre_mm_before": float(before), "tre_mm_after": float(after)}
+        for name, before, after in zip(pair.fixed_points.names, errors["before"], errors["after"])
+    ]
+    return row, each
+
+
+def group_table(groups: dict, largest: int) -> Tensor:
+    """Look-up table label -> number of its group (from 1), 0 for labels of no group."""
+    members = [int(n) for group in groups.values() for n in group["members"]]
+    table = torch.zeros(max(largest, *members) + 1, dtype=torch.long)
+    for number, group in enumerate(groups.values(), 1):
+        table[torch.tensor([int(n) for n in group["members"]])] = number
+    return table
+
+
+def _scaled(scan: Tensor) -> Tensor:
+    """A scan (I, J, K) in [0, 1] as (1, 1, I, J, K), by its own smallest and largest value."""
+    low, high = scan.min(), scan.max()
+    return ((scan - low) / (high - low).clamp(min=1e-12))[None, None]

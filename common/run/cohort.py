@@ -1,0 +1,327 @@
+"""A cohort of pairs: each done once, failures set aside, a stopped run taken up again, several processes at work."""
+
+import atexit
+import csv
+import datetime
+import gc
+import hashlib
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed
+import torch
+from ignite.engine import Engine, EventEnum, Events
+from monai.engines import Evaluator
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from common.quality.picture import draw_summary
+from common.run import progress
+from common.run.cli import sentence_of
+from common.space.io import InputError, contrasts_of, output_folder, remove_leftovers, replaced, write_table
+
+IDENTITY = ("id", "fixed", "moving", "settings")  # columns that say which pair a row is of, and how it was made
+UNTOLD = (
+    "training",
+    "output_dir",
+    "weights",
+    "memory",
+)  # attributes that do not change a result, or are hashed by content
+
+
+class CohortEvents(EventEnum):
+    """Fired by `run` on its engine, for handlers that sum up over the pairs; a `PairTable` before them registers it."""
+
+    ALL_PAIRS_COMPLETED = "all_pairs_completed"  # in every process, after the last pair of all of them
+
+
+class PairTable:
+    """results.csv: a row a pair, written after every pair, also of those that failed; and the summary at the end.
+
+    Args:
+        output_dir: where results.csv goes.
+        name: word in front of the progress bar.
+        resume: leave out pairs that are in results.csv already, made from the same files with the same settings.
+        settings: the objects that a result depends on: transforms, network, inferer.
+    """
+
+    def __init__(
+        self, output_dir: str, name: str = "register", *, resume: bool = True, settings: list[Any] | tuple = ()
+    ) -> None:
+        self.folder, self.name, self.resume = Path(output_dir), name, resume
+        self.path, self.rows = self.folder / "results.csv", {}
+        self.described = [described(item) for item in settings]
+        self.settings = hashlib.sha256(json.dumps(self.described, default=str).encode()).hexdigest()[:12]
+        self.saves = any(getattr(step, "save", False) for item in settings for step in getattr(item, "transforms", ()))
+
+    def attach(self, engine: Engine) -> None:
+        engine.state.table = self
+        engine.register_events(*CohortEvents)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        # With a handler for it, ignite ends a run that failed in good order, and the next one can begin.
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._keep)
+
+    def _collect(self, engine: Engine) -> None:
+        for item in engine.state.output:
+            self.add(item["row"] | {"error": ""})
+
+    def _keep(self, engine: Engine, error: Exception) -> None:
+        self.failure = error
+
+    def add(self, row: dict) -> None:
+        """Keep a row; process 0 writes the table, the others a line to a file of their own, which 0 reads."""
+        row = row | {"settings": self.settings}
+        self.rows[row["id"]] = row
+        if rank():
+            with self._journal(rank()).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        else:
+            self.write()
+
+    def write(self) -> None:
+        """results.csv of all processes, in the order of the pairs."""
+        for row in self._journals():
+            if row.get("settings") == self.settings:
+                self.rows[row["id"]] = row
+        write_table(self.path, [self.rows[name] for name in self.order if name in self.rows])
+
+    def begin(self, pairs: list[dict]) -> list[int]:
+        """Numbers of the pairs that are still to be done; those done before keep their rows."""
+        self.order = [pair["id"] for pair in pairs]
+        self.rows = {}
+        if not self.resume or len(pairs) < 2:
+            return list(range(len(pairs)))
+        found = {row["id"]: row for row in [*_read_table(self.path), *self._journals()] if not row.get("error")}
+        for pair in pairs:
+            row = found.get(pair["id"])
+            expected = {name: str(pair.get(name)) for name in ("id", "fixed", "moving")} | {"settings": self.settings}
+            if row and all(str(row.get(name)) == expected[name] for name in IDENTITY) and self._stands(pair):
+                self.rows[pair["id"]] = row
+        return [n for n, pair in enumerate(pairs) if pair["id"] not in self.rows]
+
+    def settle(self) -> None:
+        """Take over the rows that a run which was killed left in journals, and clear what else it left behind."""
+        journals = list(self.folder.glob(".rows.*.jsonl"))
+        if journals and self.rows:
+            write_table(self.path, [self.rows[name] for name in self.order if name in self.rows])
+        for path in journals:
+            path.unlink()
+        remove_leftovers(self.folder)
+
+    def _stands(self, pair: dict) -> bool:
+        """Whether the pair's folder is there, if there should be one, and not older than its files."""
+        written = self.folder / pair["id"] / "report.json"
+        if not self.saves:
+            return True
+        files = [part for name, value in pair.items() if name != "id" for part in contrasts_of(value)]
+        return written.exists() and all(
+            os.path.exists(file) and os.path.getmtime(file) <= written.stat().st_mtime for file in files
+        )
+
+    def _journal(self, number: int) -> Path:
+        return self.folder / f".rows.{number}.jsonl"
+
+    def _journals(self) -> list[dict]:
+        """Rows that other processes have written; the last line of a process that was killed may be cut off."""
+        rows = []
+        for path in sorted(self.folder.glob(".rows.*.jsonl")):
+            for line in path.read_text().splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+        return rows
+
+    def finish(self) -> list[dict]:
+        """The last table, summary.png of a cohort whose files are kept, and the summary in words."""
+        self.write()
+        for path in self.folder.glob(".rows.*.jsonl"):
+            path.unlink()
+        rows = [self.rows[name] for name in self.order]
+        if self.saves and len(rows) > 1:
+            replaced(self.folder / "summary.png", lambda path: draw_summary(rows, path))
+        print(self.summary(), flush=True)
+        return rows
+
+    def summary(self) -> str:
+        """What the results say, a line a measure, and where they are."""
+        rows = [row for row in self.rows.values() if not row.get("error")]
+        lines = [f"{len(rows)} pair{'s' * (len(rows) != 1)} registered, results in {self.folder.absolute()}"]
+        folders = [row["id"] for row in rows if (self.folder / row["id"]).is_dir()]
+        lines.append(f"  {self.path.name}: a row a pair" + (f"; {folders[0]}/: its files" if folders else ""))
+        words = {
+            "ssim": "structural similarity",
+            "ncc": "correlation inside the fixed foreground",
+            "dice": "mean Dice of the labels",
+            "dice_coarse": "mean Dice of the label groups",
+            "hd95": "mean HD95 in mm",
+            "assd": "mean ASSD in mm",
+            "tre_mm": "mean distance of the landmarks in mm",
+        }
+        for name, text in words.items():
+            before, after = (_mean(rows, f"{name}_{when}") for when in ("before", "after"))
+            if after == after:
+                lines.append(f"  {text}: {before:.3f} after pre-alignment, {after:.3f} after registration")
+        folding = f"{_mean(rows, 'folding_pct'):.3f} % of the fixed foreground"
+        lines.append(f"  folding: {folding}, SDlogJ {_mean(rows, 'sdlogj'):.3f}")
+        if warned := [row for row in rows if row.get("warnings")]:
+            text = f"{warned[0]['id']}: {warned[0]['warnings']}"
+            lines.append(f"  warnings for {len(warned)} of the pairs, first {text}")
+        lines.append(
+            f"  displacement: mean {_mean(rows, 'disp_mean_mm'):.1f} mm; {_mean(rows, 'seconds'):.1f} s a pair"
+        )
+        return "\n".join(lines)
+
+
+def leave_group() -> None:
+    """End the process group with its threads, last and for `atexit`: one that lives on may abort the program.
+
+    A thread of gloo that lets go of a tensor while Python ends does, and one that does so while the group ends has been
+    seen to wait for ever: hence half a second for what is under way. The group lives as long as anything names it, and
+    a finished workflow, whose parts name each other, does until it is collected.
+    """
+    if torch.distributed.is_initialized():
+        time.sleep(0.5)  # without the interpreter's lock, which that thread needs
+        torch.distributed.destroy_process_group()
+    gc.collect()
+
+
+def run(engine: Evaluator) -> None:
+    """Run an evaluator over the pairs of its data, one by one; its own log is kept quiet.
+
+    A pair that fails gets a row with its reason and the next one begins. Under torchrun each process takes its share of
+    the pairs, and process 0 collects the rows. A single pair fails as an error.
+
+    Raises:
+        InputError: at the end, if any pair of a cohort failed.
+    """
+    engine.logger.disabled = True
+    table, loader = engine.state.table, engine.data_loader
+    if processes() > 1 and not torch.distributed.is_initialized():
+        # For waiting at the end only, however long the longest share takes.
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        atexit.register(leave_group)
+        ignite.distributed.sync()
+    pairs = loader.dataset.data
+    output_folder(table.folder)
+    todo = table.begin(pairs)
+    wait()  # nobody writes before all have read what is done
+    if not rank():
+        table.settle()
+    wait()
+    if len(todo) < len(pairs) and not rank():
+        print(f"{len(pairs) - len(todo)} of {len(pairs)} pairs were done before, with these settings", flush=True)
+    share = todo[rank() :: processes()]
+    progress.start(len(share), table.name)
+    for n in share:
+        engine.data_loader = DataLoader(Subset(loader.dataset, [n]), batch_size=1, collate_fn=loader.collate_fn)
+        engine.state.epoch_length = 1
+        progress.take()
+        progress.put(device=str(engine.state.device), settings=table.described)
+        table.failure = None
+        engine.run()
+        if table.failure is not None:
+            if len(pairs) == 1 or not isinstance(table.failure, Exception):
+                progress.close()
+                if not any(table.folder.iterdir()):
+                    table.folder.rmdir()
+                raise table.failure
+            table.add(_failed(pairs[n], table.failure))
+        progress.advance()
+    engine.data_loader = loader
+    progress.close()
+    wait()
+    engine.fire_event(CohortEvents.ALL_PAIRS_COMPLETED)
+    if rank():
+        return
+    engine.state.rows = rows = table.finish()
+    if failed := [row for row in rows if row["error"]]:
+        count = f"{len(failed)} of {len(rows)} pairs failed, first {failed[0]['id']}"
+        raise InputError(f"{table.path}: {count} ({failed[0]['error']}); run the same command again to retry them")
+
+
+def _failed(pair: dict, error: Exception) -> dict:
+    """The row of a pair that failed. What is no fault of the input is shown in full as well."""
+    sentence = sentence_of(error)
+    if sentence is None:
+        traceback.print_exception(error, file=sys.stderr)
+        while error.__cause__ is not None:  # MONAI wraps what a transform raises
+            error = error.__cause__
+        sentence = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return {name: pair.get(name, "") for name in ("id", "fixed", "moving")} | {"error": sentence}
+
+
+def described(item: object) -> object:
+    """What an object was made with, as plain values: to compare two runs, and for the report."""
+    if isinstance(item, nn.Module):
+        parts = {name: _plain_attributes(module) for name, module in item.named_modules()}
+        digest = hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:12]
+        return {"network": type(item).__name__, "structure": digest, **getattr(item, "weights", {"sha256": None})}
+    if hasattr(item, "transforms"):
+        return [described(step) for step in item.transforms]
+    return {type(item).__name__: _plain_attributes(item)}
+
+
+def _plain_attributes(item: object) -> dict:
+    return {
+        name: value
+        for name, value in vars(item).items()
+        if not name.startswith("_") and name not in UNTOLD and _is_plain(value)
+    }
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (int, float, str, type(None)))
+
+
+def rank() -> int:
+    """Number of this process under torchrun; 0 without."""
+    return int(os.environ.get("RANK", 0))
+
+
+def processes() -> int:
+    """How many processes torchrun has started; 1 without."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _read_table(path: Path) -> list[dict]:
+    """Rows of results.csv with numbers as numbers; [] if there is none or it is none of ours."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        {name: text if name in IDENTITY + ("warnings", "error") else _value(text) for name, text in row.items()}
+        for row in rows
+        if row.get("id")
+    ]
+
+
+def _value(text: str) -> float | int | str:
+    """A cell as the number that it is; an empty one stays empty."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _mean(rows: list[dict], name: str) -> float:
+    values = torch.tensor([row[name] for row in rows if isinstance(row.get(name), (int, float))], dtype=torch.float64)
+    return float(values.nanmean()) if len(values) else float("nan")

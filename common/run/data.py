@@ -1,0 +1,344 @@
+"""Which pairs: two paths, a CSV, a data list, or the phantom; and the ordered pairs of a folder for training."""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from common.phantom import write_phantom
+from common.space.io import InputError, contrasts_of
+
+PAIR_COLUMNS = (
+    "id",
+    "fixed",
+    "moving",
+    "fixed_label",
+    "moving_label",
+    "fixed_points",
+    "moving_points",
+    "fixed_mask",
+    "moving_mask",
+)
+SCAN_ENDINGS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
+
+
+def list_pairs(
+    *,
+    moving: str | None = None,
+    fixed: str | None = None,
+    moving_label: str | None = None,
+    fixed_label: str | None = None,
+    moving_points: str | None = None,
+    fixed_points: str | None = None,
+    moving_mask: str | None = None,
+    fixed_mask: str | None = None,
+    pairs: str | None = None,
+    dataset_dir: str | None = None,
+    output_dir: str = ".",
+) -> list[dict[str, str]]:
+    """The pairs to register: of a CSV, two paths, a dataset's `registration_pairs` or the phantom, in that order.
+
+    Args:
+        moving, fixed, moving_label, ..., fixed_mask: paths of one pair; labels, landmarks and masks are optional. A
+            scan of several contrasts is a list of paths, or they are joined by ";".
+        pairs: CSV with columns fixed, moving and optionally id, fixed_label, ... ; paths relative to the CSV. With the
+            options of one scan alone (an atlas) the table has only the other, or is a folder of scans.
+        dataset_dir: folder with a dataset.json.
+        output_dir: where the phantom's files go if nothing else is given.
+
+    Returns:
+        One dictionary a pair: id, moving, fixed and the optional columns that it has; absolute paths, ids unique.
+
+    Raises:
+        InputError: contradictory or incomplete options, a missing file, an empty or faulty CSV.
+    """
+    row = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
+    row |= {"moving_points": moving_points, "fixed_points": fixed_points}
+    row |= {"moving_mask": moving_mask, "fixed_mask": fixed_mask}
+    row = {name: _absolute(value) for name, value in row.items() if value}
+    roles = {name.partition("_")[0] for name in row}
+    atlas = bool(pairs) and len(roles) == 1 and roles <= set(row)  # one scan for every pair of the table
+    sources = {"--pairs": pairs, "--dataset_dir": dataset_dir, "--moving and --fixed": row and not atlas}
+    if len(used := [name for name, value in sources.items() if value]) > 1:
+        raise InputError(f"{pairs or dataset_dir}: give only one of {' or '.join(used)}")
+    if row and not atlas and not (moving and fixed):
+        raise InputError(f"{next(iter(row.values()))}: a pair needs both --moving and --fixed")
+    if pairs:
+        rows = read_pairs(pairs, row)
+    elif row:
+        rows = [row]
+    elif dataset_dir:
+        rows = dataset_pairs(dataset_dir)
+    else:
+        return [write_phantom(Path(os.path.abspath(output_dir)) / "phantom_input")]
+    taken: set[str] = set()
+    for row in rows:
+        for name, value in row.items():
+            missing = [] if name == "id" else [part for part in contrasts_of(value) if not Path(part).exists()]
+            if missing and len(rows) == 1:  # in a cohort, that pair fails alone
+                raise InputError(f"{missing[0]}: no such file")
+        row["id"] = unique(row.get("id") or f"{stem(row['moving'])}_to_{stem(row['fixed'])}", taken)
+    return rows
+
+
+def _absolute(value: str | list[str], folder: Path | None = None) -> str:
+    """Absolute path of a scan, or of its contrasts (a list, or joined by ";")."""
+    return ";".join(os.path.abspath((folder or Path()) / part) for part in contrasts_of(_joined(value)))
+
+
+def _joined(value: str | list[str]) -> str:
+    return ";".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def stem(path: str) -> str:
+    """File name, of the first contrast, without folder and imaging suffixes."""
+    name = Path(contrasts_of(path)[0]).name
+    for ending in sorted(SCAN_ENDINGS, key=len, reverse=True):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return Path(path).stem
+
+
+def unique(name: str, taken: set[str]) -> str:
+    """`name`, made safe as a folder name, with a number behind it if it is taken."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".") or "pair"
+    number, result = 2, safe
+    while result in taken:
+        number, result = number + 1, f"{safe}_{number}"
+    taken.add(result)
+    return result
+
+
+def read_pairs(path: str, same: dict[str, str] | None = None) -> list[dict[str, str]]:
+    """Rows of a pairs CSV, paths made absolute; of a folder, a row for every scan in it.
+
+    Args:
+        same: columns that every row has alike, as {"fixed": atlas, "fixed_label": its labels}; the table then has none
+            of that scan. A folder needs it.
+
+    Raises:
+        InputError: missing file, missing or unknown columns, no rows, a row without fixed or moving.
+    """
+    same = same or {}
+    role = next(iter(same), "").partition("_")[0]
+    needed = [name for name in ("fixed", "moving") if name != role]
+    if os.path.isdir(path):
+        if not same:
+            raise InputError(f"{path}: a folder of scans needs the one to register them with, --fixed or --moving")
+        files = sorted(entry for entry in Path(path).absolute().iterdir() if entry.name.lower().endswith(SCAN_ENDINGS))
+        rows = [same | {needed[0]: str(file)} for file in files if str(file) not in same.values()]
+        if not rows:
+            raise InputError(f"{path}: holds no scans")
+        return rows
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a CSV in UTF-8") from error
+    with io.StringIO(text, newline="") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        columns = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = columns
+        if missing := [name for name in needed if name not in columns]:
+            raise InputError(
+                f"{path}: a pairs CSV needs the columns {' and '.join(needed)}, {' and '.join(missing)} not found"
+            )
+        if unknown := [name for name in columns if name not in PAIR_COLUMNS]:
+            raise InputError(f"{path}: unknown column {unknown[0]!r}, the columns are {', '.join(PAIR_COLUMNS)}")
+        if role and (twice := [name for name in columns if name.partition("_")[0] == role]):
+            raise InputError(f"{path}: has a column {twice[0]}, but --{role} is given for all pairs")
+        rows = []
+        for line in reader:
+            row = {name: (line[name] or "").strip() for name in columns if (line[name] or "").strip()}
+            if not row:
+                continue
+            if any(name not in row for name in needed):
+                raise InputError(f"{path}: line {reader.line_num} lacks {' or '.join(needed)}")
+            folder = Path(path).absolute().parent
+            rows.append(same | {n: value if n == "id" else _absolute(value, folder) for n, value in row.items()})
+    if not rows:
+        raise InputError(f"{path}: holds no pairs")
+    return rows
+
+
+def read_dataset(dataset_dir: str) -> dict:
+    """dataset.json of a folder, in the form of the Medical Segmentation Decathlon plus `registration_pairs`.
+
+    Every case of training, validation and test becomes {"id", "image", "label" if there is one}; a case without an id
+    is named after its file, and an image of several contrasts is a list of files. Without a validation part, the last
+    tenth of the training cases (at least 2, if 4 or more are there) is taken for it, so that nothing is trained on that
+    is validated on.
+
+    Raises:
+        InputError: the folder or the file is missing, it is not JSON, or a case has no image.
+    """
+    path = Path(dataset_dir) / "dataset.json"
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+    for part in ("training", "validation", "test"):
+        cases = [{"image": case} if isinstance(case, str) else case for case in found.get(part, [])]
+        if any("image" not in case for case in cases):
+            raise InputError(f"{path}: a case of {part!r} has no image")
+        found[part] = [{"id": stem(_joined(case["image"]))} | case for case in cases]
+    if not found["validation"] and len(found["training"]) >= 4:
+        kept = max(len(found["training"]) // 10, 2)
+        found["training"], found["validation"] = found["training"][:-kept], found["training"][-kept:]
+    return found
+
+
+def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> list[dict[str, str]]:
+    """`registration_pairs` of a dataset as rows of a pairs table.
+
+    Args:
+        kind: keep one kind, None keeps all. Where pairs say which part they belong to, those of "test" are taken, if
+            there are any: the validation serves the training.
+    """
+    found = read_dataset(dataset_dir)
+    root = Path(dataset_dir).absolute()
+    cases = {case["id"]: case for part in ("training", "validation", "test") for case in found[part]}
+    rows = []
+    pairs = found.get("registration_pairs", [])
+    tested = [pair for pair in pairs if pair.get("part") == "test"]
+    for pair in tested or pairs:
+        if kind is not None and pair.get("kind", kind) != kind:
+            continue
+        row = {}
+        for role in ("moving", "fixed"):
+            case = cases.get(pair[role])
+            if case is None:
+                raise InputError(
+                    f"{root / 'dataset.json'}: the pair's {role} scan {pair[role]!r} is not among the cases"
+                )
+            row[role] = _absolute(case["image"], root)
+            row |= {f"{role}_{name}": str(root / case[name]) for name in ("label", "points", "mask") if name in case}
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{root / 'dataset.json'}: holds no registration_pairs")
+    return rows
+
+
+def validation_pairs(dataset_dir: str | None, *, limit: int | None = None) -> list[tuple[str, str]] | None:
+    """(moving id, fixed id) of the inter-subject `registration_pairs` of the validation part; None without any."""
+    if not dataset_dir or not (Path(dataset_dir) / "dataset.json").exists():
+        return None
+    found = read_dataset(dataset_dir)
+    known = {case["id"] for case in found["validation"]}
+    pairs = [
+        (pair["moving"], pair["fixed"])
+        for pair in found.get("registration_pairs", [])
+        if pair.get("kind", "inter-subject") == "inter-subject" and {pair["moving"], pair["fixed"]} <= known
+    ]
+    return pairs[:limit] or None
+
+
+def training_pairs(dataset_dir: str | None) -> list[tuple[str, str]] | None:
+    """(moving id, fixed id) of a dataset's `training_pairs`, as atlas to subject, or the two breaths of one person.
+
+    Returns:
+        None where the dataset names none: every scan with every other.
+
+    Raises:
+        InputError: a pair names a scan that the dataset does not have, or none is left without the validation scans.
+    """
+    if not dataset_dir or not (Path(dataset_dir) / "dataset.json").exists():
+        return None
+    found, path = read_dataset(dataset_dir), Path(dataset_dir) / "dataset.json"
+    pairs = [(pair["moving"], pair["fixed"]) for pair in found.get("training_pairs", [])]
+    known = {part: {case["id"] for case in found[part]} for part in ("training", "validation", "test")}
+    if strange := sorted(name for pair in pairs for name in pair if not any(name in ids for ids in known.values())):
+        raise InputError(f"{path}: the training pairs' scan {strange[0]!r} is not among the cases")
+    left = [pair for pair in pairs if set(pair) <= known["training"]]
+    if pairs and not left:
+        raise InputError(f"{path}: no training pair has both its scans in the training part")
+    return left or None
+
+
+def label_groups(dataset_dir: str | None, name: str = "coarse27") -> dict | None:
+    """Coarse label groups {number: {"members": [...]}} of a dataset's labels.json, or None if it has none."""
+    path = Path(dataset_dir or ".") / "labels.json"
+    return json.loads(path.read_text()).get(name) if dataset_dir and path.exists() else None
+
+
+def list_scans(dataset_dir: str | None, part: str = "training", *, output_dir: str = ".") -> list[dict[str, str]]:
+    """Scans to train on: those of dataset.json, else every scan in the folder, else (no folder given) two phantoms.
+
+    Without a dataset.json nothing says which scans to keep apart, so all of them are the training part and "validation"
+    repeats the last two.
+
+    Args:
+        part: "training" or "validation".
+
+    Returns:
+        [{"id", "image", "label" if there is one}].
+
+    Raises:
+        InputError: fewer than two scans.
+    """
+    if not dataset_dir:
+        row = write_phantom(Path(output_dir) / "phantom_input")
+        return [{"id": role, "image": row[role], "label": row[f"{role}_label"]} for role in ("moving", "fixed")]
+    root = Path(dataset_dir).absolute()
+    if (root / "dataset.json").exists():
+        scans = [
+            {"id": case["id"]} | {name: _absolute(case[name], root) for name in ("image", "label") if name in case}
+            for case in read_dataset(dataset_dir)[part]
+        ]
+    else:
+        if not root.is_dir():
+            raise InputError(f"{root}: no such folder")
+        files = sorted(path for path in root.iterdir() if path.name.lower().endswith(SCAN_ENDINGS))
+        scans = [{"id": stem(path.name), "image": str(path)} for path in files]
+        scans = scans if part == "training" else scans[-2:]
+    if len(scans) < 2:
+        raise InputError(f"{root}: holds {len(scans)} scans for {part}, at least 2 are needed")
+    return scans
+
+
+class OrderedPairs(Dataset):
+    """All ordered pairs of a set of scans: one item is scan a as moving and scan b as fixed, a != b.
+
+    Every scan is loaded and transformed once and kept in memory.
+
+    Args:
+        data: scans as `list_scans` gives them.
+        transform: for one scan ({"id", "image", "label"}).
+        pair_transform: for one pair ({"id", "moving", "fixed", "moving_label", "fixed_label"}).
+        pairs: (moving id, fixed id) to use instead of all ordered pairs.
+    """
+
+    def __init__(
+        self,
+        data: list[dict],
+        transform: Callable | None = None,
+        pair_transform: Callable | None = None,
+        pairs: list[tuple[str, str]] | None = None,
+    ) -> None:
+        self.data, self.pair_transform = data, pair_transform
+        bar = tqdm(data, desc="load", unit="scan", file=sys.stderr, disable=len(data) < 5)
+        self.scans = [transform(scan) if transform else scan for scan in bar]
+        number = {scan["id"]: n for n, scan in enumerate(data)}
+        if pairs:
+            self.pairs = [(number[moving], number[fixed]) for moving, fixed in pairs]
+        else:
+            self.pairs = [(a, b) for a in range(len(data)) for b in range(len(data)) if a != b]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict:
+        moving, fixed = (self.scans[n] for n in self.pairs[index])
+        pair = {"id": f"{moving['id']}_to_{fixed['id']}", "moving": moving["image"], "fixed": fixed["image"]}
+        if "label" in moving and "label" in fixed:
+            pair |= {"moving_label": moving["label"], "fixed_label": fixed["label"]}
+        return self.pair_transform(pair) if self.pair_transform else pair

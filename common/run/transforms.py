@@ -1,0 +1,377 @@
+"""Dictionary transforms of a pair, in the order of the working path: load, align, grid, scale, pack, deliver."""
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Transform
+from torch import Tensor
+
+from common.ops import warp
+from common.quality import measure, picture, report, verdict
+from common.run import forecast, progress
+from common.space import geometry, io, mapping, points
+from common.space.io import InputError
+from common.space.prealign import prealign
+
+PREALIGN = ("affine", "rigid", "none")
+
+
+def _meta(array: np.ndarray, affine_ras: np.ndarray, name: str) -> MetaTensor:
+    return MetaTensor(torch.from_numpy(array), affine=torch.from_numpy(affine_ras), meta={"filename_or_obj": name})
+
+
+def _numpy(scan: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
+    return scan.numpy(), np.asarray(scan.affine, dtype=np.float64)
+
+
+def _spacing(value: float | None) -> float | None:
+    if value is None or (isinstance(value, (int, float)) and value >= 0):
+        return value or None
+    raise InputError(f"--spacing must be a size in mm, or 0 for that of the scan, got {value}")
+
+
+def _grid_size(value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+    if value is None or (len(value) == 3 and all(isinstance(n, int) and n > 1 for n in value)):
+        return None if value is None else tuple(value)
+    raise InputError(f"--grid_size must be three whole numbers of voxels, got {value}")
+
+
+class LoadScansd(Transform):
+    """Replace the paths under `keys`, KEY_label and KEY_mask by (C, I, J, K) MetaTensors in their own space; absent
+    keys stay so.
+
+    Raises:
+        InputError: what `io.read_scan` refuses, a constant scan, a label map or mask of another shape than its scan.
+    """
+
+    def __init__(self, keys: tuple[str, ...] = ("moving", "fixed"), label_keys: tuple[str, ...] | None = None) -> None:
+        self.keys = tuple(keys)
+        self.label_keys = tuple(label_keys) if label_keys else tuple(f"{key}_label" for key in keys)
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data) | {"started": time.time()}
+        progress.stage("loading")
+        for key, label_key in zip(self.keys, self.label_keys):
+            path = str(data[key])
+            array, affine = io.read_scan(path)
+            io.refuse_constant(array, path)
+            data[key] = _meta(array, affine, path)
+            for name, kind in ((label_key, "label map"), (f"{key}_mask", "mask")):
+                if name in data:
+                    data[name] = _meta(
+                        io.read_beside(str(data[name]), kind, path, array, affine), affine, str(data[name])
+                    )
+        if len(marks := [str(data[f"{key}_points"]) for key in self.keys if f"{key}_points" in data]) == 2:
+            affines = [np.asarray(data[key].affine) for key in self.keys]
+            points.read_matching(marks[0], affines[0], marks[1], affines[1])  # refused now, used at the end
+        elif marks:
+            key = next(key for key in self.keys if f"{key}_points" in data)
+            points.read_points(marks[0], np.asarray(data[key].affine))
+        return data
+
+
+class AlignAndGridd(Transform):
+    """Pre-align the pair and resample both scans onto the working grid of the fixed one.
+
+    Adds "matrix" (4x4, RAS mm, fixed space -> moving space), "moving_work" and "fixed_work"; with masks also "mask"
+    (2, I, J, K), 0 or 1 on the working grid, moving then fixed, all 1 for a scan without.
+
+    Args:
+        spacing: voxel size of the working grid in mm; None or 0 keeps the fixed scan's.
+        prealign: "affine", "rigid" or "none" (the scans already overlap in world space).
+        channels: number that the network takes; None checks only that both scans have the same.
+        divisor: sizes of the working grid become multiples of this, so that the network adds no padding.
+        crop: lay the grid around the foreground of a fixed scan with background 0; False covers all of its field of
+            view. Instance normalisation sees the share of background, and a share unlike that of the training scans
+            costs accuracy: True suits weights for whole organs, False those trained on crops around one.
+        grid_size: voxels of the working grid, in closest RAS order, around its middle; None covers the scan.
+
+    Raises:
+        InputError: unknown `prealign`, different channel counts, scans that do not overlap after the alignment.
+    """
+
+    def __init__(
+        self,
+        spacing: float | None,
+        prealign: str = "affine",
+        *,
+        channels: int | None = None,
+        divisor: int = 16,
+        crop: bool = True,
+        grid_size: tuple[int, int, int] | None = None,
+    ) -> None:
+        if prealign not in PREALIGN:
+            raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
+        self.spacing, self.prealign, self.channels = _spacing(spacing), prealign, channels
+        self.grid_size = _grid_size(grid_size)
+        self.divisor, self.crop = divisor, crop
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        (moving, moving_affine), (fixed, fixed_affine) = _numpy(data["moving"]), _numpy(data["fixed"])
+        names = [data[key].meta["filename_or_obj"] for key in ("moving", "fixed")]
+        if len(moving) != len(fixed):
+            raise InputError(f"{names[0]}: has {len(moving)} channels, the fixed scan {names[1]} has {len(fixed)}")
+        if self.channels is not None and len(fixed) != self.channels:
+            raise InputError(f"{names[1]}: has {len(fixed)} channels, these weights take {self.channels}")
+        progress.stage(f"{self.prealign} alignment")
+        matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign)
+        progress.stage("resampling")
+        box = geometry.foreground_box(fixed[0]) if self.crop else None
+        options = {"box": box, "divisor": self.divisor, "grid_size": self.grid_size}
+        size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing, **options)
+        moving_work = geometry.to_working_grid(moving, moving_affine, size, onto, matrix)
+        fixed_work = geometry.to_working_grid(fixed, fixed_affine, size, onto)
+        apart = not geometry.overlap(size, onto, moving.shape[1:], moving_affine, matrix)
+        if geometry.is_stripped(moving[0]) and geometry.is_stripped(fixed[0]):
+            apart = not ((moving_work[0] > 0) & (fixed_work[0] > 0)).any()
+        if apart:
+            hint = "" if self.prealign != "none" else "; try --prealign affine"
+            raise InputError(f"{names[0]}: does not overlap the fixed scan {names[1]} at all{hint}")
+        if "moving_mask" in data or "fixed_mask" in data:
+            masks = [np.ones((1, *size), np.float32)] * 2
+            for number, (key, onto_moving) in enumerate((("moving_mask", matrix), ("fixed_mask", None))):
+                if key in data:
+                    mask, mask_affine = _numpy(data[key])
+                    masks[number] = geometry.to_working_grid(mask, mask_affine, size, onto, onto_moving, nearest=True)
+            data["mask"] = _meta((np.concatenate(masks) > 0).astype(np.float32), onto, names[1])
+        data["matrix"] = torch.from_numpy(matrix)
+        data["moving_work"], data["fixed_work"] = (_meta(x, onto, n) for x, n in zip((moving_work, fixed_work), names))
+        return data
+
+
+class ScaleForegroundd(Transform):
+    """Scale each channel to [0, 1]: (x - low) / (high - low), clipped.
+
+    Without a range, it is that of `geometry.foreground_range`: the rule that the shipped weights were trained with.
+
+    Args:
+        keys: scans to scale.
+        intensity_range: (low, high) for scans whose values have a unit, as [-1000, 1000] for CT.
+    """
+
+    def __init__(self, keys: tuple[str, ...], intensity_range: tuple[float, float] | None = None) -> None:
+        if intensity_range is not None and not (len(intensity_range) == 2 and intensity_range[0] < intensity_range[1]):
+            raise InputError(f"--intensity_range must be [low, high] with low < high, got {intensity_range}")
+        self.keys, self.range = tuple(keys), intensity_range
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        for key in self.keys:
+            scan = data[key].float()
+            for channel in scan:
+                low, high = self.range or geometry.foreground_range(channel.numpy())
+                channel.copy_(((channel - low) / max(high - low, 1e-12)).clamp(0, 1))
+            data[key] = scan
+        return data
+
+
+class PackPaird(Transform):
+    """Concatenate moving then fixed into "image" (2C, I, J, K), with the fixed scan's space; drop the two keys.
+
+    `name` is another name for the result.
+    """
+
+    def __init__(self, moving: str = "moving_work", fixed: str = "fixed_work", name: str = "image") -> None:
+        self.moving, self.fixed, self.name = moving, fixed, name
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        moving, fixed = data.pop(self.moving), data.pop(self.fixed)
+        if moving.shape != fixed.shape:
+            grids = f"has grid {tuple(moving.shape[1:])}, {fixed.meta['filename_or_obj']} has {tuple(fixed.shape[1:])}"
+            hint = "align them to one grid (--prealign affine)"
+            raise InputError(f"{moving.meta['filename_or_obj']}: {grids}; {hint}")
+        meta = {name: value for name, value in fixed.meta.items() if name != "affine"}
+        image = MetaTensor(torch.cat([moving.as_tensor(), fixed.as_tensor()]), affine=fixed.affine, meta=meta)
+        return data | {self.name: image}
+
+
+class WarpPaird(Transform):
+    """Apply "pred" to the pair on its grid, for validation: adds "warped" and, with labels, "warped_label".
+
+    "target_label" stacks the fixed and the moving label map: MONAI's metrics see only what post-processing adds.
+    """
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        disp = torch.as_tensor(data["pred"])[None].float()
+        moving = torch.as_tensor(data["image"]).chunk(2)[0][None].to(disp.device)
+        data["warped"] = warp(moving, disp)[0]
+        if "moving_label" in data and "fixed_label" in data:
+            label = torch.as_tensor(data["moving_label"])[None].to(disp.device)
+            data["warped_label"] = warp(label, disp, mode="nearest", padding="zeros")[0]
+            data["target_label"] = torch.cat([torch.as_tensor(data[key]) for key in ("fixed_label", "moving_label")])
+        return data
+
+
+class ToTrainingGridd(Transform):
+    """Bring every training scan onto one grid: closest RAS axes, the wanted spacing, the space of a reference scan.
+
+    Args:
+        spacing: voxel size in mm; None or 0 keeps that of the scan (or of the reference).
+        prealign: "affine" or "rigid" to the reference, or "none" for scans that share a grid already.
+        reference: path of the scan to align to; needed unless `prealign` is "none".
+        keys: scan and label map.
+        grid_size: voxels of the grid, in closest RAS order, around its middle; None covers the scan.
+    """
+
+    def __init__(
+        self,
+        spacing: float | None,
+        prealign: str = "none",
+        *,
+        reference: str | None = None,
+        keys: tuple[str, str] = ("image", "label"),
+        grid_size: tuple[int, int, int] | None = None,
+    ) -> None:
+        if prealign not in PREALIGN:
+            raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
+        self.spacing, self.prealign, self.reference, self.keys = _spacing(spacing), prealign, reference, keys
+        self.grid_size = _grid_size(grid_size)
+        self.target: tuple[np.ndarray, np.ndarray] | None = None  # the reference scan, once read
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        scan, label = self.keys
+        array, affine = _numpy(data[scan])
+        name = data[scan].meta["filename_or_obj"]
+        target, target_affine, matrix = array, affine, None
+        if self.prealign != "none":
+            self.target = self.target or io.read_scan(self.reference)
+            target, target_affine = self.target
+            if str(name) != str(self.reference):
+                matrix = prealign(target[0], target_affine, array[0], affine, self.prealign)
+        size, onto = geometry.working_grid(target.shape[1:], target_affine, self.spacing, grid_size=self.grid_size)
+        data[scan] = _meta(geometry.to_working_grid(array, affine, size, onto, matrix), onto, name)
+        if label in data:
+            values = geometry.to_working_grid(_numpy(data[label])[0], affine, size, onto, matrix, nearest=True)
+            data[label] = _meta(values, onto, name)
+        return data
+
+
+class DeliverPaird(Transform):
+    """From the displacement on the working grid to results in the fixed scan's own space, written, measured, judged.
+
+    Writes OUT/ID/ with warped.nii.gz, transform.h5 (ITK composite: the displacement field on the working grid, then the
+    affine), displacement.nii.gz (the whole map on the fixed grid, mm, LPS vectors), report.json, report.png, and, where
+    they apply, warped_label.nii.gz, warped_points.csv (the moving points in the fixed space, LPS mm),
+    inverse_transform.h5, and warped_segmentation.nii.gz and fixed_segmentation.nii.gz of a method that gave such class
+    numbers on the working grid. The original moving scan is interpolated once. Adds "row", the pair's line of
+    results.csv.
+
+    Args:
+        output_dir: OUT.
+        save_inverse: also write the inverse transform and report the error of that file; without, the report says how
+            far the map is from one-to-one at a sample of voxels.
+        surface: also measure HD, HD95 and ASSD of the labels and SSIM of the scans; None: only the distances, and only
+            of few labels, as they are slow.
+        minimum: labels of at most this many voxels in the fixed map are left out of the means.
+        groups: coarse label groups as {name: {"members": [...]}}; adds the mean Dice over them.
+        save: False measures only.
+        trained_on: what the weights were trained on, a key of `common.quality.verdict.TRAINING`; None or "" if they
+            were not.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        *,
+        save_inverse: bool = False,
+        surface: bool | None = None,
+        minimum: int = 0,
+        groups: dict | None = None,
+        save: bool = True,
+        trained_on: str | None = None,
+    ) -> None:
+        if trained_on and trained_on not in verdict.TRAINING:
+            raise InputError(f"--trained_on must be one of {', '.join(verdict.TRAINING)}, got {trained_on}")
+        self.output_dir, self.save_inverse, self.surface = Path(output_dir), save_inverse, surface
+        self.minimum, self.groups, self.save, self.trained_on = minimum, groups, save, trained_on or None
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        progress.stage("warping and measuring")
+        pair = _registration(data)
+        warped = measure.warp_pair(pair)
+        found, details = measure.measure(pair, warped, surface=self.surface, minimum=self.minimum, groups=self.groups)
+        writers = _writers(pair, warped)
+        for name in ("warped_segmentation", "fixed_segmentation"):
+            if name in data:
+                writers[f"{name}.nii.gz"] = partial(_write_classes, data[name], pair)
+        if self.save_inverse:
+            inverse = mapping.invert(pair.whole)
+            found |= measure.inverse_error(pair, inverse)
+            writers["inverse_transform.h5"] = partial(mapping.write_transform, inverse)
+        names = {role: data[role].meta["filename_or_obj"] for role in ("fixed", "moving")}
+        scans = {names["moving"]: pair.moving[0], names["fixed"]: pair.fixed[0]}
+        halves = dict(zip(scans, (half[0].numpy() for half in pair.work.chunk(2))))
+        notes, facts = progress.take()
+        notes += verdict.judge_scans(scans, halves, self.trained_on) + verdict.judge(found)
+        row = {"id": data["id"]} | names | found
+        row |= {"warnings": "; ".join(notes), "seconds": time.time() - float(data["started"])}
+        peak = forecast.peak_memory(torch.as_tensor(data["pred"]).device)
+        facts |= {"seconds": row["seconds"], "peak_memory_mib": None if peak is None else peak / 2**20}
+        if self.save:
+            progress.stage("writing")
+            content = report.report(row, details, notes, facts)
+            writers["report.json"] = partial(report.write_report, content)
+            writers["report.png"] = partial(picture.draw_report, pair, row, notes)
+            io.write_folder(self.output_dir / data["id"], writers)
+        row["seconds"] = time.time() - float(data["started"])
+        return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
+
+
+def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
+    """The pair of a bundle's run: displacement "pred" on the working grid of "image", then "matrix"."""
+    disp = torch.as_tensor(data["pred"]).cpu().float()
+    onto = np.asarray(data["image"].affine, dtype=np.float64)
+    start = mapping.affine_transform(np.asarray(data["matrix"], dtype=np.float64))
+    scans = {role: _numpy(data[role].cpu()) for role in ("moving", "fixed")}
+    labels = {name: data[name].cpu().numpy()[0] for name in ("moving_label", "fixed_label") if name in data}
+    marks = {
+        f"{role}_points": points.read_points(data[f"{role}_points"], scans[role][1])
+        for role in scans
+        if f"{role}_points" in data
+    }
+    return measure.Registration(
+        *scans["moving"],
+        *scans["fixed"],
+        start=start,
+        whole=mapping.compose(mapping.displacement_transform(disp.numpy(), onto), start),
+        work=torch.as_tensor(data["image"]).cpu().float(),
+        disp=disp,
+        work_affine=onto,
+        **labels,
+        **marks,
+    )
+
+
+def _writers(pair: measure.Registration, warped: measure.Warped) -> dict[str, Callable[[Path], None]]:
+    """The files of a pair's folder that need nothing but the pair."""
+    onto = pair.fixed.shape[1:], pair.fixed_affine
+    writers = {
+        "warped.nii.gz": partial(io.write_scan, warped.after, pair.fixed_affine),
+        "transform.h5": partial(mapping.write_transform, pair.whole),
+        "displacement.nii.gz": partial(mapping.write_transform, pair.whole, grid=onto),
+    }
+    if warped.label_after is not None:
+        writers["warped_label.nii.gz"] = partial(io.write_label, warped.label_after, pair.fixed_affine)
+    if pair.moving_points is not None:
+        there = mapping.invert_at(pair.whole, pair.moving_points.lps)
+        if lost := int(np.isnan(there).any(1).sum()):
+            progress.note(f"{lost} of {len(there)} moving points have no place in the fixed scan: the map folds there")
+        writers["warped_points.csv"] = partial(points.write_points, points.Points(there, pair.moving_points.names))
+    return writers
+
+
+def _write_classes(classes: Tensor, pair: measure.Registration, path: Path) -> None:
+    """Class numbers (1, I, J, K) on the working grid, by nearest neighbour on the fixed scan's grid."""
+    onto = pair.fixed.shape[1:], pair.fixed_affine
+    values = mapping.resample(torch.as_tensor(classes)[0].cpu().numpy(), pair.work_affine, *onto, nearest=True)
+    io.write_label(np.rint(values), pair.fixed_affine, path)

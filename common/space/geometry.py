@@ -1,0 +1,134 @@
+"""Working grids, in millimetres; the affine pre-alignment onto them is in prealign.py."""
+
+import nibabel as nib
+import numpy as np
+
+from common.space import itk_classes
+from common.space.io import background, to_array, to_itk
+from common.space.mapping import affine_transform, resample
+
+
+def working_grid(
+    size: tuple[int, int, int],
+    affine_ras: np.ndarray,
+    spacing: float | None,
+    *,
+    box: tuple[np.ndarray, np.ndarray] | None = None,
+    divisor: int = 1,
+    grid_size: tuple[int, int, int] | None = None,
+) -> tuple[tuple[int, int, int], np.ndarray]:
+    """The grid on which a network sees the fixed scan: axes in closest RAS order, isotropic, around its content.
+
+    Args:
+        size, affine_ras: grid of the fixed scan.
+        spacing: voxel size in mm; None keeps the fixed scan's own.
+        box: first and last voxel to cover, along each axis of the fixed scan; None covers all of it.
+        divisor: sizes become multiples of this.
+        grid_size: exactly so many voxels, in closest RAS order: a centre crop, or padding.
+
+    Returns:
+        Size and `affine_ras` of the working grid, centred on the box. Along an axis that has the wanted spacing already
+        (to 0.1 %), voxels stay where they are.
+    """
+    order = nib.orientations.io_orientation(affine_ras)
+    transform = nib.orientations.inv_ornt_aff(order, size)
+    affine = affine_ras @ transform
+    first, last = (np.zeros(3), np.array(size) - 1) if box is None else box
+    ends = nib.affines.apply_affine(np.linalg.inv(transform), np.stack([first, last]))
+    first, last = ends.min(0).round(), ends.max(0).round()
+    old = nib.affines.voxel_sizes(affine)
+    keep = np.ones(3, bool) if spacing is None else np.abs(old / spacing - 1) < 1e-3
+    step = np.ones(3) if spacing is None else np.where(keep, 1.0, spacing / old)
+    count = np.ceil((last - first) / step - 1e-6).astype(int) + 1
+    count = -(-count // divisor) * divisor if grid_size is None else np.array(grid_size)
+    start = (first + last) / 2 - (count - 1) / 2 * step
+    start = np.where(keep, np.floor(start), start)
+    return tuple(int(n) for n in count), affine @ nib.affines.from_matvec(np.diag(step), start)
+
+
+def overlap(
+    size: tuple[int, int, int],
+    affine_ras: np.ndarray,
+    other: tuple[int, ...],
+    other_ras: np.ndarray,
+    matrix: np.ndarray,
+) -> float:
+    """Share of a grid's voxels that a point map (RAS mm, 4x4) takes into another scan's field of view."""
+    steps = [np.linspace(0, n - 1, min(n, 32)) for n in size]
+    voxels = np.stack(np.meshgrid(*steps, indexing="ij"), -1)
+    there = nib.affines.apply_affine(np.linalg.inv(other_ras) @ matrix @ affine_ras, voxels)
+    return float(((there >= -0.5) & (there <= np.array(other) - 0.5)).all(-1).mean())
+
+
+def length_mm(disp: np.ndarray, affine_ras: np.ndarray) -> np.ndarray:
+    """Length in mm of displacements (3, ...) in voxels of a grid: (...), as (I, J, K)."""
+    return np.linalg.norm(np.einsum("ab,b...->a...", affine_ras[:3, :3], disp), axis=0)
+
+
+def is_stripped(channel: np.ndarray) -> bool:
+    """Whether the background of a scan is exactly 0: at least 5 % of its voxels, as after skull-stripping."""
+    return bool((channel == 0).mean() >= 0.05)
+
+
+def foreground_floor(channel: np.ndarray) -> float:
+    """Value above which a scan shows something: 0, or the smallest value of a scan that has values below 0 and no
+    background of exactly 0 (CT in Hounsfield units: air)."""
+    lowest = float(channel.min())
+    return lowest if lowest < 0 and not is_stripped(channel) else 0.0
+
+
+def foreground_range(channel: np.ndarray) -> tuple[float, float]:
+    """`foreground_floor` (0 for skull-stripped MR, air for CT) and the 99.5th percentile of the voxels above it."""
+    low = foreground_floor(channel)
+    inside = channel[channel > low]
+    return low, float(np.percentile(inside, 99.5)) if len(inside) else low + 1.0
+
+
+def foreground_box(channel: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """First and last voxel of the foreground of a scan with background 0; None for any other scan."""
+    if not is_stripped(channel) or not (channel > 0).any():
+        return None
+    inside = channel > 0
+    spans = [np.flatnonzero(inside.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    return np.array([span[0] for span in spans]), np.array([span[-1] for span in spans])
+
+
+def to_working_grid(
+    array: np.ndarray,
+    affine_ras: np.ndarray,
+    size: tuple[int, int, int],
+    onto_ras: np.ndarray,
+    matrix_ras: np.ndarray | None = None,
+    *,
+    nearest: bool = False,
+) -> np.ndarray:
+    """Resample (C, I, J, K) onto a working grid, smoothed where that grid is coarser.
+
+    The Gaussian has sigma = 0.4 sqrt(new^2 - old^2) mm along an axis of old spacing: 0.7 mm for 1 mm to 2 mm, as the
+    training scans were made. Where the background is exactly 0 (a skull-stripped scan), it is 0 again afterwards: no
+    blurred rim.
+
+    Args:
+        matrix_ras: 4x4 point map (RAS mm) from the new grid's space to the scan's; None is the identity.
+        nearest: for labels; then nothing is smoothed.
+    """
+    transform = None if matrix_ras is None else affine_transform(matrix_ras)
+    old, new = nib.affines.voxel_sizes(affine_ras), nib.affines.voxel_sizes(onto_ras)
+    target = np.full(3, new.min())
+    variance = 0.16 * np.clip(target**2 - old**2, 0, None)
+    channels = []
+    for channel in array:
+        stripped = (channel > 0).astype(np.float32) if not nearest and is_stripped(channel) else None
+        if not nearest and variance.max() > 1e-6:
+            smooth = itk_classes.wrapped("DiscreteGaussianImageFilter", "IF3IF3").New()
+            smooth.SetInput(to_itk(channel.astype(np.float32, copy=False), affine_ras))
+            smooth.SetVariance(variance.tolist())
+            smooth.SetMaximumKernelWidth(64)
+            smooth.Update()
+            channel = to_array(smooth.GetOutput())
+        outside = 0.0 if nearest else background(channel)
+        values = resample(channel, affine_ras, size, onto_ras, transform, nearest=nearest, outside=outside)
+        if stripped is not None:
+            values *= resample(stripped, affine_ras, size, onto_ras, transform) > 0.5
+        channels.append(values)
+    return np.stack(channels)

@@ -1,0 +1,105 @@
+"""What a training keeps on disk: its whole state to go on from, and the best weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.handlers import CheckpointLoader
+from monai.utils import set_determinism
+from torch import nn
+
+from common.space.io import InputError
+
+
+class LastCheckpoint:
+    """Save the whole state of a training after every epoch, and go on from it when the run is started again.
+
+    Network, optimizer, learning rate and epoch come from the checkpoint; the pairs are drawn anew, from a seed that
+    depends on the epoch, so that a run that is stopped often does not see the same few pairs again and again.
+
+    Args:
+        folder: where checkpoint_epoch=N.pt is kept (the newest only).
+        objects: what to save besides the trainer: model, optimizer, lr_scheduler.
+        device: where to load tensors to.
+        write: False on the processes that only read (rank > 0).
+        seed: of the run.
+
+    Raises:
+        InputError: the epochs asked for end before the checkpoint, or have another length than those in it.
+    """
+
+    def __init__(
+        self, folder: str, objects: dict[str, Any], *, device: torch.device | str, write: bool = True, seed: int = 0
+    ) -> None:
+        self.folder, self.objects, self.device = Path(folder), objects, device
+        self.write, self.seed = write, seed
+
+    def attach(self, engine: Engine) -> None:
+        found = sorted(self.folder.glob("checkpoint_epoch=*.pt"), key=lambda path: path.stat().st_mtime)
+        if found:
+            self._resume(engine, found[-1])
+        if self.write:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _resume(self, engine: Engine, path: Path) -> None:
+        epoch, asked = int(path.stem.split("=")[1]), {}
+        anew = "give another --output_dir to begin anew"
+        if engine.state.max_epochs is not None and engine.state.max_epochs < epoch:
+            raise InputError(f"{path}: --max_epochs {engine.state.max_epochs} ends before this epoch; {anew}")
+        print(f"going on from {path}, with its learning rate", flush=True)
+
+        def check(engine: Engine) -> None:
+            if asked["length"] not in (None, engine.state.epoch_length):
+                lengths = f"has epochs of {engine.state.epoch_length} iterations, not {asked['length']}"
+                raise InputError(f"{path}: {lengths}; {anew}")
+            set_determinism(self.seed + 1000 * epoch)
+
+        engine.add_event_handler(Events.STARTED, lambda e: asked.update(length=e.state.epoch_length))
+        everything = self.objects | {"trainer": engine}
+        CheckpointLoader(str(path), everything, map_location=torch.device(self.device)).attach(engine)
+        engine.add_event_handler(Events.STARTED, check)
+
+    def _save(self, engine: Engine) -> None:
+        everything = self.objects | {"trainer": engine}
+        state = {name: getattr(item, "module", item).state_dict() for name, item in everything.items()}
+        path = self.folder / f"checkpoint_epoch={engine.state.epoch}.pt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(state, self.folder / ".checkpoint.pt.partial")
+        (self.folder / ".checkpoint.pt.partial").replace(path)
+        for older in self.folder.glob("checkpoint_epoch=*.pt"):
+            if older != path:
+                older.unlink()
+
+
+class BestCheckpoint:
+    """Keep the weights of the best validation as model.pt, a plain state dict, also across resumed runs.
+
+    model.json beside it says which epoch they are from and the value of the key metric. Without a value (scans without
+    labels) the last weights are kept.
+
+    Args:
+        folder: where model.pt and model.json go.
+        network: the network, or its DistributedDataParallel wrapper.
+        metric: name of the key metric.
+    """
+
+    def __init__(self, folder: str, network: nn.Module, metric: str = "mean_dice") -> None:
+        self.folder, self.network, self.metric = Path(folder), network, metric
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self._keep)
+
+    def _keep(self, engine: Engine) -> None:
+        value = float(engine.state.metrics.get(self.metric, float("nan")))
+        note = self.folder / "model.json"
+        best = json.loads(note.read_text())[self.metric] if note.exists() else None  # None: no value yet
+        if best is not None and not value > best:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        network = getattr(self.network, "module", self.network)
+        torch.save(network.state_dict(), self.folder / ".model.pt.partial")
+        (self.folder / ".model.pt.partial").replace(self.folder / "model.pt")
+        told = {"epoch": engine.state.epoch, self.metric: value if value == value else None}
+        note.write_text(json.dumps(told) + "\n")

@@ -1,0 +1,215 @@
+"""Measures, verdict, report and pictures of registrations with known answers, good and bad."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import phantom
+from common.quality import measure, picture, report, verdict
+from common.space import io, mapping
+
+GOOD = {
+    **dict(overlap=0.9, ncc_before=0.6, ncc_after=0.9, nmi_before=0.1, nmi_after=0.3, folding_pct=0.0, sdlogj=0.3),
+    **dict(dice_before=0.5, dice_after=0.7, tre_mm_before=4.0, tre_mm_after=1.0, labels=9, labels_lost=0),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair that differs by a known translation of (8, -4, 12) mm RAS, with labels and landmarks."""
+    folder = tmp_path_factory.mktemp("files")
+    size, affine = (36, 44, 34), nib.affines.from_matvec(np.diag([4.0, 4, 4]), [-70, -86, -66])
+    image, label = phantom.sample(size, affine)
+    shift = nib.affines.from_matvec(np.eye(3), [8, -4, 12])
+    for name, space in (("fixed", affine), ("moving", shift @ affine)):
+        io.write_scan(image, space, folder / f"{name}.nii.gz")
+        io.write_label(label, space, folder / f"{name}_label.nii.gz")
+    (folder / "fixed.csv").write_text("x,y,z\n0,0,0\n20,10,0\n")
+    (folder / "moving.csv").write_text("x,y,z\n-8,4,12\n12,14,15\n")  # LPS; the second is 3 mm off
+    mapping.write_transform(mapping.affine_transform(shift), folder / "good.tfm")
+    far = nib.affines.from_matvec(np.eye(3), [-30.0, 20, 25])
+    mapping.write_transform(mapping.affine_transform(far), folder / "bad.tfm")
+    return folder
+
+
+def registration(files: Path, name: str) -> measure.Registration:
+    return measure.read_registration(
+        *(str(files / f) for f in ("moving.nii.gz", "fixed.nii.gz", f"{name}.tfm")),
+        moving_label=str(files / "moving_label.nii.gz"),
+        fixed_label=str(files / "fixed_label.nii.gz"),
+        moving_points=str(files / "moving.csv"),
+        fixed_points=str(files / "fixed.csv"),
+    )
+
+
+def test_known_values(files: Path) -> None:
+    pair = registration(files, "good")
+    row, details = measure.measure(pair, measure.warp_pair(pair))
+    assert row["dice_after"] == pytest.approx(1) and row["dice_before"] < 0.8
+    assert row["ncc_after"] == pytest.approx(1, abs=1e-4) and row["nmi_after"] > 0.9 > row["nmi_before"]
+    assert row["hd95_after"] == pytest.approx(0, abs=1e-6) and row["hd95_before"] > 4
+    shift = 224**0.5  # of (8, 4, 12)
+    assert row["tre_mm_after"] == pytest.approx(1.5, abs=1e-6) and row["landmarks"] == 2
+    assert row["tre_mm_before"] == pytest.approx((shift + 305**0.5) / 2) and row["tre_max_mm_after"] == pytest.approx(3)
+    assert [mark["tre_mm_after"] for mark in details["landmarks"]] == pytest.approx([0, 3], abs=1e-6)
+    assert row["disp_mean_mm"] == pytest.approx(shift, rel=1e-4) and row["folding_pct"] == 0
+    assert details["displacement_mm"]["p50"] == pytest.approx(shift, rel=1e-4)
+    assert set(details["labels"]) == {str(n) for n in range(1, 10)} and details["labels"]["5"]["dice_after"] == 1
+    assert measure.inverse_error(pair, mapping.invert(pair.whole))["inverse_error_mm"] < 1e-4
+    assert row["inverse_error_mm"] < 0.01 and row["inverse_failed_pct"] == 0
+
+
+def test_inverse_consistency_of_a_folded_field(files: Path) -> None:
+    """Measured in every report, at a sample of the voxels: what folds is not one-to-one, the rest is."""
+    pair = registration(files, "good")
+    disp = torch.zeros_like(pair.disp)
+    i = torch.arange(disp.shape[1], dtype=torch.float32)
+    disp[0] = (3 * torch.sin(i / 2) * (i < disp.shape[1] // 2))[:, None, None]  # slope down to -1.5 in one half
+    row = measure.measure(dataclasses.replace(pair, disp=disp), measure.warp_pair(pair))[0]
+    assert 10 < row["folding_pct"] < 40 and 10 < row["inverse_failed_pct"] < 70
+    assert row["inverse_error_p99_mm"] > 8, "more than two voxels of 4 mm"
+    smooth = measure.measure(dataclasses.replace(pair, disp=0.1 * disp), measure.warp_pair(pair))[0]
+    assert smooth["inverse_failed_pct"] == 0 and 0 < smooth["inverse_error_mm"] < 0.01
+
+
+def test_surfaces_of_many_labels_are_left_out_unless_asked_for(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = registration(files, "good")
+    warped = measure.warp_pair(pair)
+    assert "hd95_after" not in measure.measure(pair, warped, surface=False)[0]
+    monkeypatch.setattr(measure, "FEW_LABELS", 8)
+    assert "hd95_after" not in measure.measure(pair, warped)[0]
+    assert "ssim_after" in measure.measure(pair, warped, surface=True)[0]
+
+
+def test_what_a_transform_began_with(files: Path, tmp_path: Path) -> None:
+    """Of a deformable composite the linear part is the start; the displacement on the grid is the rest."""
+    disp = np.zeros((3, 36, 44, 34))
+    disp[1] = 0.5
+    affine = io.read_scan(files / "fixed.nii.gz")[1]
+    linear = mapping.read_transform(files / "good.tfm")
+    field = mapping.displacement_transform(disp, affine)
+    mapping.write_transform(mapping.compose(field, linear), tmp_path / "t.h5")
+    names = (str(files / "moving.nii.gz"), str(files / "fixed.nii.gz"), str(tmp_path / "t.h5"))
+    pair = measure.read_registration(*names)
+    np.testing.assert_allclose(mapping.matrix_of(pair.start), mapping.matrix_of(linear), atol=1e-6)
+    inner = pair.disp[:, 4:-4, 4:-4, 4:-4]
+    torch.testing.assert_close(inner, torch.tensor([0, 0.5, 0]).view(3, 1, 1, 1).expand_as(inner), atol=1e-4, rtol=0)
+
+
+def test_good_and_bad_are_told_apart(files: Path, tmp_path: Path) -> None:
+    """In words, in report.json, and in a picture that has something in it."""
+    contents, pictures = {}, {}
+    for name in ("good", "bad"):
+        pair = registration(files, name)
+        row, details = measure.measure(pair, measure.warp_pair(pair))
+        notes = verdict.judge(row)
+        content = report.report({"id": name} | row, details, notes, {"seconds": 1.0})
+        report.write_report(content, tmp_path / f"{name}.json")
+        picture.draw_report(pair, {"id": name} | row, notes, tmp_path / f"{name}.png")
+        contents[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        pictures[name] = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"), float)
+    good, bad = contents["good"], contents["bad"]
+    assert good["verdict"] == "plausible" and good["warnings"] == []
+    assert bad["verdict"] == "doubtful" and len(bad["warnings"]) >= 3
+    assert bad["warnings"][0].startswith("no improvement over the pre-alignment: correlation")
+    assert set(good) >= {"similarity", "overlap", "landmarks", "deformation", "run"}
+    assert good["overlap"]["each"]["1"]["dice_after"] == 1 and good["run"]["versions"]["torch"] == torch.__version__
+    assert good["deformation"]["displacement_mm"]["p99"] > 10
+    for image in pictures.values():
+        assert image.shape[0] > 600 and image.shape[1] > 1200 and image.std() > 20
+    height = min(image.shape[0] for image in pictures.values())
+    assert np.abs(pictures["good"][-height:] - pictures["bad"][-height:]).mean() > 5
+
+
+def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
+    details = {"displacement_mm": {"p50": float("nan")}}
+    report.write_report(report.report({"ncc_after": float("inf")} | {"id": "x"}, details, [], {}), tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["similarity"]["ncc_after"] is None and found["deformation"]["displacement_mm"]["p50"] is None
+
+
+# ---- verdict --------------------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "no improvement": ({"ncc_after": 0.6, "nmi_after": 0.1}, "no improvement over the pre-alignment"),
+    "labels": ({"dice_after": 0.4}, "the labels overlap less than before: 0.50 before, 0.40 after"),
+    "landmarks": ({"tre_mm_after": 5.0}, "the landmarks agree less than before: 4.00 mm before, 5.00 mm after"),
+    "overlap": ({"overlap": 0.3}, "little overlap: the foregrounds share 0.30"),
+    "modality": (
+        {"ncc_before": -0.3, "ncc_after": -0.2},
+        "hardly correlate .-0.20.; if they are of different modality",
+    ),
+    "folding": ({"folding_pct": 3.2}, "much folding: 3.2 % of the fixed foreground"),
+    "rough": ({"sdlogj": 2.0}, "rough deformation"),
+    "lost": ({"labels_lost": 2}, "2 of 9 labels vanish"),
+    "inverse": ({"inverse_failed_pct": 6.0}, "the inverse is half a voxel off or more in 6.0 %"),
+    "nan": ({"ncc_after": float("nan"), "nmi_after": float("nan")}, "no improvement"),
+}
+
+
+@pytest.mark.parametrize("change, words", FAULTS.values(), ids=FAULTS)
+def test_each_fault_gives_its_sentence(change: dict, words: str) -> None:
+    assert verdict.judge(GOOD) == []
+    (sentence,) = verdict.judge(GOOD | change)
+    assert re.search(words, sentence), sentence
+
+
+def test_a_pair_that_is_aligned_already_is_no_fault() -> None:
+    assert verdict.judge(GOOD | {"ncc_before": 0.995, "ncc_after": 0.995, "nmi_after": 0.1}) == []
+
+
+def test_two_modalities_may_improve_by_information_alone() -> None:
+    """T1 to T2: the correlation becomes more negative, and that is no fault of the registration."""
+    found = verdict.judge(GOOD | {"ncc_before": -0.3, "ncc_after": -0.6})
+    assert len(found) == 1 and "different modality" in found[0]
+
+
+def test_scans_unlike_each_other_or_the_training_data() -> None:
+    rng = np.random.default_rng(0)
+    brain = np.zeros((20, 20, 20))
+    brain[4:16, 4:16, 4:16] = rng.uniform(0.5, 0.8, (12, 12, 12))
+    head, ct = brain + 0.01, 2000 * brain - 1000
+    assert verdict.judge_scans({"a": brain, "b": brain}, {"a": brain, "b": brain}, "brain_t1") == []
+    assert verdict.judge_scans({"a": brain, "b": brain}, {"a": brain, "b": brain}, None) == []
+    (kinds,) = verdict.judge_scans({"a": brain, "b": head}, {"a": brain, "b": head}, None)
+    assert "different kinds" in kinds and "a has a background of 0" in kinds
+    (skull,) = verdict.judge_scans({"a": head, "b": head}, {"a": head}, "brain_t1")
+    assert skull.startswith("a is not skull-stripped")
+    (signed,) = verdict.judge_scans({"a": ct, "b": ct}, {"a": brain}, "brain_t1")
+    assert "values below 0, as CT" in signed
+    (dark,) = verdict.judge_scans({"a": brain, "b": brain}, {"a": brain / 3}, "brain_t1")
+    assert dark.startswith("intensities unlike the training data: the median of a's foreground")
+
+
+def test_real_scans_are_told_apart(development_data: Path) -> None:
+    """Validation brains raise no doubt, T2 and a chest CT do."""
+    from common.space.geometry import foreground_range
+
+    def doubts(path: str) -> list[str]:
+        file = development_data / "data" / "dev" / path
+        if not file.exists():
+            pytest.skip(f"development data not found: {file}")
+        scan = io.read_scan(file)[0][0]
+        low, high = foreground_range(scan)
+        return verdict.judge_scans({path: scan}, {path: np.clip((scan - low) / (high - low), 0, 1)}, "brain_t1")
+
+    assert doubts("brain_t1/images/oasis_1003.nii.gz") == [] and doubts("brain_t1/images/oasis_1107.nii.gz") == []
+    assert "intensities unlike" in doubts("brain_ms/patient07_T2.nii.gz")[0]
+    assert "as CT" in doubts("chest_ct/images/chest_01.nii.gz")[0]
+
+
+def test_summary_of_a_cohort(tmp_path: Path) -> None:
+    rows = [{"id": f"p{n}", "warnings": ""} | GOOD | {"dice_after": 0.6 + n / 50} for n in range(8)]
+    rows += [{"id": "broken", "error": "broken.nii.gz: not an image"}, {"id": "odd", "warnings": "x"} | GOOD]
+    picture.draw_summary(rows, tmp_path / "summary.png")
+    image = np.asarray(Image.open(tmp_path / "summary.png").convert("RGB"), float)
+    assert image.std() > 10 and image.shape[0] > 200
+    picture.draw_summary(rows[8:9], tmp_path / "failed.png")  # nothing registered at all
+    assert (tmp_path / "failed.png").stat().st_size > 1000

@@ -1,0 +1,206 @@
+"""A cohort with a network that does nothing: every pair once, whatever happens in between."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator
+from monai.transforms import Compose
+
+from common.run import cohort
+from common.space.io import InputError
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from test_cohort import evaluator, pairs
+from common.run.cohort import run
+run(evaluator({out!r}, pairs({count}), work=lambda pair: time.sleep({seconds})))
+"""
+
+
+class Load:
+    """Preprocessing with one setting; fails for pairs that say so."""
+
+    def __init__(self, spacing: float = 2.0) -> None:
+        self.spacing = spacing
+
+    def __call__(self, pair: dict) -> dict:
+        if "bad" in pair["moving"]:
+            raise InputError(f"{pair['moving']}: not an image that can be read")
+        if "bug" in pair["moving"]:
+            raise ZeroDivisionError("division by zero\nsecond line")
+        return pair | {"image": torch.zeros(2, 4, 4, 4)}
+
+
+class Deliver:
+    def __init__(self, out: str, work: Callable[[dict], object]) -> None:
+        self.output_dir, self.work = out, work
+
+    def __call__(self, data: dict) -> dict:
+        self.work(data)
+        with Path(self.output_dir, "log.txt").open("a") as file:
+            file.write(f"{data['id']} {os.environ.get('RANK', 0)}\n")
+        names = ("id", "fixed", "moving")
+        row = {name: data[name] for name in names} | {"ncc_before": 0.5, "ncc_after": 0.75, "folding_pct": 0.25}
+        return data | {"row": row | {"sdlogj": 0.1, "disp_mean_mm": 2.0, "seconds": 3.0, "warnings": ""}}
+
+
+def pairs(count: int, *, bad: tuple[int, ...] = (), bug: tuple[int, ...] = ()) -> list[dict]:
+    kinds = ["bad" if n in bad else "bug" if n in bug else "scan" for n in range(count)]
+    return [{"id": f"100{n}", "fixed": "f.nii.gz", "moving": f"{kind}{n}.nii.gz"} for n, kind in enumerate(kinds)]
+
+
+def evaluator(
+    out: Path | str, rows: list[dict], *, spacing: float = 2.0, work: Callable[[dict], object] = id, resume: bool = True
+) -> SupervisedEvaluator:
+    Path(out).mkdir(exist_ok=True)
+    load, net = Compose([Load(spacing)]), torch.nn.Conv3d(2, 3, 1)
+    return SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(Dataset(rows, load), batch_size=1),
+        network=net,
+        prepare_batch=lambda batch, device, non_blocking, **kwargs: (batch["image"], None),
+        postprocessing=Compose([Deliver(str(out), work)]),
+        val_handlers=[cohort.PairTable(str(out), resume=resume, settings=[load])],
+    )
+
+
+def table(out: Path) -> list[dict]:
+    with (out / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def log(out: Path) -> list[str]:
+    return [line.split()[0] for line in (out / "log.txt").read_text().splitlines()]
+
+
+def test_a_row_a_pair_and_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    counts = []
+
+    def count(data: dict) -> None:
+        counts.append(len(table(tmp_path)) if (tmp_path / "results.csv").exists() else 0)
+
+    engine = evaluator(tmp_path, pairs(3), work=count)
+    cohort.run(engine)
+    assert counts == [0, 1, 2], "the table must be written after every pair"
+    assert [row["id"] for row in table(tmp_path)] == ["1000", "1001", "1002"] and len(engine.state.rows) == 3
+    text = capsys.readouterr().out
+    assert text.startswith(f"3 pairs registered, results in {tmp_path}\n")
+    assert "correlation inside the fixed foreground: 0.500 after pre-alignment, 0.750 after registration" in text
+    assert "folding: 0.250 %" in text and "3.0 s a pair" in text and "HD95" not in text
+
+
+def test_a_failing_pair_does_not_stop_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its row has the reason; what is no fault of the input is shown in full; both are tried again the next time."""
+    with pytest.raises(InputError, match=r"results.csv: 2 of 4 pairs failed, first 1001 \(bad1.nii.gz: not an image"):
+        cohort.run(evaluator(tmp_path, pairs(4, bad=(1,), bug=(2,))))
+    rows = table(tmp_path)
+    assert [row["error"] for row in rows] == [
+        "",
+        "bad1.nii.gz: not an image that can be read",
+        "ZeroDivisionError: division by zero",
+        "",
+    ]
+    assert rows[1]["moving"] == "bad1.nii.gz" and rows[1]["ncc_after"] == ""
+    shown = capsys.readouterr()
+    assert "ZeroDivisionError" in shown.err and "Traceback" in shown.err and "2 pairs registered" in shown.out
+    cohort.run(evaluator(tmp_path, pairs(4)))
+    assert [row["error"] for row in table(tmp_path)] == [""] * 4
+    assert log(tmp_path) == ["1000", "1003", "1001", "1002"], "only the failed ones are done again"
+
+
+def test_a_single_pair_fails_as_an_error(tmp_path: Path) -> None:
+    with pytest.raises(Exception) as caught:
+        cohort.run(evaluator(tmp_path / "out", pairs(1, bad=(0,))))
+    assert cohort.sentence_of(caught.value) == "bad0.nii.gz: not an image that can be read"
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Unless the settings or the files of a pair are others, or it is asked for."""
+    cohort.run(evaluator(tmp_path, pairs(3)))
+    cohort.run(evaluator(tmp_path, pairs(5)))
+    assert log(tmp_path) == ["1000", "1001", "1002", "1003", "1004"]
+    assert "3 of 5 pairs were done before" in capsys.readouterr().out
+    assert [float(row["ncc_after"]) for row in table(tmp_path)] == [0.75] * 5
+    changed = pairs(5)
+    changed[2]["fixed"] = "other.nii.gz"
+    cohort.run(evaluator(tmp_path, changed))
+    assert log(tmp_path)[5:] == ["1002"]
+    cohort.run(evaluator(tmp_path, changed, spacing=1.0))
+    assert len(log(tmp_path)) == 11
+    cohort.run(evaluator(tmp_path, changed, spacing=1.0, resume=False))
+    assert len(log(tmp_path)) == 16 and len(table(tmp_path)) == 5
+
+
+def test_rows_of_other_processes_are_read_even_when_cut_off(tmp_path: Path) -> None:
+    cohort.run(evaluator(tmp_path, pairs(3)))
+    lines = (tmp_path / "results.csv").read_text().splitlines(True)
+    row = table(tmp_path)[1]
+    (tmp_path / "results.csv").write_text("".join([lines[0], lines[1]]))
+    journal = json.dumps(row) + '\n{"id": "1002", "fix'
+    (tmp_path / ".rows.3.jsonl").write_text(journal)
+    cohort.run(evaluator(tmp_path, pairs(3)))
+    assert log(tmp_path)[3:] == ["1002"] and [r["id"] for r in table(tmp_path)] == ["1000", "1001", "1002"]
+    assert not list(tmp_path.glob(".rows.*"))
+
+
+def test_what_a_killed_run_left_does_not_count(tmp_path: Path) -> None:
+    """A row of another process that failed is done again and its new row stays; half-written files go."""
+    failed = {"id": "1001", "error": "was killed"}
+    first = evaluator(tmp_path, pairs(3))
+    failed["settings"] = first.state.table.settings
+    (tmp_path / ".rows.1.jsonl").write_text(json.dumps(failed) + "\n")
+    (tmp_path / ".1000.123.partial").mkdir()
+    (tmp_path / ".1000.123.partial" / "warped.nii.gz").write_text("half")
+    (tmp_path / ".123.results.csv").write_text("half")
+    cohort.run(first)
+    assert [row["error"] for row in table(tmp_path)] == [""] * 3
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def start(out: Path, count: int, seconds: float, *launcher: str) -> subprocess.Popen:
+    out.mkdir(exist_ok=True)
+    script = out.parent / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(out), count=count, seconds=seconds))
+    root = str(Path(__file__).resolve().parents[3])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, *launcher, str(script)]
+    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(out, 30, 0.2)
+    limit = time.time() + 120
+    while (not (out / "results.csv").exists() or len(table(out)) < 5) and time.time() < limit:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(table(out))
+    assert 5 <= done < 30
+    text = start(out, 30, 0).communicate(timeout=120)[0]
+    assert f"{done} of 30 pairs were done before" in text, text
+    assert [row["id"] for row in table(out)] == [f"100{n}" for n in range(30)]
+    assert len(log(out)) <= 31, "at most the pair that was at work is done twice"
+
+
+def test_two_processes_share_the_pairs(tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    text = start(tmp_path / "out", 9, 0.05, *launcher).communicate(timeout=200)[0]
+    assert text.count("9 pairs registered") == 1, text
+    lines = (tmp_path / "out" / "log.txt").read_text().split()
+    assert sorted(lines[::2]) == [f"100{n}" for n in range(9)], "each pair once"
+    assert {lines.count("0"), lines.count("1")} == {4, 5}
+    assert [row["id"] for row in table(tmp_path / "out")] == [f"100{n}" for n in range(9)]
+    assert not list((tmp_path / "out").glob(".rows.*"))

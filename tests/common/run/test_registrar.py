@@ -1,0 +1,79 @@
+"""Pairs registered in this process: same numbers as `monai.bundle run`, weights loaded once, nothing left behind."""
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import itk
+import numpy as np
+import pytest
+from people import SPACING, label_of, write_person
+
+from common.run.cli import bundle_folder, sentence_of
+from common.run.registrar import Registrar
+from common.space import io
+from common.space.io import InputError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("people")
+    for seed, name in enumerate(("a", "b")):
+        write_person(folder, name, seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def registrar() -> Registrar:
+    return Registrar(bundle_folder("sacb_net"), device="cpu", spacing=SPACING)
+
+
+def test_equals_the_command(people: Path, tmp_path: Path, registrar: Registrar) -> None:
+    pair = {"moving": people / "a.nii.gz", "fixed": people / "b.nii.gz", "moving_label": label_of(people, "a")}
+    options = {"refine_steps": 3, "prealign": "rigid", "save_inverse": True}
+    words = [f"--{name}={value}" for name, value in (pair | options | {"spacing": SPACING, "device": "cpu"}).items()]
+    where = ["--config_file", "bundles/sacb_net/configs/inference.json", "--bundle_root", "bundles/sacb_net"]
+    line = [sys.executable, "-m", "monai.bundle", "run", *where, *words, "--output_dir", str(tmp_path / "command")]
+    subprocess.run(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    row, folder = registrar.register(output_dir=tmp_path / "here", **pair, **options)
+    assert folder == tmp_path / "here" / "a_to_b" and row["id"] == "a_to_b"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {path.name for path in (tmp_path / "command" / "a_to_b").iterdir()}
+    assert {"warped.nii.gz", "warped_label.nii.gz", "inverse_transform.h5", "report.json"} <= names
+    for name in ("warped.nii.gz", "warped_label.nii.gz", "displacement.nii.gz"):
+        mine, theirs = (itk.imread(str(tmp_path / where / "a_to_b" / name)) for where in ("here", "command"))
+        np.testing.assert_array_equal(itk.array_from_image(mine), itk.array_from_image(theirs), err_msg=name)
+        np.testing.assert_array_equal(io.affine_of(mine), io.affine_of(theirs), err_msg=name)
+
+
+def test_weights_are_kept(people: Path, tmp_path: Path, registrar: Registrar) -> None:
+    before = list(sys.path)
+    networks = []
+    for options in ({}, {"refine_steps": 1, "passes": 2}, {"intensity_range": [0, 1]}):
+        registrar.register(people / "a.nii.gz", people / "b.nii.gz", tmp_path / str(len(networks)), **options)
+        networks.append(registrar._kept[1])
+    assert networks[0] is networks[1], "refinement and passes need no other network"
+    assert networks[2] is not networks[0], "an option that is not known to leave the network alone"
+    assert sys.path == before
+    gc.collect()
+    assert sum(type(thing).__name__ == "SACBNet" for thing in gc.get_objects()) <= 3
+
+
+def test_problems(people: Path, tmp_path: Path, registrar: Registrar) -> None:
+    with pytest.raises(Exception) as caught:
+        registrar.register(people / "none.nii.gz", people / "b.nii.gz", tmp_path / "out")
+    assert sentence_of(caught.value) == f"{people / 'none.nii.gz'}: no such file"
+    with pytest.raises(InputError, match="--refine_step: there is no such option, did you mean --refine_steps?"):
+        registrar.register(people / "a.nii.gz", people / "b.nii.gz", tmp_path / "out", refine_step=3)
+    for text in ("$exit()", "@network", "%none.json"):
+        with pytest.raises(InputError, match="must not begin with"):
+            registrar.register(people / "a.nii.gz", people / "b.nii.gz", tmp_path / "out", refine_similarity=text)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="not a bundle, it has no configs/inference.json"):
+        Registrar(tmp_path)
+    with pytest.raises(InputError, match="none: no such bundle, .*; there are dual_flownet, .*, samconvex"):
+        bundle_folder("none")

@@ -1,0 +1,72 @@
+"""prealign on two phantom brains whose relation is known."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from grids import GRIDS
+
+from common import phantom
+from common.space.prealign import prealign
+
+
+@pytest.fixture(scope="module")
+def brains() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    moving, fixed = GRIDS["oblique"]
+    return {
+        "fixed": (phantom.sample(*fixed)[0], fixed[1]),
+        "moving": (phantom.sample(*moving, phantom.Deformation(0), seed=1)[0], moving[1]),
+    }
+
+
+def residual(matrix: np.ndarray, brains: dict, offset: tuple[float, float, float] = (0, 0, 0)) -> float:
+    """Mean distance in mm, inside the fixed brain, between the matrix and the true map."""
+    scan, affine = brains["fixed"]
+    points = nib.affines.apply_affine(affine, np.argwhere(scan > 0))
+    truth = phantom.Deformation(0).truth(points) + offset
+    return float(np.linalg.norm(nib.affines.apply_affine(matrix, points) - truth, axis=1).mean())
+
+
+def best_residual(brains: dict) -> float:
+    """Of the least-squares affine map to the truth: 3.1 mm, as the phantom's displacement is not affine."""
+    scan, affine = brains["fixed"]
+    points = nib.affines.apply_affine(affine, np.argwhere(scan > 0))
+    columns = np.c_[points, np.ones(len(points))]
+    rows = np.linalg.lstsq(columns, phantom.Deformation(0).truth(points))[0].T
+    return residual(np.vstack([rows, [0, 0, 0, 1]]), brains)
+
+
+def test_prealign_finds_the_phantom(brains: dict) -> None:
+    matrix = prealign(*brains["fixed"], *brains["moving"])
+    assert np.linalg.det(matrix[:3, :3]) > 0 and np.array_equal(matrix[3], [0, 0, 0, 1])
+    assert residual(matrix, brains) < best_residual(brains) + 0.5 < residual(np.eye(4), brains) / 2
+    np.testing.assert_array_equal(matrix, prealign(*brains["fixed"], *brains["moving"]))
+
+
+def test_prealign_needs_no_overlap(brains: dict) -> None:
+    scan, affine = brains["moving"]
+    offset = (700.0, -900.0, 500.0)
+    matrix = prealign(*brains["fixed"], scan, nib.affines.from_matvec(np.eye(3), offset) @ affine)
+    assert residual(matrix, brains, offset) < best_residual(brains) + 0.5
+
+
+def test_prealign_modes(brains: dict) -> None:
+    rigid = prealign(*brains["fixed"], *brains["moving"], "rigid")
+    np.testing.assert_allclose(rigid[:3, :3] @ rigid[:3, :3].T, np.eye(3), atol=1e-9)
+    assert np.linalg.det(rigid[:3, :3]) > 0 and residual(rigid, brains) < 0.6 * residual(np.eye(4), brains)
+    np.testing.assert_array_equal(prealign(*brains["fixed"], *brains["moving"], "none"), np.eye(4))
+
+
+def test_prealign_rejects(brains: dict) -> None:
+    scan, affine = brains["fixed"]
+    with pytest.raises(ValueError, match=r"prealign\(\) 'mode' must be 'affine', 'rigid' or 'none', got 'elastic'"):
+        prealign(scan, affine, scan, affine, "elastic")
+    faults = {
+        "must be .I, J, K.": (scan[0], affine),
+        "at least 2 voxels": (scan[:1], affine),
+        "must not be constant": (np.ones_like(scan), affine),
+        "must be finite": (np.where(scan > 900, np.nan, scan), affine),
+        "must be an invertible": (scan, np.diag([1.0, 1, 0, 1])),
+    }
+    for words, (array, space) in faults.items():
+        with pytest.raises(ValueError, match=f"'moving.*{words}"):
+            prealign(scan, affine, array, space)
