@@ -7,13 +7,21 @@ Conventions, everywhere in this package:
 - Voxel centres are integers (corner-aligned). Coordinates are at least float32, whatever the autocast type.
 - compose(first, then)(x) = then(x) + first(x + then(x)): warping by the composite equals warping by `first` and the
   result by `then`.
-- Other frames carry a suffix (`_mm`, `_ras`, `_lps`) and live in io.py, mapping.py, points.py, geometry.py,
-  measure.py, prealign.py, phantom.py and deploy/ only.
+- Other frames carry a suffix (`_mm`, `_ras`, `_lps`) and live in `space` and `deploy` only; `quality` measures in mm
+  what `space` maps, and `phantom` is defined in mm.
+
+The folders, from the lowest to the highest; each __init__.py says what it may import, tests/test_imports.py checks it:
+ops, then the files here (fields, losses, mind, phantom, refine: the science), space, quality, run, and beside each
+other train, publish, label, deploy.
 """
 
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+
+class InputError(ValueError):
+    """Something is wrong with what the user gave; the message is one sentence that names the file and the fault."""
 
 
 class RegistrationWarning(UserWarning):

@@ -10,12 +10,11 @@ from pathlib import Path
 import fire
 import numpy as np
 
-from common import phantom
+from common import InputError
 from common.deploy.command import deploy
 from common.label.command import label
 from common.run.cli import options_of, refuse_unknown
 from common.space import io, mapping, points
-from common.space.io import InputError
 
 POINT_ENDINGS = (".csv", ".fcsv", ".json")
 
@@ -159,7 +158,9 @@ def make_phantom(folder: str):
     Args:
         folder: new folder for fixed.nii.gz, moving.nii.gz, *_label.nii.gz and *_points.csv.
     """
-    phantom.write_phantom(Path(str(folder)))
+    from common.run.example import write_phantom
+
+    write_phantom(Path(str(folder)))
     return _written(folder, "the phantom pair")
 
 

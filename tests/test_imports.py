@@ -1,4 +1,7 @@
-"""The arrows of the design: who may import whom, read from the source without running it."""
+"""The arrows of the design: who may import whom, read from the source without running it.
+
+`python tests/test_imports.py` prints which folder of `common` imports which, and how often.
+"""
 
 import ast
 import subprocess
@@ -14,6 +17,20 @@ BUNDLE_FILES = sorted((ROOT / "bundles").rglob("*.py"))
 BUNDLE_NAMES = sorted(p.name for p in (ROOT / "bundles").iterdir() if p.is_dir())
 REFERENCES = sorted((ROOT / "common" / "ops").glob("*/reference.py"))
 OTHER_REFERENCES = [f"common.ops.{p.parent.name}.reference" for p in REFERENCES]
+# a folder of `common` -> the folders below it that it may import; "science" are the files beside the folders
+SCIENCE = ("ops", "science")
+ROOMS = {
+    "ops": ("ops",),
+    "science": SCIENCE,
+    "space": ("science", "space"),
+    "quality": (*SCIENCE, "space", "quality"),
+    "run": (*SCIENCE, "space", "quality", "run"),
+    "train": (*SCIENCE, "space", "quality", "run", "train"),
+    "publish": (*SCIENCE, "space", "quality", "run", "publish"),
+    "label": (*SCIENCE, "space", "quality", "run", "label"),
+    "deploy": (*SCIENCE, "space", "quality", "run", "deploy"),
+    "__main__": (*SCIENCE, "space", "quality", "run", "train", "publish", "label", "deploy"),
+}
 BY_NAME = ("import_module", "optional_import", "__import__", "importorskip")  # calls that import what they are told
 
 # a package that is not everywhere -> the only places that may import it, at any level of a file
@@ -103,10 +120,51 @@ def test_common_imports_no_bundle(path: Path) -> None:
         assert module.partition(".")[0] not in {"bundles", *BUNDLE_NAMES}, f"{name(path)} imports {module}"
 
 
-@pytest.mark.parametrize("path", [p for p in COMMON if "ops" in p.parts], ids=name)
-def test_operators_are_the_lowest_layer(path: Path) -> None:
+def room(path: Path) -> str:
+    """The folder of `common` that a file lies in, "science" for the files beside the folders."""
+    inside = path.relative_to(ROOT / "common")
+    return inside.parts[0] if len(inside.parts) > 1 else "__main__" if inside.stem == "__main__" else "science"
+
+
+def room_of_module(module: str) -> str | None:
+    """The same for the name of a module; None for what is not of `common`, or of its __init__.py."""
+    head, *rest = module.split(".")
+    if head != "common" or not rest:
+        return None
+    if (ROOT / "common" / rest[0]).is_dir():
+        return rest[0]
+    return "science" if (ROOT / "common" / f"{rest[0]}.py").is_file() else None
+
+
+@pytest.mark.parametrize("path", COMMON, ids=name)
+def test_arrows_go_down(path: Path) -> None:
     for module in imports_of(path):
-        assert not within(module, "common") or within(module, "common.ops"), f"{name(path)} imports {module}"
+        assert room_of_module(module) in (None, *ROOMS[room(path)]), f"{name(path)} imports {module}"
+
+
+def test_space_takes_only_fields_of_the_science() -> None:
+    for path in (ROOT / "common" / "space").glob("*.py"):
+        science = [module for module in imports_of(path) if room_of_module(module) == "science"]
+        assert all(within(module, "common.fields") for module in science), f"{name(path)} imports {science}"
+
+
+def test_every_room_says_what_it_is() -> None:
+    rooms = {path.parent.name for path in (ROOT / "common").glob("*/__init__.py")}
+    assert rooms == set(ROOMS) - {"science", "__main__"}
+    for folder in rooms:
+        text = ast.get_docstring(ast.parse((ROOT / "common" / folder / "__init__.py").read_text()))
+        assert "May import:" in text, folder
+
+
+def test_table_of_imports(capsys: pytest.CaptureFixture) -> None:
+    """What the command prints: nothing above the diagonal, and the arrows that are known to be there."""
+    print_table()
+    head, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    table = {row: dict(zip(head[1:], cells)) for row, *cells in lines}
+    assert list(table) == head[1:] == list(ROOMS)
+    assert int(table["run"]["space"]) > 0 and int(table["science"]["ops"]) > 0
+    for n, row in enumerate(ROOMS):
+        assert all(table[row][column] == "." for column in list(ROOMS)[n + 1 :]), row
 
 
 @pytest.mark.parametrize("path", BUNDLE_FILES, ids=name)
@@ -188,3 +246,16 @@ def test_hosts_are_optional() -> None:
     deploy, label = run.stdout.splitlines()
     assert deploy.startswith("error: the MONAI Deploy App SDK cannot be used here (") and "README.md" in deploy
     assert label.startswith("MONAI Label cannot be used here (") and "common/label/README.md" in label
+
+
+def print_table() -> None:
+    """Rows import columns: how many files do, from the lowest folder to the highest."""
+    files = {(room(path), room_of_module(module), path) for path in COMMON for module in imports_of(path)}
+    print(" ".join(f"{word:>8}" for word in ("imports", *ROOMS)))
+    for row in ROOMS:
+        counts = [sum(a == row and b == column for a, b, _ in files) for column in ROOMS]
+        print(" ".join(f"{word:>8}" for word in (row, *(count or "." for count in counts))))
+
+
+if __name__ == "__main__":
+    print_table()

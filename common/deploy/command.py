@@ -1,6 +1,6 @@
 """python -m common deploy: register two DICOM series with a bundle."""
 
-from common.space.io import InputError
+from common import InputError
 
 
 def deploy(

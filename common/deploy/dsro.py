@@ -23,9 +23,9 @@ from pydicom.uid import DeformableSpatialRegistrationStorage, ExplicitVRLittleEn
 from pydicom.valuerep import DSfloat
 from scipy.ndimage import map_coordinates
 
-from common import __version__
+from common import InputError, __version__
 from common.space import mapping
-from common.space.io import LPS_FROM_RAS, InputError, replaced
+from common.space.io import LPS_FROM_RAS, replaced
 
 MAKER = "monai-registration-bundles"
 OF_THE_PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "PatientAge", "PatientWeight")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from common import InputError
 from common.run.registrar import Registrar
 from common.space import io, mapping
 
@@ -80,7 +81,7 @@ def scan_of(image: Image, affine: np.ndarray | None = None) -> tuple[np.ndarray,
         return values, affine
     affine = meta.get("affine", meta.get("nifti_affine_transform"))
     if affine is None or meta.get("space", "RAS") != "RAS":
-        raise io.InputError("an image needs its affine, in RAS, in the metadata; leave affine_lps_to_ras as it is")
+        raise InputError("an image needs its affine, in RAS, in the metadata; leave affine_lps_to_ras as it is")
     return values, np.asarray(affine, np.float64)
 
 

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common import InputError
 from common.deploy.operators import RegisterOperator, RegistrationWriterOperator, rules_for
 from common.deploy.series import Series, find_series, refuse_other
 from common.run.cli import bundle_folder, sentence_of
 from common.run.registrar import Registrar
 from common.space import io
-from common.space.io import InputError
 
 from monai.deploy.conditions import CountCondition  # isort: skip
 from monai.deploy.core import Application  # isort: skip

@@ -8,7 +8,8 @@ import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
 
-from common.space.io import LPS_FROM_RAS, UNEVEN_MM, InputError
+from common import InputError
+from common.space.io import LPS_FROM_RAS, UNEVEN_MM
 
 
 class Series(NamedTuple):

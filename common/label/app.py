@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from common import InputError
 from common.label import folder, requests
 from common.run.cli import sentence_of
 from common.run.registrar import Registrar
 from common.space import io
-from common.space.io import InputError
 
 try:
     from monailabel.interfaces.app import MONAILabelApp

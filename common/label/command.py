@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from common import InputError
 from common.label.folder import write_app
-from common.space.io import InputError
 
 
 def label(action: str, folder: str, *more: str, bundles: Any = "", labels: str = "", spacing: float | None = None):

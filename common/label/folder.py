@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common import InputError
 from common.run.cli import bundle_folder
 from common.run.registrar import Registrar
-from common.space.io import InputError, output_folder, replaced
+from common.space.io import output_folder, replaced
 
 CONTENT = "registration.json"
 MAIN = '''"""MONAI Label app that offers registration bundles; registration.json says which."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from common.space.io import InputError
+from common import InputError
 
 FINAL = "final"  # the tag under which MONAI Label keeps labels that a person has approved
 UPLOADED = "tmp"  # how the host's names of uploads begin: those of Python's tempfile

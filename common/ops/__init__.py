@@ -1,4 +1,7 @@
-"""The operators that the collection is named for; one folder each, the formula in its reference.py."""
+"""The operators that the collection is named for; one folder each, the formula in its reference.py.
+
+May import: torch, and triton in `kernel.py`; nothing else of `common`.
+"""
 
 from common.ops._dispatch import plain
 from common.ops.cost_volume import CorrelationPyramid, cost_volume

@@ -7,10 +7,10 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
+from common import InputError
 from common.run.cli import bundle_folder
 from common.run.engines import load_weights
 from common.space import io
-from common.space.io import InputError
 
 
 def export(

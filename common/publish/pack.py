@@ -8,9 +8,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from common import InputError
 from common.run.cli import bundle_folder
 from common.space import io
-from common.space.io import InputError
 
 COMMON = Path(__file__).parents[1]
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment that a zip can name

@@ -1,13 +1,15 @@
 """Command lines: options that do not exist are refused, and what the user did wrong is said in one sentence."""
 
+import ast
 import difflib
+import inspect
 import os
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.space.io import InputError
+from common import InputError
 
 # How our argument checks begin, and a bundle that meets another version of `common`.
 OUR_WORDS = re.compile(r"\w+\(\) '\w+' must |this bundle needs `common`")
@@ -79,3 +81,22 @@ def bundle_folder(name: str | os.PathLike) -> Path:
     known = sorted(path.parents[1].name for path in beside.glob("bundles/*/configs/inference.json"))
     there = f"; there are {', '.join(known)}" if known else ""
     raise InputError(f"{name}: no such bundle, nor a folder with configs/inference.json{there}")
+
+
+def refuse_unknown_options() -> None:
+    """Stop at an option on the command line of `monai.bundle run` that no config has; MONAI would take it silently.
+
+    Raises:
+        InputError: naming the option, and the nearest one that exists.
+    """
+    from monai.bundle import ConfigParser
+    from monai.bundle import run as bundle_run
+
+    options = dict(options_of(sys.argv[1:]))
+    files = options.get("config_file")
+    if "run" not in sys.argv[1:3] or not files:
+        return
+    files = ast.literal_eval(files) if files.startswith("[") else files.split(",")
+    known = set(ConfigParser.load_config_files(files)) | set(inspect.signature(bundle_run).parameters)
+    for option in options:
+        refuse_unknown(option, re.split("::|#", option)[0], known | {"bundle_root", "help"})

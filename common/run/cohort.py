@@ -20,10 +20,11 @@ from monai.engines import Evaluator
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from common import InputError
 from common.quality.picture import draw_summary
 from common.run import progress
 from common.run.cli import sentence_of
-from common.space.io import InputError, contrasts_of, output_folder, remove_leftovers, replaced, write_table
+from common.space.io import contrasts_of, output_folder, remove_leftovers, replaced, write_table
 
 IDENTITY = ("id", "fixed", "moving", "settings")  # columns that say which pair a row is of, and how it was made
 UNTOLD = (

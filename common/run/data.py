@@ -4,15 +4,11 @@ import csv
 import io
 import json
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from torch.utils.data import Dataset
-from tqdm import tqdm
-
-from common.phantom import write_phantom
-from common.space.io import InputError, contrasts_of
+from common import InputError
+from common.run.example import write_phantom
+from common.space.io import contrasts_of
 
 PAIR_COLUMNS = (
     "id",
@@ -61,7 +57,7 @@ def list_pairs(
     row = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
     row |= {"moving_points": moving_points, "fixed_points": fixed_points}
     row |= {"moving_mask": moving_mask, "fixed_mask": fixed_mask}
-    row = {name: _absolute(value) for name, value in row.items() if value}
+    row = {name: absolute(value) for name, value in row.items() if value}
     roles = {name.partition("_")[0] for name in row}
     atlas = bool(pairs) and len(roles) == 1 and roles <= set(row)  # one scan for every pair of the table
     sources = {"--pairs": pairs, "--dataset_dir": dataset_dir, "--moving and --fixed": row and not atlas}
@@ -87,7 +83,7 @@ def list_pairs(
     return rows
 
 
-def _absolute(value: str | list[str], folder: Path | None = None) -> str:
+def absolute(value: str | list[str], folder: Path | None = None) -> str:
     """Absolute path of a scan, or of its contrasts (a list, or joined by ";")."""
     return ";".join(os.path.abspath((folder or Path()) / part) for part in contrasts_of(_joined(value)))
 
@@ -162,7 +158,7 @@ def read_pairs(path: str, same: dict[str, str] | None = None) -> list[dict[str, 
             if any(name not in row for name in needed):
                 raise InputError(f"{path}: line {reader.line_num} lacks {' or '.join(needed)}")
             folder = Path(path).absolute().parent
-            rows.append(same | {n: value if n == "id" else _absolute(value, folder) for n, value in row.items()})
+            rows.append(same | {n: value if n == "id" else absolute(value, folder) for n, value in row.items()})
     if not rows:
         raise InputError(f"{path}: holds no pairs")
     return rows
@@ -220,7 +216,7 @@ def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> li
                 raise InputError(
                     f"{root / 'dataset.json'}: the pair's {role} scan {pair[role]!r} is not among the cases"
                 )
-            row[role] = _absolute(case["image"], root)
+            row[role] = absolute(case["image"], root)
             row |= {f"{role}_{name}": str(root / case[name]) for name in ("label", "points", "mask") if name in case}
         rows.append(row)
     if not rows:
@@ -228,117 +224,7 @@ def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> li
     return rows
 
 
-def validation_pairs(dataset_dir: str | None, *, limit: int | None = None) -> list[tuple[str, str]] | None:
-    """(moving id, fixed id) of the inter-subject `registration_pairs` of the validation part; None without any."""
-    if not dataset_dir or not (Path(dataset_dir) / "dataset.json").exists():
-        return None
-    found = read_dataset(dataset_dir)
-    known = {case["id"] for case in found["validation"]}
-    pairs = [
-        (pair["moving"], pair["fixed"])
-        for pair in found.get("registration_pairs", [])
-        if pair.get("kind", "inter-subject") == "inter-subject" and {pair["moving"], pair["fixed"]} <= known
-    ]
-    return pairs[:limit] or None
-
-
-def training_pairs(dataset_dir: str | None) -> list[tuple[str, str]] | None:
-    """(moving id, fixed id) of a dataset's `training_pairs`, as atlas to subject, or the two breaths of one person.
-
-    Returns:
-        None where the dataset names none: every scan with every other.
-
-    Raises:
-        InputError: a pair names a scan that the dataset does not have, or none is left without the validation scans.
-    """
-    if not dataset_dir or not (Path(dataset_dir) / "dataset.json").exists():
-        return None
-    found, path = read_dataset(dataset_dir), Path(dataset_dir) / "dataset.json"
-    pairs = [(pair["moving"], pair["fixed"]) for pair in found.get("training_pairs", [])]
-    known = {part: {case["id"] for case in found[part]} for part in ("training", "validation", "test")}
-    if strange := sorted(name for pair in pairs for name in pair if not any(name in ids for ids in known.values())):
-        raise InputError(f"{path}: the training pairs' scan {strange[0]!r} is not among the cases")
-    left = [pair for pair in pairs if set(pair) <= known["training"]]
-    if pairs and not left:
-        raise InputError(f"{path}: no training pair has both its scans in the training part")
-    return left or None
-
-
 def label_groups(dataset_dir: str | None, name: str = "coarse27") -> dict | None:
     """Coarse label groups {number: {"members": [...]}} of a dataset's labels.json, or None if it has none."""
     path = Path(dataset_dir or ".") / "labels.json"
     return json.loads(path.read_text()).get(name) if dataset_dir and path.exists() else None
-
-
-def list_scans(dataset_dir: str | None, part: str = "training", *, output_dir: str = ".") -> list[dict[str, str]]:
-    """Scans to train on: those of dataset.json, else every scan in the folder, else (no folder given) two phantoms.
-
-    Without a dataset.json nothing says which scans to keep apart, so all of them are the training part and "validation"
-    repeats the last two.
-
-    Args:
-        part: "training" or "validation".
-
-    Returns:
-        [{"id", "image", "label" if there is one}].
-
-    Raises:
-        InputError: fewer than two scans.
-    """
-    if not dataset_dir:
-        row = write_phantom(Path(output_dir) / "phantom_input")
-        return [{"id": role, "image": row[role], "label": row[f"{role}_label"]} for role in ("moving", "fixed")]
-    root = Path(dataset_dir).absolute()
-    if (root / "dataset.json").exists():
-        scans = [
-            {"id": case["id"]} | {name: _absolute(case[name], root) for name in ("image", "label") if name in case}
-            for case in read_dataset(dataset_dir)[part]
-        ]
-    else:
-        if not root.is_dir():
-            raise InputError(f"{root}: no such folder")
-        files = sorted(path for path in root.iterdir() if path.name.lower().endswith(SCAN_ENDINGS))
-        scans = [{"id": stem(path.name), "image": str(path)} for path in files]
-        scans = scans if part == "training" else scans[-2:]
-    if len(scans) < 2:
-        raise InputError(f"{root}: holds {len(scans)} scans for {part}, at least 2 are needed")
-    return scans
-
-
-class OrderedPairs(Dataset):
-    """All ordered pairs of a set of scans: one item is scan a as moving and scan b as fixed, a != b.
-
-    Every scan is loaded and transformed once and kept in memory.
-
-    Args:
-        data: scans as `list_scans` gives them.
-        transform: for one scan ({"id", "image", "label"}).
-        pair_transform: for one pair ({"id", "moving", "fixed", "moving_label", "fixed_label"}).
-        pairs: (moving id, fixed id) to use instead of all ordered pairs.
-    """
-
-    def __init__(
-        self,
-        data: list[dict],
-        transform: Callable | None = None,
-        pair_transform: Callable | None = None,
-        pairs: list[tuple[str, str]] | None = None,
-    ) -> None:
-        self.data, self.pair_transform = data, pair_transform
-        bar = tqdm(data, desc="load", unit="scan", file=sys.stderr, disable=len(data) < 5)
-        self.scans = [transform(scan) if transform else scan for scan in bar]
-        number = {scan["id"]: n for n, scan in enumerate(data)}
-        if pairs:
-            self.pairs = [(number[moving], number[fixed]) for moving, fixed in pairs]
-        else:
-            self.pairs = [(a, b) for a in range(len(data)) for b in range(len(data)) if a != b]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict:
-        moving, fixed = (self.scans[n] for n in self.pairs[index])
-        pair = {"id": f"{moving['id']}_to_{fixed['id']}", "moving": moving["image"], "fixed": fixed["image"]}
-        if "label" in moving and "label" in fixed:
-            pair |= {"moving_label": moving["label"], "fixed_label": fixed["label"]}
-        return self.pair_transform(pair) if self.pair_transform else pair

@@ -1,72 +1,25 @@
 """Glue between the pair transforms and MONAI's engines: weights, inferer, metric, tables, one-sentence errors."""
 
-import ast
-import atexit
-import ctypes
 import hashlib
-import inspect
 import os
-import re
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed
 import torch
-from ignite.engine import Engine, Events
-from ignite.handlers import ProgressBar
-from monai.bundle import ConfigParser
-from monai.bundle import run as bundle_run
-from monai.data import DistributedSampler
-from monai.handlers import IgniteMetricHandler
 from monai.inferers import Inferer
-from monai.metrics import CumulativeIterationMetric
 from torch import Tensor, nn
 
-from common import RegistrationWarning
+from common import InputError, RegistrationWarning
 from common.fields import compose
 from common.ops import plain, warp
-from common.quality.metrics import label_overlap, mean_over_labels
 from common.refine import SIMILARITIES, refine
 from common.run import forecast, progress
-from common.run.cli import options_of, refuse_unknown
-from common.run.cohort import PairTable, leave_group, run
-from common.space.io import InputError
+from common.run.cohort import PairTable, run
 
 __all__ = ["PairTable", "run"]  # which the configs name as part of this module
-
-
-def refuse_unknown_options() -> None:
-    """Stop at an option on the command line of `monai.bundle run` that no config has; MONAI would take it silently.
-
-    Raises:
-        InputError: naming the option, and the nearest one that exists.
-    """
-    options = dict(options_of(sys.argv[1:]))
-    files = options.get("config_file")
-    if "run" not in sys.argv[1:3] or not files:
-        return
-    files = ast.literal_eval(files) if files.startswith("[") else files.split(",")
-    known = set(ConfigParser.load_config_files(files)) | set(inspect.signature(bundle_run).parameters)
-    for option in options:
-        refuse_unknown(option, re.split("::|#", option)[0], known | {"bundle_root", "help"})
-
-
-def keep_memory() -> None:
-    """Let this process keep the memory of tensors that it frees, for the next ones, until it ends.
-
-    glibc returns blocks above 32 MiB to the system at once, which then fills every page of the next one with zeros
-    again. With another C library nothing happens. For training; a server would hold its peak for ever.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        mallopt(option, value)
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike | None, device: torch.device | str = "cpu") -> nn.Module:
@@ -251,126 +204,7 @@ def prepare_masked(batch: dict, device: torch.device, non_blocking: bool = False
     return image, None, (), known
 
 
-class LabelDice(CumulativeIterationMetric):
-    """Mean Dice over the labels of each pair, as evaluate measures it.
-
-    Takes the warped label map (1, I, J, K), and fixed and moving label map as target (2, I, J, K).
-
-    Args:
-        minimum: labels of at most this many voxels in the fixed map are left out, and those that the moving map lacks.
-    """
-
-    def __init__(self, minimum: int = 0) -> None:
-        super().__init__()
-        self.minimum = minimum
-
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor) -> Tensor:
-        target, warped = (torch.as_tensor(x).cpu().round().long() for x in (y, y_pred))
-        scores = [label_overlap(f, w, m, minimum=self.minimum) for (f, m), (w,) in zip(target, warped)]
-        return torch.tensor([[mean_over_labels(score, "dice")] for score in scores])
-
-    def aggregate(self) -> Tensor:
-        """Mean over the pairs so far, nan where no pair has labels."""
-        return torch.as_tensor(self.get_buffer()).float().nanmean()
-
-
 # ---- training -------------------------------------------------------------------------------------------------------
-
-
-def prepare_pair(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Input and target of a pair are the same packed image: the loss warps the one half onto the other."""
-    image = plain(batch["image"]).to(device, non_blocking=non_blocking, **kwargs)
-    return image, image
-
-
-def prepare_labelled(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> tuple:
-    """Packed image and packed classes ("label" (B, 2, I, J, K), -1 for unknown) of a pair, for a `TrainingStep`."""
-    both = (plain(batch[key]) for key in ("image", "label"))
-    image, label = (x.to(device, non_blocking=non_blocking, **kwargs) for x in both)
-    return image, label, (label,), {}
-
-
-class TrainingStep(nn.Module):
-    """loss(network.forward_train(image), image, label): what a trainer runs of a method with more than one output.
-
-    `label` is what `prepare_batch` gives beside the image, None for `prepare_pair`.
-
-    A module of its own, so that DistributedDataParallel sees the whole step, while `network` stays what is validated
-    and saved.
-    """
-
-    def __init__(self, network: nn.Module, loss: nn.Module) -> None:
-        super().__init__()
-        self.network, self.loss = network, loss
-
-    def forward(self, image: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.loss(self.network.forward_train(image), image, label)
-
-
-def step_loss(value: Tensor, label: Tensor) -> Tensor:
-    """The loss function of a trainer that runs a `TrainingStep`: its output is the loss already."""
-    return value
-
-
-def label_dice_handler(minimum: int = 0) -> IgniteMetricHandler:
-    """Key metric of the validation: mean label Dice of "warped_label" against "target_label"; nan without labels."""
-    return IgniteMetricHandler(metric_fn=LabelDice(minimum), output_transform=_warped_and_target)
-
-
-def _warped_and_target(output: list[dict]) -> tuple[list[Tensor], list[Tensor]]:
-    """What `LabelDice` takes; maps without any label for a pair that has none."""
-    empty = torch.zeros(2, 1, 1, 1)
-    labelled = [
-        item if "warped_label" in item else {"warped_label": empty[:1], "target_label": empty} for item in output
-    ]
-    return [item["warped_label"] for item in labelled], [item["target_label"] for item in labelled]
-
-
-def fixed_and_moving(batch: list[dict]) -> tuple[list[Tensor], list[Tensor]]:
-    """For TensorBoard: the two scans of the packed image, fixed as image, moving as label."""
-    halves = [torch.as_tensor(item["image"]).chunk(2) for item in batch]
-    return [fixed for _, fixed in halves], [moving for moving, _ in halves]
-
-
-def warped_image(output: list[dict]) -> list[Tensor]:
-    """For TensorBoard: the warped moving scans."""
-    return [torch.as_tensor(item["warped"]) for item in output]
-
-
-class EpochBar:
-    """Progress bar over the iterations of an epoch, in training with the loss."""
-
-    def __init__(self, name: str = "train") -> None:
-        self.name = name
-
-    def attach(self, engine: Engine) -> None:
-        bar = ProgressBar(desc=self.name, persist=False)
-        bar.attach(engine, output_transform=self._shown)
-
-    @staticmethod
-    def _shown(output: list[dict]) -> dict[str, float]:
-        return {"loss": round(float(output[0]["loss"]), 4)} if "loss" in output[0] else {}
-
-
-class EpochSampler:
-    """Tell a DistributedSampler the epoch, so that every epoch shuffles anew."""
-
-    def __init__(self, sampler: DistributedSampler) -> None:
-        self.sampler = sampler
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_STARTED, lambda e: self.sampler.set_epoch(e.state.epoch))
-
-
-def init_processes() -> None:
-    """Join the process group that torchrun describes: NCCL on GPUs, gloo on CPUs."""
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(leave_group)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank_device())
-    # Ignite looks at the group when first asked for the rank, by a collective call: rank 0 alone would wait for ever.
-    ignite.distributed.sync()
 
 
 def rank_device() -> torch.device:

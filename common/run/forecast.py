@@ -17,8 +17,8 @@ from monai.inferers import sliding_window_inference
 from monai.networks.layers import GaussianFilter
 from torch import Tensor
 
+from common import InputError
 from common.fields import resize_disp
-from common.space.io import InputError
 
 SIDE = 64  # of the crop that is measured; below this, sizes that do not depend on the voxels dominate
 PROBE = 4  # steps of the refinement that are timed: of one alone, any other job on the machine is the larger part

@@ -12,8 +12,8 @@ from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from common import InputError
 from common.run.cli import refuse_unknown
-from common.space.io import InputError
 
 # Options that no network depends on: with these the one that is loaded is kept.
 OF_A_PAIR = ("moving", "fixed", "moving_label", "fixed_label", "moving_points", "fixed_points", "moving_mask")

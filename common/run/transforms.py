@@ -11,31 +11,30 @@ from monai.data import MetaTensor
 from monai.transforms import Transform
 from torch import Tensor
 
-from common.ops import warp
+from common import InputError
 from common.quality import measure, picture, report, verdict
 from common.run import forecast, progress
 from common.space import geometry, io, mapping, points
-from common.space.io import InputError
 from common.space.prealign import prealign
 
 PREALIGN = ("affine", "rigid", "none")
 
 
-def _meta(array: np.ndarray, affine_ras: np.ndarray, name: str) -> MetaTensor:
+def scan_tensor(array: np.ndarray, affine_ras: np.ndarray, name: str) -> MetaTensor:
     return MetaTensor(torch.from_numpy(array), affine=torch.from_numpy(affine_ras), meta={"filename_or_obj": name})
 
 
-def _numpy(scan: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
+def plain_scan(scan: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
     return scan.numpy(), np.asarray(scan.affine, dtype=np.float64)
 
 
-def _spacing(value: float | None) -> float | None:
+def checked_spacing(value: float | None) -> float | None:
     if value is None or (isinstance(value, (int, float)) and value >= 0):
         return value or None
     raise InputError(f"--spacing must be a size in mm, or 0 for that of the scan, got {value}")
 
 
-def _grid_size(value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
+def checked_grid_size(value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
     if value is None or (len(value) == 3 and all(isinstance(n, int) and n > 1 for n in value)):
         return None if value is None else tuple(value)
     raise InputError(f"--grid_size must be three whole numbers of voxels, got {value}")
@@ -60,10 +59,10 @@ class LoadScansd(Transform):
             path = str(data[key])
             array, affine = io.read_scan(path)
             io.refuse_constant(array, path)
-            data[key] = _meta(array, affine, path)
+            data[key] = scan_tensor(array, affine, path)
             for name, kind in ((label_key, "label map"), (f"{key}_mask", "mask")):
                 if name in data:
-                    data[name] = _meta(
+                    data[name] = scan_tensor(
                         io.read_beside(str(data[name]), kind, path, array, affine), affine, str(data[name])
                     )
         if len(marks := [str(data[f"{key}_points"]) for key in self.keys if f"{key}_points" in data]) == 2:
@@ -107,13 +106,13 @@ class AlignAndGridd(Transform):
     ) -> None:
         if prealign not in PREALIGN:
             raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
-        self.spacing, self.prealign, self.channels = _spacing(spacing), prealign, channels
-        self.grid_size = _grid_size(grid_size)
+        self.spacing, self.prealign, self.channels = checked_spacing(spacing), prealign, channels
+        self.grid_size = checked_grid_size(grid_size)
         self.divisor, self.crop = divisor, crop
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
-        (moving, moving_affine), (fixed, fixed_affine) = _numpy(data["moving"]), _numpy(data["fixed"])
+        (moving, moving_affine), (fixed, fixed_affine) = plain_scan(data["moving"]), plain_scan(data["fixed"])
         names = [data[key].meta["filename_or_obj"] for key in ("moving", "fixed")]
         if len(moving) != len(fixed):
             raise InputError(f"{names[0]}: has {len(moving)} channels, the fixed scan {names[1]} has {len(fixed)}")
@@ -137,11 +136,12 @@ class AlignAndGridd(Transform):
             masks = [np.ones((1, *size), np.float32)] * 2
             for number, (key, onto_moving) in enumerate((("moving_mask", matrix), ("fixed_mask", None))):
                 if key in data:
-                    mask, mask_affine = _numpy(data[key])
+                    mask, mask_affine = plain_scan(data[key])
                     masks[number] = geometry.to_working_grid(mask, mask_affine, size, onto, onto_moving, nearest=True)
-            data["mask"] = _meta((np.concatenate(masks) > 0).astype(np.float32), onto, names[1])
+            data["mask"] = scan_tensor((np.concatenate(masks) > 0).astype(np.float32), onto, names[1])
         data["matrix"] = torch.from_numpy(matrix)
-        data["moving_work"], data["fixed_work"] = (_meta(x, onto, n) for x, n in zip((moving_work, fixed_work), names))
+        both = zip((moving_work, fixed_work), names)
+        data["moving_work"], data["fixed_work"] = (scan_tensor(x, onto, n) for x, n in both)
         return data
 
 
@@ -190,69 +190,6 @@ class PackPaird(Transform):
         meta = {name: value for name, value in fixed.meta.items() if name != "affine"}
         image = MetaTensor(torch.cat([moving.as_tensor(), fixed.as_tensor()]), affine=fixed.affine, meta=meta)
         return data | {self.name: image}
-
-
-class WarpPaird(Transform):
-    """Apply "pred" to the pair on its grid, for validation: adds "warped" and, with labels, "warped_label".
-
-    "target_label" stacks the fixed and the moving label map: MONAI's metrics see only what post-processing adds.
-    """
-
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
-        data = dict(data)
-        disp = torch.as_tensor(data["pred"])[None].float()
-        moving = torch.as_tensor(data["image"]).chunk(2)[0][None].to(disp.device)
-        data["warped"] = warp(moving, disp)[0]
-        if "moving_label" in data and "fixed_label" in data:
-            label = torch.as_tensor(data["moving_label"])[None].to(disp.device)
-            data["warped_label"] = warp(label, disp, mode="nearest", padding="zeros")[0]
-            data["target_label"] = torch.cat([torch.as_tensor(data[key]) for key in ("fixed_label", "moving_label")])
-        return data
-
-
-class ToTrainingGridd(Transform):
-    """Bring every training scan onto one grid: closest RAS axes, the wanted spacing, the space of a reference scan.
-
-    Args:
-        spacing: voxel size in mm; None or 0 keeps that of the scan (or of the reference).
-        prealign: "affine" or "rigid" to the reference, or "none" for scans that share a grid already.
-        reference: path of the scan to align to; needed unless `prealign` is "none".
-        keys: scan and label map.
-        grid_size: voxels of the grid, in closest RAS order, around its middle; None covers the scan.
-    """
-
-    def __init__(
-        self,
-        spacing: float | None,
-        prealign: str = "none",
-        *,
-        reference: str | None = None,
-        keys: tuple[str, str] = ("image", "label"),
-        grid_size: tuple[int, int, int] | None = None,
-    ) -> None:
-        if prealign not in PREALIGN:
-            raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
-        self.spacing, self.prealign, self.reference, self.keys = _spacing(spacing), prealign, reference, keys
-        self.grid_size = _grid_size(grid_size)
-        self.target: tuple[np.ndarray, np.ndarray] | None = None  # the reference scan, once read
-
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
-        data = dict(data)
-        scan, label = self.keys
-        array, affine = _numpy(data[scan])
-        name = data[scan].meta["filename_or_obj"]
-        target, target_affine, matrix = array, affine, None
-        if self.prealign != "none":
-            self.target = self.target or io.read_scan(self.reference)
-            target, target_affine = self.target
-            if str(name) != str(self.reference):
-                matrix = prealign(target[0], target_affine, array[0], affine, self.prealign)
-        size, onto = geometry.working_grid(target.shape[1:], target_affine, self.spacing, grid_size=self.grid_size)
-        data[scan] = _meta(geometry.to_working_grid(array, affine, size, onto, matrix), onto, name)
-        if label in data:
-            values = geometry.to_working_grid(_numpy(data[label])[0], affine, size, onto, matrix, nearest=True)
-            data[label] = _meta(values, onto, name)
-        return data
 
 
 class DeliverPaird(Transform):
@@ -332,7 +269,7 @@ def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
     disp = torch.as_tensor(data["pred"]).cpu().float()
     onto = np.asarray(data["image"].affine, dtype=np.float64)
     start = mapping.affine_transform(np.asarray(data["matrix"], dtype=np.float64))
-    scans = {role: _numpy(data[role].cpu()) for role in ("moving", "fixed")}
+    scans = {role: plain_scan(data[role].cpu()) for role in ("moving", "fixed")}
     labels = {name: data[name].cpu().numpy()[0] for name in ("moving_label", "fixed_label") if name in data}
     marks = {
         f"{role}_points": points.read_points(data[f"{role}_points"], scans[role][1])

@@ -17,14 +17,12 @@ import nibabel as nib
 import numpy as np
 from monai.data import ITKReader
 
+from common import InputError
+
 IMAGE_ENDINGS = (".nii", ".nii.gz", ".mha", ".nrrd")
 UNEVEN_MM = 0.1  # of a DICOM series' slice positions: more is a missing slice, not rounding
 ITK_VERSION = itk.Version.GetITKVersion()
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-
-class InputError(ValueError):
-    """Something is wrong with what the user gave; the message is one sentence that names the file and the fault."""
 
 
 def read_scan(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:

@@ -11,12 +11,11 @@ import itk
 import numpy as np
 import torch
 
-from common import fields
+from common import InputError, fields
 from common.space import itk_classes
 from common.space.io import (
     IMAGE_ENDINGS,
     LPS_FROM_RAS,
-    InputError,
     affine_of,
     replaced,
     set_geometry,

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
-from common.space.io import LPS_FROM_RAS, InputError, replaced
+from common import InputError
+from common.space.io import LPS_FROM_RAS, replaced
 
 SPACES = {"LPS": 1.0, "1": 1.0, "RAS": -1.0, "0": -1.0}  # sign of the first two axes; 0 and 1 are Slicer's numbers
 NAMES = ("name", "label", "id")

@@ -10,7 +10,7 @@ from monai.handlers import CheckpointLoader
 from monai.utils import set_determinism
 from torch import nn
 
-from common.space.io import InputError
+from common import InputError
 
 
 class LastCheckpoint:

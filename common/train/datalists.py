@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.space.io import InputError, output_folder, replaced, write_label, write_scan
+from common import InputError
+from common.space.io import output_folder, replaced, write_label, write_scan
 
 # The 30 structures of TransMorph's Dice, in the FreeSurfer numbers that the pickles hold; one list for either side.
 _SIDES = "Cerebral-White-Matter,Cerebral-Cortex,Lateral-Ventricle,Cerebellum-White-Matter,Cerebellum-Cortex,Thalamus,"

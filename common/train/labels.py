@@ -7,9 +7,9 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
 
+from common import InputError
 from common.run.cli import sentence_of
 from common.run.data import label_groups
-from common.space.io import InputError
 
 UNKNOWN = -1  # class of a voxel that no label map describes
 BAD_LABELS = ("error", "unlabelled")

@@ -51,7 +51,7 @@ VARIANTS = {
 def child(variant, size, repeats, window):
     import torch
 
-    from common.run.engines import keep_memory
+    from common.train.engines import keep_memory
     from dual_flownet import DualFlowLoss, DualFlowNet
 
     keep_memory()  # as train.json does
@@ -157,9 +157,10 @@ def scans_of(data, spacing):
     """{id: (scan, label map, classes)} on one grid, ids of the training scans, validation pairs."""
     from monai.transforms import Compose
 
-    from common.run.data import list_scans, validation_pairs
-    from common.run.transforms import LoadScansd, ScaleForegroundd, ToTrainingGridd
+    from common.run.transforms import LoadScansd, ScaleForegroundd
+    from common.train.data import list_scans, validation_pairs
     from common.train.labels import ToClassesd, label_table
+    from common.train.transforms import ToTrainingGridd
 
     load = Compose([LoadScansd(["image"], ["label"]), ToTrainingGridd(spacing), ScaleForegroundd(["image"])])
     classes, found, training = ToClassesd(label_table(27, dataset_dir=data)), {}, []
@@ -196,7 +197,7 @@ def measure(net, scans, pairs, spacing):
 
     from common.fields import inverse_error, invert
     from common.ops import warp
-    from common.run.engines import LabelDice
+    from common.train.engines import LabelDice
 
     sums, dice = {"inverse": 0.0, "fixed point": 0.0, "both ways": 0.0, "flow": 0.0}, LabelDice(minimum=12)
     for moving, fixed in pairs:

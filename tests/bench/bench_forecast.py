@@ -114,7 +114,7 @@ def pairs(data, bundle="sacb_net", limit=2, steps=(0, 20), output=None):
     """The first pairs of a dataset.json, file to file."""
     import nibabel
 
-    from common.run.data import list_scans, validation_pairs
+    from common.train.data import list_scans, validation_pairs
 
     root, rows = ROOT / "bundles" / bundle, []
     scans = {scan["id"]: scan["image"] for scan in list_scans(data, "validation")}

@@ -47,7 +47,8 @@ def load(case):
     """Scan in [0, 1] and labels of one case, (1, 1, I, J, K)."""
     import torch
 
-    from common.run.transforms import LoadScansd, ScaleForegroundd, ToTrainingGridd
+    from common.run.transforms import LoadScansd, ScaleForegroundd
+    from common.train.transforms import ToTrainingGridd
 
     for transform in (LoadScansd(("image",), ("label",)), ToTrainingGridd(None), ScaleForegroundd(("image",))):
         case = transform(case)
@@ -55,7 +56,7 @@ def load(case):
 
 
 def pairs_of(data, limit=None):
-    from common.run.data import list_scans, validation_pairs
+    from common.train.data import list_scans, validation_pairs
 
     scans = {scan["id"]: scan for scan in list_scans(data, "validation")}
     return [(scans[moving], scans[fixed]) for moving, fixed in validation_pairs(data, limit=limit)]

@@ -18,6 +18,7 @@ import nibabel as nib  # noqa: E402
 import numpy as np  # noqa: E402
 
 from common import phantom  # noqa: E402
+from common.run import example  # noqa: E402
 from common.space import io  # noqa: E402
 
 
@@ -53,7 +54,7 @@ def main(output: str) -> None:
 
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        pair = phantom.write_phantom(place / "phantom")
+        pair = example.write_phantom(place / "phantom")
         (place / "studies" / "labels" / "final").mkdir(parents=True)
         for role, scan in (("moving", "atlas"), ("fixed", "patient")):
             shutil.copy(pair[role], place / "studies" / f"{scan}.nii.gz")

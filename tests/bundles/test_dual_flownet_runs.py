@@ -10,8 +10,8 @@ import torch
 from commands import ROOT, SPACING, bundle_configs, centred, check_refusal, command, faults, succeeded, table, write
 from monai.bundle import ConfigParser
 
+from common import InputError
 from common.run.data import stem
-from common.space.io import InputError
 
 pytestmark = pytest.mark.slow
 

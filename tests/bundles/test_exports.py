@@ -12,10 +12,10 @@ from commands import ROOT
 from monai.bundle import ckpt_export, onnx_export
 from torch import Tensor
 
+from common import InputError
 from common.phantom import Deformation, sample
 from common.publish.export import export, network_of
 from common.run.engines import load_weights
-from common.space.io import InputError
 
 BUNDLES = sorted(path for path in (ROOT / "bundles").iterdir() if path.is_dir())
 SIZES = ((32, 48, 32), (40, 36, 44))

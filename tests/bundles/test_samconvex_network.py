@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import RegistrationWarning
+from common import InputError, RegistrationWarning
 from common.fields import identity, resize_disp
 from common.mind import box_mean, mind_ssc
 from common.ops import cost_volume, warp
 from common.run.engines import RegistrationInferer
-from common.space.io import InputError
 from samconvex import MIND, SAMConvex, convex
 from samconvex.convex import THETAS, coupled_convex, inverse_consistent
 

@@ -1,7 +1,13 @@
 """Pairs of grids around the phantom brain: oblique, flipped, anisotropic, of different sizes."""
 
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
+
+from common import phantom
+from common.space import io
+from common.space.points import Points, write_points
 
 Grid = tuple[tuple[int, int, int], np.ndarray]
 
@@ -29,3 +35,20 @@ GRIDS = {
 def voxels_of(size: tuple[int, ...]) -> np.ndarray:
     """Indices (I, J, K, 3) of a grid."""
     return np.stack(np.meshgrid(*[np.arange(n) for n in size], indexing="ij"), -1)
+
+
+def write_pair(folder: Path, moving: Grid, fixed: Grid) -> dict[str, Path]:
+    """Phantom files on two grids."""
+    paths = {"moving": folder / "moving.nii.gz", "fixed": folder / "fixed.nii.gz"}
+    for seed, (role, (size, affine), deformation) in enumerate(
+        (("fixed", fixed, None), ("moving", moving, phantom.Deformation(0)))
+    ):
+        image, label = phantom.sample(size, affine, deformation, seed=seed)
+        paths[f"{role}_label"] = folder / f"{role}_label.nii.gz"
+        io.write_scan(image, affine, paths[role])
+        io.write_label(label, affine, paths[f"{role}_label"])
+        paths[f"{role}_points"] = folder / f"{role}.csv"
+        marks = np.array(list(phantom.LANDMARKS.values()))
+        marks = marks if deformation is None else deformation.truth(marks)
+        write_points(Points(marks * [-1, -1, 1], list(phantom.LANDMARKS)), paths[f"{role}_points"])
+    return paths

@@ -1,6 +1,5 @@
 """The phantom: its truth is the truth, both scans show the same anatomy, the same call gives the same files."""
 
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -10,7 +9,6 @@ from scipy import ndimage
 
 from common import phantom
 from common.ops import warp
-from common.space.io import InputError
 
 FIXED = ((32, 40, 30), nib.affines.from_matvec(np.diag([4.0, 4, 4]), [-62, -78, -58]))
 
@@ -82,20 +80,6 @@ def test_same_seed_same_phantom() -> None:
     first, again, other = (phantom.sample(size, affine, phantom.Deformation(s), seed=s)[0] for s in (4, 4, 5))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).mean() > 10
-
-
-def test_written_files_are_kept_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size, affine = FIXED
-    monkeypatch.setattr(phantom, "grids", lambda: {"fixed": (size, affine), "moving": (size, affine)})
-    row = phantom.write_phantom(tmp_path / "p")
-    assert row["id"] == "phantom"
-    assert set(row) == {"id"} | {f"{role}{kind}" for role in ("fixed", "moving") for kind in ("", "_label", "_points")}
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "p").iterdir()}
-    assert len(stamps) == 6 and phantom.write_phantom(tmp_path / "p") == row
-    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "p").iterdir()}
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is a file"):
-        phantom.write_phantom(tmp_path / "file")
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -2,7 +2,7 @@
 
 from common import require
 
-require("0.1.0", "0.2.0")
+require("0.2.0", "0.3.0")
 
 from dual_flownet.loss import DualFlowLoss  # noqa: E402  (after the version guard)
 from dual_flownet.network import DualFlowNet  # noqa: E402

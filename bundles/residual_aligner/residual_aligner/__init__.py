@@ -2,7 +2,7 @@
 
 from common import require
 
-require("0.1.0", "0.2.0")
+require("0.2.0", "0.3.0")
 
 from residual_aligner.checkpoint import from_official  # noqa: E402  (after the version guard)
 from residual_aligner.loss import BothDirections  # noqa: E402

@@ -2,7 +2,7 @@
 
 import common
 
-common.require("0.1.0", "0.2.0")
+common.require("0.2.0", "0.3.0")
 
 from sacb_net.checkpoint import from_official  # noqa: E402  (after the version guard)
 from sacb_net.network import SACBNet  # noqa: E402

@@ -2,7 +2,7 @@
 
 from common import require
 
-require("0.1.0", "0.2.0")
+require("0.2.0", "0.3.0")
 
 from samconvex.network import MIND, SAMConvex  # noqa: E402
 from samconvex.sam import SAM  # noqa: E402

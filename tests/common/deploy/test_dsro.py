@@ -10,11 +10,10 @@ from dicom_series import write_series
 from pydicom.uid import generate_uid
 from registration_object import by_the_standard, errors_of_dciodvfy, needs_dciodvfy
 
-from common import phantom
+from common import InputError, phantom
 from common.deploy.dsro import read_dsro, registration_of, write_dsro
 from common.deploy.series import find_series
 from common.space import mapping
-from common.space.io import InputError
 
 SIZE = (20, 26, 18)
 TURNED = nib.eulerangles.euler2mat(0.3, -0.2, 0.15)

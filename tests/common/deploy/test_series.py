@@ -10,10 +10,10 @@ import pytest
 from dicom_series import write_series
 from pydicom.uid import generate_uid
 
+from common import InputError
 from common.deploy.dsro import registration_of, write_dsro
 from common.deploy.series import find_series, refuse_other
 from common.space import io, mapping
-from common.space.io import InputError
 
 SIZE = (7, 6, 5)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from common import InputError
 from common.label.command import label
 from common.label.folder import read_app, write_app
-from common.space.io import InputError
 
 
 def test_init(repository: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from common import phantom
+from common.run import example
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
@@ -16,7 +17,7 @@ def test_left_is_left(role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.syspath_prepend(BENCH)
     from draw_label import axial
 
-    shown, aspect = axial(phantom.write_phantom(tmp_path / "phantom")[role])
+    shown, aspect = axial(example.write_phantom(tmp_path / "phantom")[role])
     numbers = {name: number for number, name in phantom.LABELS.items()}
     rows, columns = (
         {name: axis[shown == numbers[name]].mean() for name in ("left white matter", "right white matter")}

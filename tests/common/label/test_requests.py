@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common import InputError
 from common.label import requests
 from common.label.requests import Pair, bundle_options, label_names, labelled, plain, resolve
-from common.space.io import InputError
 
 
 class FakeStudies:

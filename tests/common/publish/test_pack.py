@@ -18,9 +18,9 @@ from monai.bundle import download
 from monai.bundle.scripts import _get_all_bundles_info
 
 import common
+from common import InputError
 from common.__main__ import main
 from common.publish import pack
-from common.space.io import InputError
 
 ROOT = Path(__file__).resolve().parents[3]
 BUNDLES = sorted(path.name for path in (ROOT / "bundles").iterdir() if path.is_dir())

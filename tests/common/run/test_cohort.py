@@ -16,8 +16,8 @@ from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.transforms import Compose
 
+from common import InputError
 from common.run import cohort
-from common.space.io import InputError
 
 SCRIPT = """
 import sys, time

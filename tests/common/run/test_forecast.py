@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common import InputError
 from common.fields import identity
 from common.run import forecast, progress
 from common.run.engines import RegistrationInferer
-from common.space.io import InputError
 
 
 class Wide(nn.Module):

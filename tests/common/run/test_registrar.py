@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from people import SPACING, label_of, write_person
 
+from common import InputError
 from common.run.cli import bundle_folder, sentence_of
 from common.run.registrar import Registrar
 from common.space import io
-from common.space.io import InputError
 
 ROOT = Path(__file__).resolve().parents[3]
 

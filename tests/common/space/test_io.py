@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from common import InputError
 from common.space import io
 
 OBLIQUE = nib.affines.from_matvec(
@@ -100,7 +101,7 @@ def test_dicom_series(tmp_path: Path, rng: np.random.Generator) -> None:
         "none": "must hold a DICOM series, and this one holds none",
     }
     for name, words in cases.items():
-        with pytest.raises(io.InputError, match=words) as caught:
+        with pytest.raises(InputError, match=words) as caught:
             io.read_scan(tmp_path / name)
         assert str(caught.value).startswith(f"{tmp_path / name}: ")
 
@@ -128,7 +129,7 @@ def test_refusals_name_the_file_and_the_fault(tmp_path: Path) -> None:
             path.write_text(content)
         elif content is not None:
             nib.save(nib.Nifti1Image(content, np.eye(4)), path)
-        with pytest.raises(io.InputError, match=words) as caught:
+        with pytest.raises(InputError, match=words) as caught:
             io.read_scan(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -139,7 +140,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, rng: np.random.Genera
     nib.save(nib.Nifti1Image(rng.integers(1, 999, (20, 20, 20)).astype(kind), np.eye(4)), tmp_path / "whole.nii.gz")
     content = (tmp_path / "whole.nii.gz").read_bytes()
     (tmp_path / "cut.nii.gz").write_bytes(content[: len(content) // 2])
-    with pytest.raises(io.InputError, match="cut.nii.gz: not an image that can be read, the file is cut off"):
+    with pytest.raises(InputError, match="cut.nii.gz: not an image that can be read, the file is cut off"):
         io.read_scan(tmp_path / "cut.nii.gz")
 
 

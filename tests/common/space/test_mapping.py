@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+from common import InputError
 from common.fields import jacobian_determinant
 from common.space import io, mapping
 
@@ -159,14 +160,14 @@ def test_refused_files(tmp_path: Path, rng: np.random.Generator) -> None:
         "flat.tfm": "must be a 3-D transform|not a transform that ITK can read",
     }
     for name, words in cases.items():
-        with pytest.raises(io.InputError, match=words) as caught:
+        with pytest.raises(InputError, match=words) as caught:
             mapping.read_transform(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
     before = sorted(tmp_path.iterdir())
     for name, words in (("x.tfm", "affine transforms only"), ("x.nii.gz", "needs a grid"), ("x.pkl", "written as one")):
-        with pytest.raises(io.InputError, match=words):
+        with pytest.raises(InputError, match=words):
             mapping.write_transform(registration(rng), tmp_path / name)
-    with pytest.raises(io.InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot be written"):
         mapping.write_transform(registration(rng), tmp_path / "no" / "x.h5")
     assert sorted(tmp_path.iterdir()) == before, "nothing half-written"
 
@@ -227,10 +228,10 @@ def test_a_point_without_a_source_is_nan() -> None:
 
 def test_what_cannot_be_inverted_is_refused() -> None:
     flat = mapping.affine_transform(np.diag([1.0, 1, 0, 1]))
-    with pytest.raises(io.InputError, match="has no inverse"):
+    with pytest.raises(InputError, match="has no inverse"):
         mapping.invert(flat)
     spline = itk.BSplineTransform[itk.D, 3, 3].New()
-    with pytest.raises(io.InputError, match="BSplineTransform: only affine maps and displacement fields"):
+    with pytest.raises(InputError, match="BSplineTransform: only affine maps and displacement fields"):
         mapping.invert(spline)
 
 

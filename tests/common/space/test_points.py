@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.space.io import InputError
+from common import InputError
 from common.space.points import Points, read_matching, read_points, write_points
 
 AFFINE = nib.affines.from_matvec(np.diag([-2.0, 3, 4]), [10, 20, 30])

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from monai.bundle import ConfigParser
 
+from common import InputError
 from common.run import data
-from common.run.transforms import AlignAndGridd, LoadScansd, ToTrainingGridd
+from common.run.transforms import AlignAndGridd, LoadScansd
 from common.space import io
+from common.train import data as train_data
 from common.train import datalists
 from common.train.datalists import DATASETS, write_datalist
+from common.train.transforms import ToTrainingGridd
 
 SIZE = (5, 6, 7)
 PRESETS = Path(datalists.__file__).parent / "presets"
@@ -109,9 +112,9 @@ def test_datalist(name: str, tmp_path: Path) -> None:
     assert ("fixed_points" in rows[0]) == (name in ("lungct", "nlst"))
     assert (PRESETS / f"{content['preset']}.json").is_file()
     if counts[0]:
-        assert len(data.list_scans(str(tmp_path))) == counts[0]
+        assert len(train_data.list_scans(str(tmp_path))) == counts[0]
     trained = {"ixi": 2, "lungct": 3, "nlst": 3}.get(name)  # atlas to subject, breath to breath; else all with all
-    assert len(data.training_pairs(str(tmp_path)) or []) == (trained or 0)
+    assert len(train_data.training_pairs(str(tmp_path)) or []) == (trained or 0)
 
 
 def test_names_of_structures(tmp_path: Path) -> None:
@@ -161,18 +164,18 @@ class Evil:
 def test_pickles_run_no_code(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ixi(tmp_path)
     (tmp_path / "IXI_data" / "atlas.pkl").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(io.InputError, match="atlas.pkl: not a pair of a scan and its label map .*print is no array"):
+    with pytest.raises(InputError, match="atlas.pkl: not a pair of a scan and its label map .*print is no array"):
         write_datalist("ixi", str(tmp_path))
     assert "this code ran" not in capsys.readouterr().out and not (tmp_path / "dataset.json").exists()
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_another_folder_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(io.InputError, match=f"does not look like {name}: .* not found"):
+    with pytest.raises(InputError, match=f"does not look like {name}: .* not found"):
         write_datalist(name, str(tmp_path))
-    with pytest.raises(io.InputError, match="no such folder"):
+    with pytest.raises(InputError, match="no such folder"):
         write_datalist(name, str(tmp_path / "none"))
-    with pytest.raises(io.InputError, match="colours: no such data set, there are ixi, lpba40"):
+    with pytest.raises(InputError, match="colours: no such data set, there are ixi, lpba40"):
         write_datalist("colours", str(tmp_path))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from common.space.io import InputError
+from common import InputError
 from common.train.labels import UNKNOWN, ToClassesd, label_table
 
 

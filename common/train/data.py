@@ -1,0 +1,122 @@
+"""The scans of a folder or a dataset.json to train and to validate on, and their ordered pairs."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from common import InputError
+from common.run.data import SCAN_ENDINGS, absolute, read_dataset, stem
+from common.run.example import write_phantom
+
+
+def validation_pairs(dataset_dir: str | None, *, limit: int | None = None) -> list[tuple[str, str]] | None:
+    """(moving id, fixed id) of the inter-subject `registration_pairs` of the validation part; None without any."""
+    if not dataset_dir or not (Path(dataset_dir) / "dataset.json").exists():
+        return None
+    found = read_dataset(dataset_dir)
+    known = {case["id"] for case in found["validation"]}
+    pairs = [
+        (pair["moving"], pair["fixed"])
+        for pair in found.get("registration_pairs", [])
+        if pair.get("kind", "inter-subject") == "inter-subject" and {pair["moving"], pair["fixed"]} <= known
+    ]
+    return pairs[:limit] or None
+
+
+def training_pairs(dataset_dir: str | None) -> list[tuple[str, str]] | None:
+    """(moving id, fixed id) of a dataset's `training_pairs`, as atlas to subject, or the two breaths of one person.
+
+    Returns:
+        None where the dataset names none: every scan with every other.
+
+    Raises:
+        InputError: a pair names a scan that the dataset does not have, or none is left without the validation scans.
+    """
+    if not dataset_dir or not (Path(dataset_dir) / "dataset.json").exists():
+        return None
+    found, path = read_dataset(dataset_dir), Path(dataset_dir) / "dataset.json"
+    pairs = [(pair["moving"], pair["fixed"]) for pair in found.get("training_pairs", [])]
+    known = {part: {case["id"] for case in found[part]} for part in ("training", "validation", "test")}
+    if strange := sorted(name for pair in pairs for name in pair if not any(name in ids for ids in known.values())):
+        raise InputError(f"{path}: the training pairs' scan {strange[0]!r} is not among the cases")
+    left = [pair for pair in pairs if set(pair) <= known["training"]]
+    if pairs and not left:
+        raise InputError(f"{path}: no training pair has both its scans in the training part")
+    return left or None
+
+
+def list_scans(dataset_dir: str | None, part: str = "training", *, output_dir: str = ".") -> list[dict[str, str]]:
+    """Scans to train on: those of dataset.json, else every scan in the folder, else (no folder given) two phantoms.
+
+    Without a dataset.json nothing says which scans to keep apart, so all of them are the training part and "validation"
+    repeats the last two.
+
+    Args:
+        part: "training" or "validation".
+
+    Returns:
+        [{"id", "image", "label" if there is one}].
+
+    Raises:
+        InputError: fewer than two scans.
+    """
+    if not dataset_dir:
+        row = write_phantom(Path(output_dir) / "phantom_input")
+        return [{"id": role, "image": row[role], "label": row[f"{role}_label"]} for role in ("moving", "fixed")]
+    root = Path(dataset_dir).absolute()
+    if (root / "dataset.json").exists():
+        scans = [
+            {"id": case["id"]} | {name: absolute(case[name], root) for name in ("image", "label") if name in case}
+            for case in read_dataset(dataset_dir)[part]
+        ]
+    else:
+        if not root.is_dir():
+            raise InputError(f"{root}: no such folder")
+        files = sorted(path for path in root.iterdir() if path.name.lower().endswith(SCAN_ENDINGS))
+        scans = [{"id": stem(path.name), "image": str(path)} for path in files]
+        scans = scans if part == "training" else scans[-2:]
+    if len(scans) < 2:
+        raise InputError(f"{root}: holds {len(scans)} scans for {part}, at least 2 are needed")
+    return scans
+
+
+class OrderedPairs(Dataset):
+    """All ordered pairs of a set of scans: one item is scan a as moving and scan b as fixed, a != b.
+
+    Every scan is loaded and transformed once and kept in memory.
+
+    Args:
+        data: scans as `list_scans` gives them.
+        transform: for one scan ({"id", "image", "label"}).
+        pair_transform: for one pair ({"id", "moving", "fixed", "moving_label", "fixed_label"}).
+        pairs: (moving id, fixed id) to use instead of all ordered pairs.
+    """
+
+    def __init__(
+        self,
+        data: list[dict],
+        transform: Callable | None = None,
+        pair_transform: Callable | None = None,
+        pairs: list[tuple[str, str]] | None = None,
+    ) -> None:
+        self.data, self.pair_transform = data, pair_transform
+        bar = tqdm(data, desc="load", unit="scan", file=sys.stderr, disable=len(data) < 5)
+        self.scans = [transform(scan) if transform else scan for scan in bar]
+        number = {scan["id"]: n for n, scan in enumerate(data)}
+        if pairs:
+            self.pairs = [(number[moving], number[fixed]) for moving, fixed in pairs]
+        else:
+            self.pairs = [(a, b) for a in range(len(data)) for b in range(len(data)) if a != b]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict:
+        moving, fixed = (self.scans[n] for n in self.pairs[index])
+        pair = {"id": f"{moving['id']}_to_{fixed['id']}", "moving": moving["image"], "fixed": fixed["image"]}
+        if "label" in moving and "label" in fixed:
+            pair |= {"moving_label": moving["label"], "fixed_label": fixed["label"]}
+        return self.pair_transform(pair) if self.pair_transform else pair

@@ -1,0 +1,146 @@
+"""Metric, step, memory and processes of a training."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import Tensor, nn
+
+from common.train import engines
+
+
+class Dummy(nn.Module):
+    """The smallest registration network: a convolution that gives three channels."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(2, channels, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.conv(image)
+
+
+def test_label_dice_value() -> None:
+    """Label 1: 8 and 4 voxels, 4 in common, 2*4/12; label 2: equal, 1; label 3: two voxels, below the minimum."""
+    fixed = torch.zeros(1, 1, 6, 6, 6)
+    fixed[..., :2, :2, :2], fixed[..., 4:, 4:, 4:], fixed[..., 3, 0, :2] = 1, 2, 3
+    warped = fixed.clone()
+    warped[..., 0, :2, :2], warped[..., 3, 0, :2] = 0, 0
+    metric, target = engines.LabelDice(minimum=2), torch.cat([fixed, fixed], 1)
+    metric(warped, target)
+    assert float(metric.aggregate()) == pytest.approx((2 / 3 + 1) / 2)
+    metric(fixed, target)
+    assert float(metric.aggregate()) == pytest.approx(((2 / 3 + 1) / 2 + 1) / 2)
+    metric(torch.zeros_like(fixed), torch.zeros_like(target))  # no labels: does not count
+    assert float(metric.aggregate()) == pytest.approx(((2 / 3 + 1) / 2 + 1) / 2)
+    metric.reset()
+    every = engines.LabelDice()
+    every(warped, target)
+    assert float(every.aggregate()) == pytest.approx((2 / 3 + 1 + 0) / 3)
+    lacking = torch.cat([fixed, fixed * (fixed != 2)], 1)  # label 2 is not in the moving map: no fault of the warp
+    every.reset()
+    every(warped, lacking)
+    assert float(every.aggregate()) == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_label_dice_without_labels() -> None:
+    """Scans without labels give nan instead of an error, also beside scans that have them."""
+    metric = engines.label_dice_handler()
+    labelled = {"warped_label": torch.ones(1, 4, 4, 4), "target_label": torch.ones(2, 4, 4, 4)}
+    for output, expected in (([{"warped": 0}], float("nan")), ([labelled, {"warped": 0}], 1.0)):
+        metric.reset()
+        metric.update(metric._output_transform(output))
+        assert float(metric.metric_fn.aggregate()) == pytest.approx(expected, nan_ok=True)
+
+
+def test_prepare_pair_gives_image_twice() -> None:
+    x = torch.rand(1, 2, 3, 3, 3)
+    image, target = engines.prepare_pair({"image": x}, torch.device("cpu"))
+    assert image is target and torch.equal(image, x)
+
+
+def test_prepare_labelled_and_the_step() -> None:
+    """The step hands scans and classes to the loss, and gradients reach the network that is validated."""
+    batch = {"image": MetaTensor(torch.rand(1, 2, 3, 3, 3)), "label": MetaTensor(torch.ones(1, 2, 3, 3, 3))}
+    image, target, args, kwargs = engines.prepare_labelled(batch, torch.device("cpu"))
+    assert type(image) is Tensor and type(target) is Tensor and kwargs == {}
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(3.0))
+
+        def forward_train(self, image: Tensor) -> Tensor:
+            return self.scale * image
+
+    class Loss(nn.Module):
+        def forward(self, result: Tensor, image: Tensor, label: Tensor) -> Tensor:
+            return (result - image).sum() + label.sum()
+
+    network = Network()
+    value = engines.step_loss(engines.TrainingStep(network, Loss())(image, *args), target)
+    torch.testing.assert_close(value, 2 * image.sum() + 54)
+    value.backward()
+    torch.testing.assert_close(network.scale.grad, image.sum())
+
+
+def run_python(code: str, root: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_memory() does something with glibc only")
+def test_kept_memory_is_not_fetched_again() -> None:
+    """Pages that the system has to hand out for ten tensors of 64 MiB, one after the other: 16384 for each; next to
+    none once the memory has settled."""
+    code = """if True:
+        import resource, torch
+        from common.train import engines
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                torch.ones(2**24)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        engines.keep_memory()
+        faults()
+        print(faults())
+    """
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of a process's threads are read from /proc")
+def test_threads_of_the_process_group_end_before_python_does(repository: Path) -> None:
+    """Even when a finished workflow, whose parts name each other, has kept the group."""
+    code = """if True:
+        import atexit, os, pathlib, torch
+        from common.train import engines
+        def threads():
+            print(sum("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")))
+        atexit.register(threads)  # after what is registered later
+        os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+        torch.cuda.is_available = lambda: False
+        engines.init_processes()
+        class Workflow: pass
+        workflow = Workflow()
+        workflow.itself = workflow
+        workflow.network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+        torch.distributed.destroy_process_group()
+        threads()
+        del workflow
+    """
+    done = run_python(code, repository)
+    assert done.returncode == 0, done.stderr
+    kept, left = map(int, done.stdout.split())
+    assert kept > 0 and left == 0
+
+
+def test_tensorboard_parts() -> None:
+    item = {"image": torch.arange(2.0)[:, None, None, None].expand(2, 3, 3, 3), "warped": torch.full((1, 3, 3, 3), 7.0)}
+    fixed, moving = engines.fixed_and_moving([item])
+    assert moving[0].unique().tolist() == [0] and fixed[0].unique().tolist() == [1]
+    assert engines.warped_image([item])[0].unique().tolist() == [7]
