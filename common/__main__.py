@@ -15,6 +15,7 @@ from common.deploy.command import deploy
 from common.label.command import label
 from common.run.cli import options_of, refuse_unknown
 from common.space import io, mapping, points
+from common.space.transform_files import read_transform, write_transform
 
 POINT_ENDINGS = (".csv", ".fcsv", ".json")
 
@@ -35,7 +36,7 @@ def apply(file: str, transform: str, output: str, *, reference: str = "", label:
         label: take the nearest label instead of interpolating.
         inverse: apply the inverse, computed here: for points to 0.001 mm, for scans on the transform's grid.
     """
-    the_map = mapping.read_transform(str(transform))
+    the_map = read_transform(str(transform))
     if str(file).lower().endswith(POINT_ENDINGS):
         affine = io.read_scan(str(reference))[1] if reference else None
         given = points.read_points(str(file), affine)
@@ -79,7 +80,7 @@ def compose(output: str, *transforms: str, reference: str = ""):
     """
     if not transforms:
         raise InputError(f"{output}: compose needs the transforms after the name of the output")
-    return _write_map(mapping.compose(*[mapping.read_transform(str(path)) for path in transforms]), output, reference)
+    return _write_map(mapping.compose(*[read_transform(str(path)) for path in transforms]), output, reference)
 
 
 def invert(transform: str, output: str, *, reference: str = ""):
@@ -92,7 +93,7 @@ def invert(transform: str, output: str, *, reference: str = ""):
         output: file to write: .h5, or a displacement image on the grid of --reference.
         reference: scan on whose voxels the error is measured: the fixed one.
     """
-    the_map = mapping.read_transform(str(transform))
+    the_map = read_transform(str(transform))
     back = mapping.invert(the_map)
     text = ""
     if reference:
@@ -250,7 +251,7 @@ def _grid(path: str) -> mapping.Grid:
 
 
 def _write_map(transform, output: str, reference: str) -> str:
-    mapping.write_transform(transform, str(output), _grid(reference) if reference else None)
+    write_transform(transform, str(output), _grid(reference) if reference else None)
     return _written(output, f"{len(mapping.parts(transform))} part(s)")
 
 

@@ -60,7 +60,7 @@ def registration_of(transform: mapping.Transform, size: tuple[int, int, int], af
     """
     field, *rest = mapping.parts(transform)
     post = np.eye(4)
-    if hasattr(field, "GetDisplacementField") and all(part.IsLinear() for part in rest):
+    if isinstance(field.parts[0], mapping.Field) and all(part.linear for part in rest):
         disp, affine_ras = mapping.field_of(field)
         post = mapping.matrix_of(mapping.compose(*rest)) if rest else post
     else:

@@ -12,7 +12,8 @@ import numpy as np
 
 from common import InputError
 from common.run.registrar import Registrar
-from common.space import io, mapping
+from common.space import io
+from common.space.transform_files import read_transform
 
 try:
     from monai.deploy.core import ConditionType, Fragment, Image, Operator, OperatorSpec
@@ -103,7 +104,7 @@ class RegistrationWriterOperator(Operator):
             series = op_input.receive(name)[0].selected_series[0].series
             headers.append([instance.get_native_sop_instance() for instance in series.get_sop_instances()])
         warped, affine = io.read_scan(folder / "warped.nii.gz")
-        registration = dsro.registration_of(mapping.read_transform(folder / "transform.h5"), warped.shape[1:], affine)
+        registration = dsro.registration_of(read_transform(folder / "transform.h5"), warped.shape[1:], affine)
         dsro.write_dsro(registration, *headers, folder / "registration.dcm")
 
 

@@ -11,6 +11,7 @@ from common.fields import round_trip
 from common.quality.metrics import label_overlap, mean_over_labels, ncc, nmi, regularity, ssim
 from common.space import geometry, io, mapping
 from common.space.points import Points, read_matching
+from common.space.transform_files import read_transform
 
 FEW_LABELS = 20  # up to so many, surface distances are measured without being asked for
 SAMPLE = 20000  # voxels at which the deformation is inverted: 0.1 s, where the whole inverse of a brain takes 3 s
@@ -58,7 +59,7 @@ def read_registration(
 
     Args:
         moving, fixed: scans, each in its own space.
-        transform: what `mapping.read_transform` reads, fixed -> moving.
+        transform: what `read_transform` reads, fixed -> moving.
         spacing: of the grid on which the deformation is measured, mm; None keeps the fixed scan's.
 
     Raises:
@@ -66,8 +67,8 @@ def read_registration(
     """
     (scan, affine), (target, target_affine) = io.read_scan(moving), io.read_scan(fixed)
     io.refuse_constant(scan, moving), io.refuse_constant(target, fixed)
-    whole = mapping.read_transform(transform)
-    linear = [part for part in mapping.parts(whole) if part.IsLinear()]
+    whole = read_transform(transform)
+    linear = [part for part in mapping.parts(whole) if part.linear]
     deforms = len(linear) < len(mapping.parts(whole))
     start = mapping.compose(*linear) if linear and deforms else mapping.affine_transform(np.eye(4))
     box = geometry.foreground_box(target[0])

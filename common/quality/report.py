@@ -3,22 +3,21 @@
 import json
 import math
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
-import monai
 import numpy as np
 import torch
 
 import common
-from common.space.io import ITK_VERSION
 
 VERSIONS = {
     "common": common.__version__,
     "python": platform.python_version(),
     "torch": torch.__version__,
-    "monai": monai.__version__,
+    "monai": version("monai"),
     "numpy": np.__version__,
-    "itk": ITK_VERSION,
+    "itk": version("itk"),
 }
 # where the measures of a row go: section -> what its names begin with
 SECTIONS = {

@@ -16,6 +16,7 @@ from common.quality import measure, picture, report, verdict
 from common.run import forecast, progress
 from common.space import geometry, io, mapping, points
 from common.space.prealign import prealign
+from common.space.transform_files import write_transform
 
 PREALIGN = ("affine", "rigid", "none")
 
@@ -244,7 +245,7 @@ class DeliverPaird(Transform):
         if self.save_inverse:
             inverse = mapping.invert(pair.whole)
             found |= measure.inverse_error(pair, inverse)
-            writers["inverse_transform.h5"] = partial(mapping.write_transform, inverse)
+            writers["inverse_transform.h5"] = partial(write_transform, inverse)
         names = {role: data[role].meta["filename_or_obj"] for role in ("fixed", "moving")}
         scans = {names["moving"]: pair.moving[0], names["fixed"]: pair.fixed[0]}
         halves = dict(zip(scans, (half[0].numpy() for half in pair.work.chunk(2))))
@@ -294,8 +295,8 @@ def _writers(pair: measure.Registration, warped: measure.Warped) -> dict[str, Ca
     onto = pair.fixed.shape[1:], pair.fixed_affine
     writers = {
         "warped.nii.gz": partial(io.write_scan, warped.after, pair.fixed_affine),
-        "transform.h5": partial(mapping.write_transform, pair.whole),
-        "displacement.nii.gz": partial(mapping.write_transform, pair.whole, grid=onto),
+        "transform.h5": partial(write_transform, pair.whole),
+        "displacement.nii.gz": partial(write_transform, pair.whole, grid=onto),
     }
     if warped.label_after is not None:
         writers["warped_label.nii.gz"] = partial(io.write_label, warped.label_after, pair.fixed_affine)

@@ -1,126 +1,143 @@
-"""Point maps as ITK transforms: files of them, compose, invert, apply to scans and points.
+"""Point maps from fixed to moving space: compose, invert, apply to scans and points. In numpy and torch alone.
 
-A transform T takes a point of the fixed space to its place in the moving space (LPS mm, as ITK has it), so that
-warped(x) = moving(T(x)). Arrays, grids and matrices are in this package's frames and are converted here.
+A transform T takes a point of the fixed space to its place in the moving space, so that warped(x) = moving(T(x)). It is
+a row of parts that a point goes through: affine maps, displacement fields, and whatever else ITK has read. Matrices,
+grids and arrays are RAS mm, as everywhere here; points are LPS mm, as in files. Files: `transform_files`.
 """
 
-import os
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import itk
+import nibabel as nib
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from common import InputError, fields
-from common.space import itk_classes
-from common.space.io import (
-    IMAGE_ENDINGS,
-    LPS_FROM_RAS,
-    affine_of,
-    replaced,
-    set_geometry,
-    to_array,
-    to_itk,
-    write_image,
-)
+from common.space.io import LPS_FROM_RAS
 
-FIELD_ENDINGS = IMAGE_ENDINGS
-TRANSFORM_ENDINGS = (".h5", ".hdf5", ".tfm", ".txt", ".mat")
-Transform = itk.Transform[itk.D, 3, 3]  # any of ITK's in 3-D
 Grid = tuple[tuple[int, int, int], np.ndarray]  # size and affine_ras
 CONVERGED_MM = 1e-3  # a point counts as inverted when its image is this close to the target
+SLAB = 2**18  # voxels worked on at a time, so that their coordinates stay in the cache of a CPU
 
 
-def affine_transform(matrix_ras: np.ndarray) -> "itk.AffineTransform":
-    """4x4 point map in RAS mm -> ITK affine transform (LPS mm)."""
-    lps = LPS_FROM_RAS @ matrix_ras @ LPS_FROM_RAS
-    transform = itk.AffineTransform[itk.D, 3].New()
-    transform.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(lps[:3, :3])))
-    transform.SetTranslation(lps[:3, 3].tolist())
-    return transform
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """x -> M x."""
+
+    matrix: np.ndarray  # (4, 4), RAS mm
 
 
-def displacement_transform(disp: np.ndarray, affine_ras: np.ndarray) -> "itk.DisplacementFieldTransform":
-    """(3, I, J, K) displacement in voxels of the grid `affine_ras` -> ITK displacement field transform (LPS mm)."""
-    linear = (LPS_FROM_RAS @ affine_ras)[:3, :3]
-    vectors = np.einsum("ab,bijk->kjia", linear, disp.astype(np.float64))  # ITK's order: k slowest, components last
-    field = itk.Image[itk.Vector[itk.D, 3], 3].New()
-    field.SetRegions([int(n) for n in disp.shape[1:]])
-    field.Allocate()
-    itk.array_view_from_image(field)[...] = vectors
-    set_geometry(field, affine_ras)
-    transform = itk_classes.displacement_field_transform().New()
-    transform.SetDisplacementField(field)
-    return transform
+@dataclass(frozen=True, eq=False)
+class Field:
+    """x -> x + u(x), u linear between the voxels of a grid, and 0 beyond half a voxel outside of it (as in ITK)."""
+
+    disp: np.ndarray  # (3, I, J, K), in voxels of the grid
+    affine_ras: np.ndarray
 
 
-def write_transform(transform: "itk.Transform", path: str | os.PathLike, grid: Grid | None = None) -> None:
-    """Write a transform: .h5 any; .tfm, .txt, .mat (ANTs) an affine one; an image ending its displacement on `grid`.
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """A transform of another kind (B-spline, ...), as ITK has read it."""
+
+    itk: object
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """What a point goes through, first to last."""
+
+    parts: tuple[Affine | Field | Foreign, ...]
+
+    @property
+    def linear(self) -> bool:
+        """Whether one matrix says it all."""
+        return all(isinstance(part, Affine) for part in self.parts)
+
+
+def affine_transform(matrix_ras: np.ndarray) -> Transform:
+    """4x4 point map in RAS mm -> transform."""
+    return Transform((Affine(np.asarray(matrix_ras, np.float64)),))
+
+
+def displacement_transform(disp: np.ndarray, affine_ras: np.ndarray) -> Transform:
+    """(3, I, J, K) displacement in voxels of the grid `affine_ras` -> transform."""
+    return Transform((Field(np.asarray(disp), np.asarray(affine_ras, np.float64)),))
+
+
+def parts(transform: Transform) -> list[Transform]:
+    """The transforms that a point goes through, first to last, each with one part."""
+    return [Transform((part,)) for part in transform.parts]
+
+
+def compose(*transforms: Transform) -> Transform:
+    """x -> last(...(first(x))): a point goes through the transforms in the order given."""
+    return Transform(tuple(part for transform in transforms for part in transform.parts))
+
+
+def matrix_of(transform: Transform) -> np.ndarray:
+    """The 4x4 point map (RAS mm) of a linear transform."""
+    matrix = np.eye(4)
+    for part in transform.parts:
+        if not isinstance(part, Affine):
+            raise ValueError(f"matrix_of() 'transform' must be linear, got a {type(part).__name__}")
+        matrix = part.matrix @ matrix
+    return matrix
+
+
+def field_of(transform: Transform) -> tuple[np.ndarray, np.ndarray]:
+    """Displacement (3, I, J, K) in voxels of its grid and `affine_ras` of that grid, of a transform that is one field.
 
     Raises:
-        InputError: another ending, a transform that the ending cannot hold, a displacement file without a grid.
+        ValueError: it is not.
     """
-    name, path = str(path).lower(), Path(path)
-    if name.endswith(FIELD_ENDINGS):
-        if grid is None:
-            raise InputError(f"{path}: a displacement file needs a grid, that of a reference scan")
-        image = displacement_image(transform, *grid)
-        replaced(path, lambda partial: write_image(image, partial))
-        return
-    if not name.endswith(TRANSFORM_ENDINGS):
-        endings = ", ".join(TRANSFORM_ENDINGS + FIELD_ENDINGS)
-        raise InputError(f"{path}: transforms are written as one of {endings}")
-    if not name.endswith(TRANSFORM_ENDINGS[:2]):
-        if not transform.IsLinear():
-            raise InputError(f"{path}: holds affine transforms only, and this one deforms; write .h5 or .nii.gz")
-        transform = affine_transform(matrix_of(transform))
-    replaced(path, lambda partial: itk_classes.write_transforms([transform], str(partial)))
+    if len(transform.parts) != 1 or not isinstance(transform.parts[0], Field):
+        raise ValueError(f"field_of() 'transform' must be one displacement field, got {len(transform.parts)} parts")
+    return transform.parts[0].disp, transform.parts[0].affine_ras
 
 
-def read_transform(path: str | os.PathLike) -> "itk.Transform":
-    """Read a transform: ITK .h5, .tfm, .txt, ANTs .mat, or a displacement image (LPS mm, as ANTs writes a warp).
-
-    Several transforms in one file come back as one composite, the last of the file applied first, as in ITK.
-
-    Raises:
-        InputError: the file is missing, not a transform, or an image that does not have three values a voxel.
-    """
-    if not Path(path).exists():
-        raise InputError(f"{path}: no such file")
-    if str(path).lower().endswith((*FIELD_ENDINGS, ".mhd")):
-        return _read_field(path)
-    try:
-        found = itk_classes.read_transforms(str(path))
-    except Exception as error:  # ITK raises several kinds
-        raise InputError(f"{path}: not a transform that ITK can read") from error
-    for transform in found:
-        if transform.GetInputSpaceDimension() != 3:
-            raise InputError(f"{path}: must be a 3-D transform, this one is {transform.GetInputSpaceDimension()}-D")
-    return found[0] if len(found) == 1 else compose(*reversed(found))
+def deforms(transform: Transform) -> bool:
+    """Whether any part is more than a matrix."""
+    return not transform.linear
 
 
-def _read_field(path: str | os.PathLike) -> "itk.DisplacementFieldTransform":
-    try:
-        source = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
-        source.SetFileName(str(path))
-        source.ReadImageInformation()
-        form = source.GetNumberOfDimensions(), source.GetNumberOfComponents()
-        image = itk.imread(str(path), itk.Vector[itk.F, 3]) if form == (3, 3) else None
-    except Exception as error:  # no reader found (AttributeError on None), or what a reader raises
-        raise InputError(f"{path}: not an image that can be read") from error
-    if image is None:
-        raise InputError(f"{path}: a displacement file is 3-D with 3 values a voxel, not {form[0]}-D with {form[1]}")
-    vectors = itk.array_from_image(image).astype(np.float64)
-    if not np.isfinite(vectors).all():
-        raise InputError(f"{path}: holds NaN or infinite values")
-    field = itk.Image[itk.Vector[itk.D, 3], 3].New()
-    field.SetRegions(image.GetLargestPossibleRegion())
-    field.Allocate()
-    itk.array_view_from_image(field)[...] = vectors
-    set_geometry(field, affine_of(image))
-    transform = itk_classes.displacement_field_transform().New()
-    transform.SetDisplacementField(field)
-    return transform
+# ---- points ---------------------------------------------------------------------------------------------------------
+
+
+def map_points(transform: Transform, points_lps: np.ndarray) -> np.ndarray:
+    """T(x) of points (N, 3) in LPS mm: from fixed to moving space for the transform of a registration. In float64."""
+    flip = np.diag(LPS_FROM_RAS)[:3]
+    points = np.asarray(points_lps, np.float64).reshape(-1, 3) * flip
+    for part in transform.parts:
+        if isinstance(part, Affine):
+            points = nib.affines.apply_affine(part.matrix, points)
+        elif isinstance(part, Field):
+            voxels = nib.affines.apply_affine(np.linalg.inv(part.affine_ras), points)
+            points = nib.affines.apply_affine(part.affine_ras, voxels + _interpolated(part.disp, voxels))
+        else:
+            there = [part.itk.TransformPoint(point) for point in (points * flip).tolist()]
+            points = np.array(there).reshape(-1, 3) * flip
+    return points * flip
+
+
+def _interpolated(disp: np.ndarray, voxels: np.ndarray) -> np.ndarray:
+    """Displacement (3, I, J, K) at voxels (N, 3), linear; 0 beyond half a voxel outside."""
+    size = np.array(disp.shape[1:])
+    inside = ((voxels >= -0.5) & (voxels < size - 0.5)).all(1)
+    at = np.clip(voxels[inside], 0, size - 1)
+    low = np.minimum(at.astype(np.int64), np.maximum(size - 2, 0))
+    share, high = at - low, np.minimum(low + 1, size - 1)
+    total = np.zeros((len(at), 3))
+    for corner in np.ndindex(2, 2, 2):
+        i, j, k = np.where(corner, high, low).T
+        total += np.where(corner, share, 1 - share).prod(1)[:, None] * disp[:, i, j, k].T
+    found = np.zeros_like(voxels)
+    found[inside] = total
+    return found
+
+
+# ---- scans ----------------------------------------------------------------------------------------------------------
 
 
 def resample(
@@ -128,86 +145,134 @@ def resample(
     affine_ras: np.ndarray,
     size: tuple[int, int, int],
     onto_ras: np.ndarray,
-    transform: "itk.Transform | None" = None,
+    transform: Transform | None = None,
     *,
     nearest: bool = False,
     outside: float = 0.0,
 ) -> np.ndarray:
-    """Values of a scan at transform(x) for every voxel x of another grid. One interpolation, by ITK.
+    """Values of a scan at transform(x) for every voxel x of another grid. One interpolation.
 
     Args:
         array: (I, J, K) scan on the grid `affine_ras`.
         size, onto_ras: the grid to fill.
-        transform: ITK point map from the new grid's space to the scan's; None is the identity.
-        nearest: nearest neighbour, for labels; else linear.
-        outside: value where the scan does not reach.
+        transform: point map from the new grid's space to the scan's; None is the identity.
+        nearest: nearest neighbour, for labels, whose type is kept; else linear.
+        outside: value where the scan does not reach: beyond half a voxel outside of it, as in ITK.
 
     Returns:
-        (I', J', K') float32.
+        (I', J', K') float32, or with `nearest` in the type of `array`.
     """
-    image = to_itk(array.astype(np.float32, copy=False), affine_ras)
-    chooser = "NearestNeighbor" if nearest else "Linear"
-    reference = to_itk(np.zeros((1, 1, 1), np.float32), onto_ras)
-    filtered = itk_classes.wrapped("ResampleImageFilter", "IF3IF3").New()
-    filtered.SetInput(image)
-    filtered.SetInterpolator(itk_classes.wrapped(f"{chooser}InterpolateImageFunction", "IF3D").New())
-    filtered.SetSize([int(n) for n in size])
-    filtered.SetOutputSpacing(reference.GetSpacing())
-    filtered.SetOutputOrigin(reference.GetOrigin())
-    filtered.SetOutputDirection(reference.GetDirection())
-    filtered.SetDefaultPixelValue(outside)
-    if transform is not None:
-        filtered.SetTransform(transform)
-    filtered.Update()
-    return to_array(filtered.GetOutput())
+    size = tuple(int(n) for n in size)
+    source = torch.from_numpy(np.ascontiguousarray(array, dtype=None if nearest else np.float32))
+    out = torch.empty(size, dtype=source.dtype)
+    to_voxel = np.linalg.inv(affine_ras)
+    for rows, coords, frame in _places(transform, size, onto_ras):
+        voxels = _moved(to_voxel @ frame, coords)
+        out[rows] = (_nearest if nearest else _linear)(source, voxels, outside)
+    return out.numpy()
 
 
-def displacement_image(transform: "itk.Transform", size: tuple[int, int, int], affine_ras: np.ndarray) -> "itk.Image":
-    """The whole point map as a vector image transform(x) - x (LPS mm) on a grid: what ANTs calls a warp."""
-    reference = to_itk(np.zeros((1, 1, 1), np.float32), affine_ras)
-    source = itk_classes.wrapped("TransformToDisplacementFieldFilter", "IVF33D").New()
-    source.SetTransform(transform)
-    source.SetSize([int(n) for n in size])
-    source.SetOutputSpacing(reference.GetSpacing())
-    source.SetOutputOrigin(reference.GetOrigin())
-    source.SetOutputDirection(reference.GetDirection())
-    source.Update()
-    return source.GetOutput()
+def displacement_mm(transform: Transform, size: tuple[int, int, int], affine_ras: np.ndarray) -> np.ndarray:
+    """The whole point map as vectors transform(x) - x (LPS mm) on a grid, (3, I, J, K) float32: ANTs' warp."""
+    found = torch.empty((3, *size), dtype=torch.float32)
+    for rows, coords, frame in _places(transform, size, affine_ras):
+        start = _lattice(size, rows)
+        if isinstance(coords, Tensor):
+            there = _moved(LPS_FROM_RAS @ frame, coords)
+            found[:, rows] = there - _moved(LPS_FROM_RAS @ affine_ras, start)
+        else:  # linear: one matrix, whose difference is exact
+            found[:, rows] = _moved(LPS_FROM_RAS @ (frame - affine_ras), start)
+    return found.numpy()
 
 
-def parts(transform: "itk.Transform") -> list["itk.Transform"]:
-    """The transforms that a point goes through, first to last; composites are taken apart."""
-    if not isinstance(transform, itk.CompositeTransform[itk.D, 3]):
-        return [transform]
-    queue = [itk_classes.down_cast(transform.GetNthTransform(n)) for n in range(transform.GetNumberOfTransforms())]
-    return [part for member in reversed(queue) for part in parts(member)]
+def disp_of(transform: Transform, size: tuple[int, int, int], affine_ras: np.ndarray) -> np.ndarray:
+    """Any point map as displacement (3, I, J, K) in voxels of a grid."""
+    linear = np.linalg.inv((LPS_FROM_RAS @ affine_ras)[:3, :3])
+    return np.einsum("ab,bijk->aijk", linear, displacement_mm(transform, size, affine_ras))
 
 
-def compose(*transforms: "itk.Transform") -> "itk.CompositeTransform":
-    """x -> last(...(first(x))): a point goes through the transforms in the order given."""
-    whole = itk.CompositeTransform[itk.D, 3].New()
-    for part in reversed([part for transform in transforms for part in parts(transform)]):
-        whole.AddTransform(part)
-    return whole
+Lattice = tuple[np.ndarray, np.ndarray, np.ndarray]  # voxel numbers along each axis: of all voxels between them
 
 
-def matrix_of(transform: "itk.Transform") -> np.ndarray:
-    """The 4x4 point map (RAS mm) of a linear ITK transform."""
-    corners = np.vstack([np.zeros(3), np.eye(3)])
-    there = map_points(transform, corners)
-    lps = np.eye(4)
-    lps[:3, :3], lps[:3, 3] = (there[1:] - there[0]).T, there[0]
-    return LPS_FROM_RAS @ lps @ LPS_FROM_RAS
+def _lattice(size: tuple[int, int, int], rows: slice) -> Lattice:
+    return np.arange(rows.start, rows.stop, dtype=np.float64), *(np.arange(n, dtype=np.float64) for n in size[1:])
 
 
-def map_points(transform: "itk.Transform", points_lps: np.ndarray) -> np.ndarray:
-    """T(x) of points (N, 3) in LPS mm: from fixed to moving space for the transform of a registration."""
-    return np.array([transform.TransformPoint(point) for point in np.asarray(points_lps, float).tolist()]).reshape(
-        -1, 3
-    )
+def _places(
+    transform: Transform | None, size: tuple[int, int, int], onto_ras: np.ndarray
+) -> Iterator[tuple[slice, Tensor | Lattice, np.ndarray]]:
+    """Where transform takes the voxels of a grid, slab by slab: rows, coordinates, and a matrix to RAS mm for them.
+
+    Coordinates are (3, rows, J, K) float32, or the voxel numbers themselves as long as all parts are linear: then the
+    matrix holds everything. Matrices are multiplied before they meet a coordinate, so that float32 only ever holds
+    voxel numbers of one grid: a few 1e-5 of a voxel.
+    """
+    chain = () if transform is None else transform.parts
+    if any(isinstance(part, Foreign) for part in chain):
+        from common.space.itk_maps import field_on  # of ITK: seconds to load
+
+        chain = (field_on(transform, size, onto_ras),)
+    step = max(SLAB // (size[1] * size[2]), 1)
+    for begin in range(0, size[0], step):
+        rows = slice(begin, min(begin + step, size[0]))
+        coords, frame = _lattice(size, rows), onto_ras
+        for part in chain:
+            if isinstance(part, Affine):
+                frame = part.matrix @ frame
+                continue
+            coords = _moved(np.linalg.inv(part.affine_ras) @ frame, coords)
+            coords, frame = coords + _displaced(part.disp, coords), part.affine_ras
+        yield rows, coords, frame
 
 
-def invert(transform: "itk.Transform", *, iterations: int = 60) -> "itk.CompositeTransform":
+def _moved(matrix: np.ndarray, coords: Tensor | Lattice) -> Tensor:
+    """The 4x4 map of coordinates: (3, I, J, K) float32."""
+    if isinstance(coords, Tensor):
+        linear = torch.from_numpy(matrix[:3, :3]).float()
+        shift = torch.from_numpy(matrix[:3, 3]).float().view(3, 1, 1, 1)
+        return torch.einsum("ab,bijk->aijk", linear, coords) + shift
+    i, j, k = (torch.from_numpy(matrix[:3, axis, None] * numbers) for axis, numbers in enumerate(coords))
+    plane = (j[:, :, None] + k[:, None, :] + torch.from_numpy(matrix[:3, 3]).view(3, 1, 1)).float()
+    return i.float()[:, :, None, None] + plane[:, None]
+
+
+def _inside(voxels: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+    """Where (3, ...) voxels are within half a voxel of a grid."""
+    inside = [(v >= -0.5) & (v < n - 0.5) for v, n in zip(voxels, size)]
+    return inside[0] & inside[1] & inside[2]
+
+
+def _grid_sample(values: Tensor, voxels: Tensor) -> Tensor:
+    """Values (C, I, J, K) at voxels (3, i, j, k): (C, i, j, k), linear, the border repeated outside."""
+    scale = voxels.new_tensor([2 / max(n - 1, 1) for n in values.shape[1:]]).view(3, 1, 1, 1)
+    unit = (voxels * scale - 1).flip(0).permute(1, 2, 3, 0)  # grid_sample has the last axis first
+    options = {"mode": "bilinear", "padding_mode": "border", "align_corners": True}
+    return F.grid_sample(values[None], unit[None], **options)[0]
+
+
+def _displaced(disp: np.ndarray, voxels: Tensor) -> Tensor:
+    values = torch.from_numpy(np.ascontiguousarray(disp, dtype=np.float32))
+    return _grid_sample(values, voxels) * _inside(voxels, values.shape[1:])
+
+
+def _linear(source: Tensor, voxels: Tensor, outside: float) -> Tensor:
+    found = _grid_sample(source[None], voxels)[0]
+    return found.masked_fill_(~_inside(voxels, source.shape), outside)
+
+
+def _nearest(source: Tensor, voxels: Tensor, outside: float) -> Tensor:
+    """Halves go up, as in ITK."""
+    inside = _inside(voxels, source.shape)
+    index = torch.zeros(voxels.shape[1:], dtype=torch.int64)
+    for v, n in zip(voxels, source.shape):
+        index = index * n + (v + 0.5).floor().long().clamp(0, n - 1)
+    return source.flatten()[index].masked_fill_(~inside, outside)
+
+
+# ---- inverses -------------------------------------------------------------------------------------------------------
+
+
+def invert(transform: Transform, *, iterations: int = 60) -> Transform:
     """T^-1, part by part in reverse order: matrices exactly, displacement fields on a grid.
 
     A field y = x + u(x) is written as y = A(x + w(x)), A the affine map nearest to it, so that w has no large common
@@ -221,13 +286,13 @@ def invert(transform: "itk.Transform", *, iterations: int = 60) -> "itk.Composit
         InputError: a part that is neither linear nor a displacement field, or a singular matrix.
     """
     backwards = []
-    for part in reversed(parts(transform)):
-        if part.IsLinear():
-            backwards.append(affine_transform(_inverse_matrix(matrix_of(part))))
-        elif isinstance(part, itk.DisplacementFieldTransform[itk.D, 3]):
-            backwards += _invert_field(*field_of(part), iterations)
+    for part in reversed(transform.parts):
+        if isinstance(part, Affine):
+            backwards.append(affine_transform(_inverse_matrix(part.matrix)))
+        elif isinstance(part, Field):
+            backwards += _invert_field(part.disp, part.affine_ras, iterations)
         else:
-            name = part.GetNameOfClass()
+            name = part.itk.GetNameOfClass()
             raise InputError(f"{name}: only affine maps and displacement fields can be inverted; turn it into a field")
     return compose(*backwards)
 
@@ -238,7 +303,7 @@ def _inverse_matrix(matrix: np.ndarray) -> np.ndarray:
     return np.linalg.inv(matrix)
 
 
-def _invert_field(disp: np.ndarray, affine_ras: np.ndarray, iterations: int) -> list["itk.Transform"]:
+def _invert_field(disp: np.ndarray, affine_ras: np.ndarray, iterations: int) -> list[Transform]:
     """Inverse of the affine map nearest to x + disp(x), then of the rest."""
     size = disp.shape[1:]
     grid = np.stack(np.meshgrid(*[np.arange(n, dtype=np.float64) for n in size], indexing="ij"))
@@ -259,55 +324,49 @@ def _invert_field(disp: np.ndarray, affine_ras: np.ndarray, iterations: int) -> 
 
 
 def inverse_error_mm(
-    transform: "itk.Transform", inverse: "itk.Transform", size: tuple[int, int, int], affine_ras: np.ndarray
+    transform: Transform, inverse: Transform, size: tuple[int, int, int], affine_ras: np.ndarray
 ) -> np.ndarray:
     """|T^-1(T(x)) - x| in mm at every voxel of a grid: (I, J, K)."""
-    rest = displacement_image(compose(transform, inverse), size, affine_ras)
-    return np.linalg.norm(itk.array_from_image(rest), axis=-1).T
+    return np.linalg.norm(displacement_mm(compose(transform, inverse), size, affine_ras), axis=0)
 
 
-def invert_at(transform: "itk.Transform", points_lps: np.ndarray, *, iterations: int = 50) -> np.ndarray:
+def invert_at(transform: Transform, points_lps: np.ndarray, *, iterations: int = 50) -> np.ndarray:
     """The x with T(x) = y for points y (N, 3) in LPS mm, by Newton's method with numerical slopes and damped steps.
 
     Starts from the inverse of the linear parts alone. Exact where T is invertible, up to CONVERGED_MM; nan where no
     such x is found, as beyond a fold.
     """
-    start = np.asarray(points_lps, float)
-    for part in reversed(parts(transform)):
-        if part.IsLinear():
-            start = map_points(affine_transform(_inverse_matrix(matrix_of(part))), start)
-    nudges = np.vstack([np.zeros(3), 0.05 * np.eye(3)])
-    found = np.full_like(start, np.nan)
-    for number, (x, target) in enumerate(zip(start, np.asarray(points_lps, float))):
-        there = map_points(transform, x + nudges)
-        error = target - there[0]
-        for _ in range(iterations):
-            if np.linalg.norm(error) < CONVERGED_MM:
-                found[number] = x
+    target = np.asarray(points_lps, np.float64).reshape(-1, 3)
+    linear = Transform(tuple(part for part in transform.parts if isinstance(part, Affine)))
+    x = map_points(affine_transform(_inverse_matrix(matrix_of(linear))), target)
+    error = target - map_points(transform, x)
+    going = np.linalg.norm(error, axis=1) >= CONVERGED_MM
+    found = np.where(going[:, None], np.nan, x)
+    for _ in range(iterations):
+        which = np.flatnonzero(going)
+        if not len(which):
+            break
+        step = _newton_step(transform, x[which], error[which])
+        size = np.linalg.norm(error[which], axis=1)
+        left = np.arange(len(which))  # those that no share of the step has improved yet
+        for share in (1.0, 0.5, 0.25, 0.1, 0.02):
+            trial = x[which[left]] + share * step[left]
+            new = target[which[left]] - map_points(transform, trial)
+            better = np.linalg.norm(new, axis=1) < size[left]
+            chosen = which[left[better]]
+            x[chosen], error[chosen] = trial[better], new[better]
+            left = left[~better]
+            if not len(left):
                 break
-            slope = ((there[1:] - there[0]) / 0.05).T
-            step = np.linalg.lstsq(slope, error, rcond=1e-3)[0]
-            for share in (1.0, 0.5, 0.25, 0.1, 0.02):
-                there = map_points(transform, x + share * step + nudges)
-                if np.linalg.norm(target - there[0]) < np.linalg.norm(error):
-                    break
-            else:
-                break
-            x, error = x + share * step, target - there[0]
+        going[which[left]] = False
+        done = which[np.linalg.norm(error[which], axis=1) < CONVERGED_MM]
+        found[done], going[done] = x[done], False
     return found
 
 
-def field_of(transform: "itk.DisplacementFieldTransform") -> tuple[np.ndarray, np.ndarray]:
-    """Displacement (3, I, J, K) in voxels of its grid and `affine_ras` of that grid, of an ITK displacement field."""
-    field = transform.GetDisplacementField()
-    return _voxels(itk.array_view_from_image(field), affine_of(field)), affine_of(field)
-
-
-def disp_of(transform: "itk.Transform", size: tuple[int, int, int], affine_ras: np.ndarray) -> np.ndarray:
-    """Any point map as displacement (3, I, J, K) in voxels of a grid."""
-    return _voxels(itk.array_from_image(displacement_image(transform, size, affine_ras)), affine_ras)
-
-
-def _voxels(vectors: np.ndarray, affine_ras: np.ndarray) -> np.ndarray:
-    linear = np.linalg.inv((LPS_FROM_RAS @ affine_ras)[:3, :3])
-    return np.einsum("ab,kjib->aijk", linear, np.asarray(vectors, np.float64))
+def _newton_step(transform: Transform, x: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """(N, 3): the pseudo-inverse of the slopes of T, by differences over 0.05 mm, times the error."""
+    nudged = map_points(transform, (x[:, None] + 0.05 * np.vstack([np.zeros(3), np.eye(3)])).reshape(-1, 3))
+    nudged = nudged.reshape(-1, 4, 3)
+    slope = ((nudged[:, 1:] - nudged[:, :1]) / 0.05).transpose(0, 2, 1)
+    return np.einsum("nab,nb->na", np.linalg.pinv(slope, rcond=1e-3), error)

@@ -24,6 +24,7 @@ from common import phantom
 from common.publish import pack
 from common.space import mapping
 from common.space.points import Points, write_points
+from common.space.transform_files import write_transform
 from dual_flownet import DualFlowNet
 
 FILES = [
@@ -142,7 +143,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     turned = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.05, 0.02, -0.04), [6, -4, 3])
     (folder / "out" / "ID").mkdir(parents=True)
     for name in ("out/ID/transform.h5", "a_to_b.h5", "b_to_c.h5", "any_tool.h5"):
-        mapping.write_transform(mapping.affine_transform(turned), folder / name)
+        write_transform(mapping.affine_transform(turned), folder / name)
     pack.pack("sacb_net", output=folder / "dist")
     return folder
 

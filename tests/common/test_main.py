@@ -18,6 +18,7 @@ from common import phantom
 from common.__main__ import main
 from common.space import io, mapping
 from common.space.points import Points, read_points, write_points
+from common.space.transform_files import read_transform, write_transform
 
 Command = Callable[..., str]
 
@@ -49,8 +50,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     disp = np.stack([np.sin(j / 6), 0.8 * np.cos(i / 7), np.sin((i + k) / 8)])
     matrix = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.05, 0.02, -0.04), [6, -4, 3])
     whole = mapping.compose(mapping.displacement_transform(disp, affine), mapping.affine_transform(matrix))
-    mapping.write_transform(whole, folder / "t.h5")
-    mapping.write_transform(mapping.affine_transform(matrix), folder / "a.tfm")
+    write_transform(whole, folder / "t.h5")
+    write_transform(mapping.affine_transform(matrix), folder / "a.tfm")
     return folder
 
 
@@ -120,17 +121,17 @@ def test_compose_and_invert(pair: Path, tmp_path: Path, command: Command) -> Non
     fixed = pair / "fixed.nii.gz"
     command("compose", tmp_path / "c.h5", pair / "t.h5", pair / "a.tfm")
     command("compose", tmp_path / "c.nii.gz", pair / "t.h5", pair / "a.tfm", "--reference", fixed)
-    first, second = (mapping.read_transform(pair / name) for name in ("t.h5", "a.tfm"))
+    first, second = (read_transform(pair / name) for name in ("t.h5", "a.tfm"))
     points = np.array([[10.0, -20, 5], [-30, 12, -8], [4, 4, 4]])
     expected = mapping.map_points(second, mapping.map_points(first, points))
     np.testing.assert_allclose(
-        mapping.map_points(mapping.read_transform(tmp_path / "c.h5"), points), expected, atol=1e-6
+        mapping.map_points(read_transform(tmp_path / "c.h5"), points), expected, atol=1e-6
     )
-    collapsed = mapping.map_points(mapping.read_transform(tmp_path / "c.nii.gz"), points)
+    collapsed = mapping.map_points(read_transform(tmp_path / "c.nii.gz"), points)
     np.testing.assert_allclose(collapsed, expected, atol=0.1)  # linear between the voxels of 5 mm
     text = command("invert", tmp_path / "c.h5", tmp_path / "i.h5", "--reference", fixed)
     assert "inverse-consistency error on" in text and float(text.split("median ")[1].split()[0]) < 0.5
-    back = mapping.map_points(mapping.read_transform(tmp_path / "i.h5"), expected)
+    back = mapping.map_points(read_transform(tmp_path / "i.h5"), expected)
     assert np.linalg.norm(back - points, axis=1).max() < 2.5, "half a voxel"
 
 
@@ -148,7 +149,7 @@ def test_report(pair: Path, tmp_path: Path, command: Command) -> None:
     scans = [pair / f"{name}.nii.gz" for name in ("moving", "fixed")]
     marks = [tmp_path / f"{name}.csv" for name in ("moving", "fixed")]
     fixed = np.array([[10.0, -20, 5], [-30, 12, -8]])
-    there = mapping.map_points(mapping.read_transform(pair / "t.h5"), fixed) + [3, 0, 4]
+    there = mapping.map_points(read_transform(pair / "t.h5"), fixed) + [3, 0, 4]
     for path, points in zip(marks, (there, fixed)):
         write_points(Points(points, ["a", "b"]), path)
     options = [f"--{role}_{kind}" for kind in ("label", "points") for role in ("moving", "fixed")]

@@ -25,6 +25,7 @@ from common.publish import pack
 from common.run.cli import bundle_folder
 from common.run.registrar import Registrar
 from common.space import io, mapping
+from common.space.transform_files import read_transform
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
@@ -79,7 +80,7 @@ def test_pair(series: Path, made: Path, tmp_path: Path) -> None:
     (mine, affine), (theirs, _) = (io.read_scan(folder / "warped.nii.gz") for folder in (made, expected))
     (scan, own), (fixed, onto) = (io.read_scan(series / role) for role in ("moving", "fixed"))
     np.testing.assert_allclose(affine, onto, atol=1e-4)
-    again = mapping.resample(scan[0], own, fixed.shape[1:], onto, mapping.read_transform(made / "transform.h5"))
+    again = mapping.resample(scan[0], own, fixed.shape[1:], onto, read_transform(made / "transform.h5"))
     assert np.abs(again - mine[0]).mean() < 0.05, "of 1000: the slices as ITK reads them, where the transform says"
     assert np.abs(mine - theirs).mean() < 2, "of 1000: the bundle's own result, but for rounding in the alignment"
 
@@ -87,7 +88,7 @@ def test_pair(series: Path, made: Path, tmp_path: Path) -> None:
 def test_object_says_what_the_transform_says(series: Path, made: Path) -> None:
     """registration.dcm of the app against its transform.h5: by our reader, and by the standard's formula."""
     landmarks = np.array(list(phantom.LANDMARKS.values())) * [-1, -1, 1]
-    there = mapping.map_points(mapping.read_transform(made / "transform.h5"), landmarks)
+    there = mapping.map_points(read_transform(made / "transform.h5"), landmarks)
     assert np.linalg.norm(there - landmarks, axis=1).max() > 1
     found = {
         "read_dsro": read_dsro(made / "registration.dcm").map_points(landmarks),

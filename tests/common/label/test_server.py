@@ -26,6 +26,7 @@ from common.label.folder import write_app
 from common.run.cli import bundle_folder
 from common.run.registrar import Registrar
 from common.space import io, mapping
+from common.space.transform_files import read_transform
 
 pytest.importorskip("monailabel", reason="MONAI Label is not installed; common/label/README.md says how")
 pytestmark = pytest.mark.slow
@@ -179,7 +180,7 @@ def test_registration(app: RegistrationApp, studies: Path, tmp_path: Path) -> No
         elif returned == "transform":
             points = np.random.default_rng(0).uniform(-40, 40, (20, 3))
             mine, theirs = (
-                mapping.map_points(mapping.read_transform(f), points) for f in (file, expected / "transform.h5")
+                mapping.map_points(read_transform(f), points) for f in (file, expected / "transform.h5")
             )
             np.testing.assert_array_equal(mine, theirs)
         else:
@@ -249,7 +250,7 @@ def test_lines_of_the_readme(server: MONAILabelClient, studies: Path, tmp_path: 
     assert_same_image(tmp_path / "label.nii.gz", expected / "warped_label.nii.gz", studies / "patient.nii.gz")
     points = np.random.default_rng(0).uniform(-40, 40, (20, 3))
     files = tmp_path / "t.h5", expected / "transform.h5"
-    np.testing.assert_array_equal(*(mapping.map_points(mapping.read_transform(file), points) for file in files))
+    np.testing.assert_array_equal(*(mapping.map_points(read_transform(file), points) for file in files))
     before = (tmp_path / "t.h5").read_bytes()
     (tmp_path / "label.nii.gz").unlink()
     for begin in ("sacb_net_propagate?image=patient", "sacb_net_register?image=patient"):

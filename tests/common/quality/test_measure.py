@@ -14,6 +14,7 @@ from PIL import Image
 from common import phantom
 from common.quality import measure, picture, report, verdict
 from common.space import io, mapping
+from common.space.transform_files import read_transform, write_transform
 
 GOOD = {
     **dict(overlap=0.9, ncc_before=0.6, ncc_after=0.9, nmi_before=0.1, nmi_after=0.3, folding_pct=0.0, sdlogj=0.3),
@@ -33,9 +34,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         io.write_label(label, space, folder / f"{name}_label.nii.gz")
     (folder / "fixed.csv").write_text("x,y,z\n0,0,0\n20,10,0\n")
     (folder / "moving.csv").write_text("x,y,z\n-8,4,12\n12,14,15\n")  # LPS; the second is 3 mm off
-    mapping.write_transform(mapping.affine_transform(shift), folder / "good.tfm")
+    write_transform(mapping.affine_transform(shift), folder / "good.tfm")
     far = nib.affines.from_matvec(np.eye(3), [-30.0, 20, 25])
-    mapping.write_transform(mapping.affine_transform(far), folder / "bad.tfm")
+    write_transform(mapping.affine_transform(far), folder / "bad.tfm")
     return folder
 
 
@@ -93,9 +94,9 @@ def test_what_a_transform_began_with(files: Path, tmp_path: Path) -> None:
     disp = np.zeros((3, 36, 44, 34))
     disp[1] = 0.5
     affine = io.read_scan(files / "fixed.nii.gz")[1]
-    linear = mapping.read_transform(files / "good.tfm")
+    linear = read_transform(files / "good.tfm")
     field = mapping.displacement_transform(disp, affine)
-    mapping.write_transform(mapping.compose(field, linear), tmp_path / "t.h5")
+    write_transform(mapping.compose(field, linear), tmp_path / "t.h5")
     names = (str(files / "moving.nii.gz"), str(files / "fixed.nii.gz"), str(tmp_path / "t.h5"))
     pair = measure.read_registration(*names)
     np.testing.assert_allclose(mapping.matrix_of(pair.start), mapping.matrix_of(linear), atol=1e-6)

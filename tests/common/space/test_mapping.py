@@ -12,7 +12,8 @@ from scipy.ndimage import gaussian_filter
 
 from common import InputError
 from common.fields import jacobian_determinant
-from common.space import io, mapping
+from common.space import io, itk_maps, mapping
+from common.space.transform_files import read_transform, write_transform
 
 OBLIQUE = nib.affines.from_matvec(
     nib.eulerangles.euler2mat(0.3, -0.2, 0.1) @ np.diag([-1.5, 2.0, 2.5]), [10.0, -20.0, 30.0]
@@ -63,8 +64,8 @@ def test_composite_maps_points_by_formula(tmp_path: Path, rng: np.random.Generat
     """T(x) = A (x + u(x)) in RAS mm, also after writing to and reading from .h5."""
     disp, matrix = rng.normal(size=(3, 8, 9, 10)), some_matrix(rng)
     whole = mapping.compose(mapping.displacement_transform(disp, OBLIQUE), mapping.affine_transform(matrix))
-    mapping.write_transform(whole, tmp_path / "t.h5")
-    for transform in (whole, mapping.read_transform(tmp_path / "t.h5")):
+    write_transform(whole, tmp_path / "t.h5")
+    for transform in (whole, read_transform(tmp_path / "t.h5")):
         for voxel in ((2, 3, 4), (7, 0, 9)):
             point = OBLIQUE[:3, :3] @ voxel + OBLIQUE[:3, 3]
             moved = point + OBLIQUE[:3, :3] @ disp[(slice(None), *voxel)]
@@ -83,8 +84,8 @@ def test_compose_takes_points_in_the_order_given(rng: np.random.Generator) -> No
     np.testing.assert_allclose(mapping.map_points(whole, points), expected, atol=1e-9)
     other = mapping.map_points(mapping.compose(*maps[::-1]), points)
     assert np.abs(other - expected).max() > 0.1, "the maps commute, so that no order was tested"
-    kinds = [part.GetNameOfClass() for part in mapping.parts(mapping.compose(whole, maps[1]))]
-    field, affine = "DisplacementFieldTransform", "AffineTransform"
+    kinds = [type(part) for part in mapping.compose(whole, maps[1]).parts]
+    field, affine = mapping.Field, mapping.Affine
     assert kinds == [field, affine, affine, field, affine, affine]
 
 
@@ -102,9 +103,9 @@ def test_matrix_and_field_come_back(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("ending", [".h5", ".tfm", ".txt", ".mat"])
 def test_affine_files_come_back(tmp_path: Path, rng: np.random.Generator, ending: str) -> None:
     matrix = some_matrix(rng)
-    mapping.write_transform(mapping.affine_transform(matrix), tmp_path / f"a{ending}")
+    write_transform(mapping.affine_transform(matrix), tmp_path / f"a{ending}")
     assert [path.name for path in tmp_path.iterdir()] == [f"a{ending}"]
-    found = mapping.read_transform(tmp_path / f"a{ending}")
+    found = read_transform(tmp_path / f"a{ending}")
     np.testing.assert_allclose(mapping.matrix_of(found), matrix, atol=1e-6)
 
 
@@ -116,7 +117,7 @@ def test_any_linear_transform_of_itk_is_read(tmp_path: Path, name: str) -> None:
     parameters = [1.1, 0.9, 1.2] if name == "ScaleTransform" else [0.1, -0.2, 0.15, 3, -4, 5]
     given.SetParameters(itk.OptimizerParameters[itk.D](parameters))
     itk.transformwrite([given], str(tmp_path / "t.tfm"))
-    found = mapping.read_transform(tmp_path / "t.tfm")
+    found = read_transform(tmp_path / "t.tfm")
     point = [10.0, 20.0, -5.0]
     expected = np.array(given.TransformPoint(point))
     assert np.abs(expected - point).max() > 0.5
@@ -128,7 +129,7 @@ def test_any_linear_transform_of_itk_is_read(tmp_path: Path, name: str) -> None:
 def test_displacement_file_is_a_vector_image_in_lps(tmp_path: Path) -> None:
     shift = np.eye(4)
     shift[:3, 3] = [1.0, 2.0, 3.0]
-    mapping.write_transform(mapping.affine_transform(shift), tmp_path / "d.nii.gz", ((4, 5, 6), OBLIQUE))
+    write_transform(mapping.affine_transform(shift), tmp_path / "d.nii.gz", ((4, 5, 6), OBLIQUE))
     file = nib.load(tmp_path / "d.nii.gz")
     assert file.shape == (4, 5, 6, 1, 3) and file.header.get_intent()[0] == "vector"
     np.testing.assert_allclose(file.get_fdata()[1, 2, 3, 0], [-1, -2, 3], atol=1e-6)
@@ -137,8 +138,8 @@ def test_displacement_file_is_a_vector_image_in_lps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
 def test_displacement_files_come_back(tmp_path: Path, rng: np.random.Generator, ending: str) -> None:
     whole = registration(rng)
-    mapping.write_transform(whole, tmp_path / f"d{ending}", (SIZE, OBLIQUE))
-    found = mapping.read_transform(tmp_path / f"d{ending}")
+    write_transform(whole, tmp_path / f"d{ending}", (SIZE, OBLIQUE))
+    found = read_transform(tmp_path / f"d{ending}")
     voxels = rng.integers(0, SIZE, (50, 3)).astype(float)  # at voxels, where the file is exact
     points = nib.affines.apply_affine(OBLIQUE, voxels) * FLIP
     error = np.abs(mapping.map_points(found, points) - mapping.map_points(whole, points))
@@ -161,14 +162,14 @@ def test_refused_files(tmp_path: Path, rng: np.random.Generator) -> None:
     }
     for name, words in cases.items():
         with pytest.raises(InputError, match=words) as caught:
-            mapping.read_transform(tmp_path / name)
+            read_transform(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
     before = sorted(tmp_path.iterdir())
     for name, words in (("x.tfm", "affine transforms only"), ("x.nii.gz", "needs a grid"), ("x.pkl", "written as one")):
         with pytest.raises(InputError, match=words):
-            mapping.write_transform(registration(rng), tmp_path / name)
+            write_transform(registration(rng), tmp_path / name)
     with pytest.raises(InputError, match="cannot be written"):
-        mapping.write_transform(registration(rng), tmp_path / "no" / "x.h5")
+        write_transform(registration(rng), tmp_path / "no" / "x.h5")
     assert sorted(tmp_path.iterdir()) == before, "nothing half-written"
 
 
@@ -202,8 +203,8 @@ def test_inverse_of_a_whole_map_with_a_large_motion(tmp_path: Path, rng: np.rand
     turn = nib.affines.from_matvec(nib.eulerangles.euler2mat(0, 0, np.radians(100)), [300.0, -100, 50])
     field = mapping.displacement_transform(smooth_disp(SIZE, 2.0), OBLIQUE)
     whole = mapping.compose(field, mapping.affine_transform(turn))
-    mapping.write_transform(whole, tmp_path / "d.nii.gz", (SIZE, OBLIQUE))
-    there = mapping.read_transform(tmp_path / "d.nii.gz")
+    write_transform(whole, tmp_path / "d.nii.gz", (SIZE, OBLIQUE))
+    there = read_transform(tmp_path / "d.nii.gz")
     points = points_inside(rng, OBLIQUE, SIZE)
     found = mapping.map_points(mapping.invert(there), mapping.map_points(there, points))
     assert np.linalg.norm(found - points, axis=1).max() < 0.75
@@ -232,7 +233,42 @@ def test_what_cannot_be_inverted_is_refused() -> None:
         mapping.invert(flat)
     spline = itk.BSplineTransform[itk.D, 3, 3].New()
     with pytest.raises(InputError, match="BSplineTransform: only affine maps and displacement fields"):
-        mapping.invert(spline)
+        mapping.invert(itk_maps.from_itk(spline))
+
+
+def test_a_transform_of_another_kind_is_applied_as_by_itk(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A B-spline between two maps of ours: points, scans, and a file of all three that ITK reads."""
+    spline = itk.BSplineTransform[itk.D, 3, 3].New()
+    spline.SetTransformDomainOrigin([-100.0] * 3)
+    spline.SetTransformDomainPhysicalDimensions([200.0] * 3)
+    spline.SetTransformDomainMeshSize([6] * 3)
+    spline.SetParameters(itk.OptimizerParameters[itk.D](rng.normal(0, 2, spline.GetNumberOfParameters()).tolist()))
+    between = mapping.affine_transform(some_matrix(rng)), itk_maps.from_itk(spline), registration(rng)
+    whole = mapping.compose(*between)
+    write_transform(whole, tmp_path / "t.h5")
+    (theirs,) = itk.transformread(str(tmp_path / "t.h5"))
+    points = points_inside(rng, OBLIQUE, SIZE, 20)
+    expected = np.array([theirs.TransformPoint(point) for point in points.tolist()])
+    for transform in (whole, read_transform(tmp_path / "t.h5")):
+        np.testing.assert_allclose(mapping.map_points(transform, points), expected, atol=1e-4)
+        assert [type(part) for part in transform.parts][1] is mapping.Foreign
+    scan = gaussian_filter(rng.random(SIZE), 1).astype(np.float32)
+    by_itk = itk.resample_image_filter(
+        image := io.to_itk(scan, OBLIQUE), transform=theirs, use_reference_image=True, reference_image=image
+    )
+    ours = mapping.resample(scan, OBLIQUE, SIZE, OBLIQUE, whole)
+    assert (ours > 0).mean() > 0.2
+    np.testing.assert_allclose(ours, itk.array_from_image(by_itk).T, atol=1e-4)
+
+
+def test_labels_keep_their_codes() -> None:
+    """Nearest neighbours keep the type: codes above 2^24 have no float32 of their own."""
+    codes = np.arange(2**30, 2**30 + 60).reshape(3, 4, 5)
+    half = nib.affines.from_matvec(np.diag([0.5, 0.5, 0.5]))
+    found = mapping.resample(codes, np.eye(4), (5, 7, 9), half, nearest=True)
+    assert found.dtype == codes.dtype
+    np.testing.assert_array_equal(found[::2, ::2, ::2], codes)
+    assert set(np.unique(found)) == set(codes.ravel())
 
 
 # ---- resampling -----------------------------------------------------------------------------------------------------
@@ -258,7 +294,7 @@ def test_all_48_orientations_of_either_scan(turn: np.ndarray, tmp_path: Path, rn
         mapping.displacement_transform(smooth_disp((10, 8, 12), 1.0), space),
         mapping.affine_transform(some_matrix(rng, shift=0.5)),
     )
-    mapping.write_transform(whole, tmp_path / "t.h5")
+    write_transform(whole, tmp_path / "t.h5")
     plain = mapping.resample(moving, space, fixed.shape, space, whole)
 
     def stored(scan: np.ndarray) -> nib.Nifti1Image:
@@ -299,8 +335,8 @@ def test_ants_applies_our_files_to_the_same_result(tmp_path: Path, rng: np.rando
     whole = registration(rng)
     io.write_scan(moving, space, tmp_path / "moving.nii.gz")
     io.write_scan(np.zeros(SIZE, np.float32), OBLIQUE, tmp_path / "fixed.nii.gz")
-    mapping.write_transform(whole, tmp_path / "t.h5")
-    mapping.write_transform(whole, tmp_path / "d.nii.gz", (SIZE, OBLIQUE))
+    write_transform(whole, tmp_path / "t.h5")
+    write_transform(whole, tmp_path / "d.nii.gz", (SIZE, OBLIQUE))
     ours = mapping.resample(moving, space, SIZE, OBLIQUE, whole)
     assert (ours > 0).mean() > 0.3
     images = [ants.image_read(str(tmp_path / f"{name}.nii.gz")) for name in ("fixed", "moving")]
@@ -327,12 +363,12 @@ def test_we_read_what_ants_writes(tmp_path: Path, rng: np.random.Generator) -> N
     own.set_parameters([1.1, 0.1, 0, -0.05, 0.9, 0.02, 0, 0.1, 1.0, 5, -6, 7])
     own.set_fixed_parameters([10.0, 20, 30])
     ants.write_transform(own, str(tmp_path / "own.mat"))
-    mapping.write_transform(registration(rng), tmp_path / "t.h5")
+    write_transform(registration(rng), tmp_path / "t.h5")
     points = points_inside(rng, OBLIQUE, SIZE, 10)
     names = [str(tmp_path / "own.mat"), str(tmp_path / "t.h5")]
     chain = ants.apply_transforms_to_points(3, _frame(points), names, whichtoinvert=[False, False])
     theirs = chain[["x", "y", "z"]].to_numpy()
-    maps = [mapping.read_transform(name) for name in names]
+    maps = [read_transform(name) for name in names]
     swapped = mapping.map_points(mapping.compose(*maps[::-1]), points)
     assert np.abs(swapped - theirs).max() > 0.05
     np.testing.assert_allclose(mapping.map_points(mapping.compose(*maps), points), theirs, atol=1e-3)
