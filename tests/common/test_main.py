@@ -79,7 +79,8 @@ def test_apply_equals_itk(pair: Path, tmp_path: Path, command: Command, name: st
         reference_image=fixed,
     )
     file = nib.load(tmp_path / "w.nii.gz")
-    np.testing.assert_allclose(file.get_fdata(), itk.array_from_image(expected).T, atol=1e-3)
+    expected = itk.array_from_image(expected).T
+    np.testing.assert_allclose(file.get_fdata(), expected, atol=5e-5 * expected.max())  # coordinates are float32
     assert file.get_data_dtype() == (np.uint8 if label else np.float32) and file.get_fdata().max() > 1
 
 
