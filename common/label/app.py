@@ -81,6 +81,7 @@ class RegistrationTask(InferTask):
         options = requests.bundle_options(request) | {"device": name_to_device(request.get("device"))}
         options |= {"moving_label": pair.moving_label} if self.propagate else {}
         options |= {"save_inverse": True} if returned in ("inverse", "all") else {}
+        options |= {"displacement": True} if returned in ("displacement", "all") else {}
         with tempfile.TemporaryDirectory(prefix=TEMPORARY) as place:
             row, files = self.registrar.register(pair.moving, pair.fixed, place, **options)
             result = {"registration": requests.plain(row)}

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from common import InputError
-from common.quality.picture import draw_summary
+from common.quality.summary import draw_summary
 from common.run import progress
 from common.run.cli import sentence_of
 from common.space.io import contrasts_of, output_folder, remove_leftovers, replaced, write_table

@@ -68,6 +68,8 @@ class RegistrationInferer(Inferer):
         similarity: of the refinement; "features" takes the network's own, `network.features(scan)`.
         memory: GiB that may be used; None: most of what is free.
         too_large: what to do with a pair that needs more: "stop", "tile" or "coarsen".
+        cost: {"units": ..., "bytes": ...} that the network takes a voxel, as `forecast.Work` says; without, and with a
+            refinement of which nothing is known, it is measured on a crop of the first pair that is large enough.
         options: further keyword arguments of `refine`.
     """
 
@@ -79,6 +81,7 @@ class RegistrationInferer(Inferer):
         similarity: str = "lncc",
         memory: float | None = None,
         too_large: str = "stop",
+        cost: dict[str, float] | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
@@ -93,7 +96,8 @@ class RegistrationInferer(Inferer):
             raise InputError(f"--too_large must be one of {', '.join(forecast.POLICIES)}, got {too_large}")
         self.passes, self.refine_steps, self.similarity, self.options = passes, refine_steps, similarity, options
         self.memory, self.too_large = memory, too_large
-        self._cost: forecast.Cost | None = None  # measured once, on the first pair that is large enough
+        self._work = None if cost is None else forecast.Work(**cost)
+        self._cost: forecast.Cost | None = None  # once measured
 
     def __call__(
         self,
@@ -169,6 +173,9 @@ class RegistrationInferer(Inferer):
         if small and self.memory is None:
             return "whole", size
         cost = self._cost
+        if cost is None and self._work and (not self.refine_steps or self.similarity in forecast.STEP):
+            options = {"passes": self.passes, "steps": self.refine_steps, "similarity": self.similarity}
+            cost = forecast.known_cost(self._work, image.device, **options)
         if cost is None:
             progress.stage("forecasting")
             steps = {"steps": self.refine_steps, "run_steps": lambda steps: run(steps, quiet=True)}

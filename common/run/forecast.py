@@ -1,10 +1,12 @@
 """Time and memory of a registration before it is run, and what to do with a pair that will not fit.
 
-The cost of a voxel is measured on a small crop of the pair itself, on the device that will be used, and scaled by the
-number of voxels: the networks are convolutional, so both grow in proportion to it. What comes before, loading and
-alignment, is known by then; what comes after depends on the voxels of the fixed scan.
+Networks and refinement are convolutional: time and memory grow in proportion to the voxels. A bundle's inference.json
+says what a voxel costs: bytes, and time in units of a convolution that this machine is timed with, in a twentieth of a
+second. A network that says nothing is run on a crop of the pair. What comes before, loading and alignment, is known by
+then; what comes after depends on the voxels of the fixed scan.
 """
 
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -13,8 +15,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from monai.inferers import sliding_window_inference
-from monai.networks.layers import GaussianFilter
 from torch import Tensor
 
 from common import InputError
@@ -37,9 +37,48 @@ class Cost(NamedTuple):
     bytes: float
 
 
+class Work(NamedTuple):
+    """Of one voxel: time in `unit_seconds`, and bytes of tensors alive at once."""
+
+    units: float
+    bytes: float
+
+
+# Of a step of the refinement, by what it compares; made by tests/bench/bench_forecast.py calibrate.
+STEP = {"lncc": Work(6.0, 200.0), "mind": Work(12.0, 400.0)}
+UNIT_SIDE, UNIT_CHANNELS = 40, 8  # of the convolution that is the unit
+
 # Of warping, measuring, drawing and writing, without labels, a voxel of the fixed scan; always on the CPU. Held against
 # whole runs by tests/bench/bench_forecast.py pairs.
 DELIVERY = Cost(1.0e-6, 100.0)
+
+
+@functools.cache
+def unit_seconds(device: torch.device) -> float:
+    """Seconds a voxel of a 3x3x3 convolution of 8 channels to 8 on this device, the best of five of 40^3 voxels."""
+    x = torch.zeros(1, UNIT_CHANNELS, *[UNIT_SIDE] * 3, device=device)
+    weight = torch.zeros(UNIT_CHANNELS, UNIT_CHANNELS, 3, 3, 3, device=device)
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(6):  # the first one pays for what is set up once
+            started = time.perf_counter()
+            F.conv3d(x, weight, padding=1)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+    return min(seconds[1:]) / UNIT_SIDE**3
+
+
+def known_cost(network: Work, device: torch.device, *, passes: int = 1, steps: int = 0, similarity: str = "") -> Cost:
+    """Cost of a voxel of `passes` of a network and `steps` of the refinement, from what each is known to cost.
+
+    Raises:
+        KeyError: nothing is known of a refinement by that similarity.
+    """
+    step = STEP[similarity] if steps else Work(0.0, 0.0)
+    units = passes * network.units + steps * step.units
+    heap = 1.0 if device.type == "cuda" else HEAP
+    return Cost(units * unit_seconds(device), heap * max(network.bytes, step.bytes))
 
 
 def measure_cost(run: Run, image: Tensor, *, steps: int = 0, run_steps: Callable[[int], Run] | None = None) -> Cost:
@@ -186,6 +225,9 @@ def run_planned(
     """
     if how == "whole":
         return run(image)
+    from monai.inferers import sliding_window_inference
+    from monai.networks.layers import GaussianFilter
+
     if how == "tile":
         return sliding_window_inference(image, size, 1, run, overlap=OVERLAP, mode="gaussian")
     ratios = [old / new for old, new in zip(image.shape[2:], size)]

@@ -1,7 +1,6 @@
 """A bundle's inference.json from Python, for programs that register many pairs: a `monai.bundle run` each."""
 
 import contextlib
-import gc
 import json
 import os
 import sys
@@ -92,8 +91,8 @@ class Registrar:
             workflow.finalize()
             self._kept = lasting, workflow.parser.get_parsed_content("network")
             (row,) = workflow.evaluator.state.rows
-            del workflow
-            gc.collect()  # an engine and its handlers hold each other, and the scans of the pair with them
+            # An engine and its handlers hold each other until they are collected: not the scans of the pair with them.
+            workflow.evaluator.state.batch = workflow.evaluator.state.output = None
         return row, Path(asked["output_dir"]) / row["id"]
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:

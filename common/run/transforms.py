@@ -18,6 +18,7 @@ from common.space import geometry, io, mapping, points
 from common.space.prealign import prealign
 from common.space.transform_files import write_transform
 
+WRITTEN = 2**21  # voxels of a fixed scan whose displacement is written without being asked for: some 15 MB
 PREALIGN = ("affine", "rigid", "none")
 
 
@@ -212,6 +213,8 @@ class DeliverPaird(Transform):
         minimum: labels of at most this many voxels in the fixed map are left out of the means.
         groups: coarse label groups as {name: {"members": [...]}}; adds the mean Dice over them.
         save: False measures only.
+        displacement: whether to write displacement.nii.gz, which says what transform.h5 says, in ten times the bytes;
+            None: of fixed scans of up to WRITTEN voxels.
         trained_on: what the weights were trained on, a key of `common.quality.verdict.TRAINING`; None or "" if they
             were not.
     """
@@ -225,20 +228,23 @@ class DeliverPaird(Transform):
         minimum: int = 0,
         groups: dict | None = None,
         save: bool = True,
+        displacement: bool | None = None,
         trained_on: str | None = None,
     ) -> None:
         if trained_on and trained_on not in verdict.TRAINING:
             raise InputError(f"--trained_on must be one of {', '.join(verdict.TRAINING)}, got {trained_on}")
         self.output_dir, self.save_inverse, self.surface = Path(output_dir), save_inverse, surface
         self.minimum, self.groups, self.save, self.trained_on = minimum, groups, save, trained_on or None
+        self.displacement = displacement
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
         progress.stage("warping and measuring")
         pair = _registration(data)
-        warped = measure.warp_pair(pair)
+        warped = measure.warp_pair(pair, **({"lattice": pair.fixed[0].size} if self.surface else {}))
         found, details = measure.measure(pair, warped, surface=self.surface, minimum=self.minimum, groups=self.groups)
-        writers = _writers(pair, warped)
+        small = pair.fixed[0].size <= WRITTEN
+        writers = _writers(pair, warped, small if self.displacement is None else self.displacement)
         for name in ("warped_segmentation", "fixed_segmentation"):
             if name in data:
                 writers[f"{name}.nii.gz"] = partial(_write_classes, data[name], pair)
@@ -290,14 +296,19 @@ def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
     )
 
 
-def _writers(pair: measure.Registration, warped: measure.Warped) -> dict[str, Callable[[Path], None]]:
+def _writers(
+    pair: measure.Registration, warped: measure.Warped, displacement: bool
+) -> dict[str, Callable[[Path], None]]:
     """The files of a pair's folder that need nothing but the pair."""
     onto = pair.fixed.shape[1:], pair.fixed_affine
     writers = {
         "warped.nii.gz": partial(io.write_scan, warped.after, pair.fixed_affine),
         "transform.h5": partial(write_transform, pair.whole),
-        "displacement.nii.gz": partial(write_transform, pair.whole, grid=onto),
     }
+    if displacement:
+        writers["displacement.nii.gz"] = partial(write_transform, pair.whole, grid=onto)
+    else:
+        progress.put(left_out="displacement.nii.gz, as transform.h5 says the same; --displacement True writes it")
     if warped.label_after is not None:
         writers["warped_label.nii.gz"] = partial(io.write_label, warped.label_after, pair.fixed_affine)
     if pair.moving_points is not None:

@@ -11,6 +11,7 @@ import numpy as np
 LEVELS = (12, 18, 24)  # voxels along the side of the foreground: 9, 6 and 4.5 mm for a brain
 BINS = 32
 SAMPLES = 2**16  # of the fixed copy, at most
+SIEVE = 2**11, 16  # samples by which many starts are told apart first, and how many are left then
 DEGREES = (-25.0, 0.0, 25.0)  # about each axis, tried at the coarsest level
 MARGIN = {"fixed": 0.07, "moving": 0.2}  # of background around the copies, in sides of the foreground
 
@@ -146,34 +147,49 @@ class _Information:
         self.least = 1
 
     def rank(self, matrices: list[np.ndarray]) -> list[np.ndarray]:
-        """The matrices, best first. Those with less than half of the largest overlap come last, and later too."""
+        """The matrices, best first. Those with less than half of the largest overlap come last, and later too.
+
+        Of many, those that a few of the samples place last are left out; the first one, the headers, never is.
+        """
+        samples, left = SIEVE
+        if len(matrices) > 2 * left and len(self.points) > 2 * samples:
+            whole, step = (self.points, self.bins), len(self.points) // samples
+            self.points, self.bins = self.points[::step], self.bins[::step]
+            best = self._ranked(matrices)[:left]
+            self.points, self.bins = whole
+            matrices = [matrices[i] for i in dict.fromkeys([*best, 0])]
+        return [matrices[i] for i in self._ranked(matrices)]
+
+    def _ranked(self, matrices: list[np.ndarray]) -> np.ndarray:
         overlaps = [self._inside(matrix)[1].sum() for matrix in matrices]
         self.least = max(max(overlaps) // 2, 1)
-        values = [self(matrix)[0] for matrix in matrices]
-        return [matrices[i] for i in np.argsort(values, kind="stable")]
+        return np.argsort([self(matrix, slope=False)[0] for matrix in matrices], kind="stable")
 
     def _inside(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         voxels = (self.points @ (self.to_voxel @ matrix)[:3].T).astype(np.float32)
         return voxels, ((voxels >= 0) & (voxels <= np.array(self.moving.shape) - 1)).all(1)
 
-    def __call__(self, matrix: np.ndarray) -> tuple[float, np.ndarray]:
-        """Value and its gradient (3, 4) to the rows of the matrix; 0 with too little overlap."""
+    def __call__(self, matrix: np.ndarray, *, slope: bool = True) -> tuple[float, np.ndarray]:
+        """Value and its gradient (3, 4) to the rows of the matrix (0 unless `slope`); 0 with too little overlap."""
         voxels, inside = self._inside(matrix)
         count = int(inside.sum())
         if count < self.least:
             return 0.0, np.zeros((3, 4))
-        values, slopes = _sample(self.moving, voxels[inside])
+        values, slopes = _sample(self.moving, voxels if count == len(voxels) else voxels[inside], slope)
         low = np.minimum(values.astype(np.int64), BINS - 3)
-        t = values - low
-        u = 1 - t
-        window = u**3 / 6, t**3 / 2 - t**2 + 2 / 3, u**3 / 2 - u**2 + 2 / 3, t**3 / 6
-        window_slope = -(u**2) / 2, 1.5 * t**2 - 2 * t, 2 * u - 1.5 * u**2, t**2 / 2
+        t = values - low.astype(np.float32)
+        u, t2 = 1 - t, t * t
+        u2 = u * u
+        window = u2 * u / 6, (t / 2 - 1) * t2 + np.float32(2 / 3), (u / 2 - 1) * u2 + np.float32(2 / 3), t2 * t / 6
         cells = self.bins[inside] * BINS + low - 1
         joint = sum(np.bincount(cells + tap, weight, BINS * BINS) for tap, weight in enumerate(window)) / count
         joint = joint.reshape(BINS, BINS)
         alone = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
         filled = joint > 0
         log = np.log(np.where(filled, joint, 1) / np.where(filled, alone, 1))
+        if not slope:
+            return -float((joint * log).sum()), np.zeros((3, 4))
+        window_slope = u2 / -2, 1.5 * t2 - 2 * t, 2 * u - 1.5 * u2, t2 / 2
         # dI/dp(a, b) is the log up to a constant, which the window's slopes, summing to 0, cancel.
         force = sum(log.flat[cells + tap] * slope for tap, slope in enumerate(window_slope)) / count
         return -float((joint * log).sum()), -self.to_voxel[:3, :3].T @ (slopes * force) @ self.points[inside]
@@ -184,8 +200,8 @@ def _unit(array: np.ndarray) -> np.ndarray:
     return (array - low) / (high - low if high > low else 1)
 
 
-def _sample(array: np.ndarray, voxels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Trilinear values (N) at points (N, 3) inside the grid, and their slopes (3, N) along the axes."""
+def _sample(array: np.ndarray, voxels: np.ndarray, slope: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Trilinear values (N) at points (N, 3) inside the grid, and their slopes (3, N) along the axes if wanted."""
     first = np.minimum(voxels.astype(np.int64), np.array(array.shape) - 2)
     i, j, k = (voxels - first).T
     strides = np.array([array.shape[1] * array.shape[2], array.shape[2], 1])
@@ -193,6 +209,8 @@ def _sample(array: np.ndarray, voxels: np.ndarray) -> tuple[np.ndarray, np.ndarr
     near, far = ([[flat[base + strides @ (a, b, c)] for c in (0, 1)] for b in (0, 1)] for a in (0, 1))
     rows = [[c0 + (c1 - c0) * k for c0, c1 in plane] for plane in (near, far)]
     faces = [b0 + (b1 - b0) * j for b0, b1 in rows]
+    if not slope:
+        return faces[0] * (1 - i) + faces[1] * i, None
     along_j = [b1 - b0 for b0, b1 in rows]
     along_k = [(c1 - c0) * (1 - j) + (d1 - d0) * j for (c0, c1), (d0, d1) in (near, far)]
     mix = [near_face * (1 - i) + far_face * i for near_face, far_face in (faces, along_j, along_k)]

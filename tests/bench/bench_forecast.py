@@ -1,9 +1,11 @@
 """The forecast of time and memory beside the real run: bundles with their shipped weights, one thread.
 
+    python tests/bench/bench_forecast.py calibrate --output tests/bench/results/forecast_units.json
     python tests/bench/bench_forecast.py network --output tests/bench/results/forecast.json
     python tests/bench/bench_forecast.py pairs DATA --output tests/bench/results/forecast_pairs.json
 
-`pairs` runs pairs of scans through the bundle's inference, from files to files, and compares what it says beforehand
+`calibrate` measures what a voxel costs: the numbers of "cost" in each inference.json and of forecast.STEP. `pairs` runs
+pairs of scans through the bundle's inference, from files to files, and compares what it says beforehand
 with its wall seconds and the peak memory of its process. `network` is network and refinement alone, on the phantom:
 each row is two processes: one forecasts, as the inferer does, the other runs the pair and is measured from outside: how
 much its resident memory grew (Linux only). Both count CPU seconds, so that other jobs on the machine do not matter; the
@@ -25,6 +27,7 @@ from machine import ROOT, hardware, one_thread
 sys.path.insert(0, str(ROOT))
 SIZES = ((64, 64, 64), (80, 96, 80), (96, 112, 96))
 STEPS = {"sacb_net": (0, 20), "samconvex": (0, 20)}
+BUNDLES = ("sacb_net", "samconvex", "dual_flownet", "residual_aligner")
 
 
 def registration(bundle, steps):
@@ -39,7 +42,7 @@ def registration(bundle, steps):
     parser.read_config(str(root / "configs" / "inference.json"))
     parser["bundle_root"], parser["device"] = str(root), "cpu"
     network = parser.get_parsed_content("network").eval()
-    inferer = RegistrationInferer(steps)
+    inferer = RegistrationInferer(steps, cost=parser.get_parsed_content("cost"))
     return lambda image, steps=steps: inferer._register(image, network, None, steps, True, (), {})
 
 
@@ -74,6 +77,40 @@ def child(what, bundle, path, steps):
             row = {"s": time.process_time() - begin}
             row["gib"] = memory_gib("VmHWM") - before
     print(json.dumps(row))
+
+
+def calibrate(bundles=BUNDLES, size=(80, 96, 80), output=None):
+    """Units and bytes a voxel of every network, and of a step of the refinement by each similarity."""
+    import torch
+    from bench_sacb_net import phantom_image
+
+    from common.refine import refine
+    from common.run import forecast
+
+    torch.set_num_threads(1)
+    forecast.time.perf_counter = time.process_time
+    rows, cpu, image = [], torch.device("cpu"), phantom_image(size)
+    voxels = image[0, 0].numel()
+
+    def measured(work):
+        with torch.no_grad():
+            work()
+            forecast.unit_seconds.cache_clear()
+            unit = forecast.unit_seconds(cpu)
+            seconds, held = forecast._timed(work, cpu)
+        return {"units": seconds / voxels / unit, "bytes": held / forecast.HEAP / voxels}
+
+    for bundle in [bundles] if isinstance(bundles, str) else bundles:
+        run = registration(bundle, 0)
+        rows.append({"of": bundle} | measured(lambda: run(image)))
+        print(json.dumps(rows[-1]), flush=True)
+        save(rows, output)
+    for similarity in forecast.STEP:
+        still = torch.zeros(1, 3, *size)
+        found = measured(lambda: refine(still, image, 10, similarity=similarity, progress=False))
+        rows.append({"of": similarity, "units": found["units"] / 10, "bytes": found["bytes"]})
+        print(json.dumps(rows[-1]), flush=True)
+        save(rows, output)
 
 
 def image_file(folder, size):
@@ -149,4 +186,4 @@ def save(rows, output):
 
 
 if __name__ == "__main__":
-    fire.Fire({"child": child, "network": network, "pairs": pairs})
+    fire.Fire({"calibrate": calibrate, "child": child, "network": network, "pairs": pairs})

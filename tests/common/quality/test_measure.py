@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from common import phantom
-from common.quality import measure, picture, report, verdict
+from common.quality import measure, picture, report, summary, verdict
 from common.space import io, mapping
 from common.space.transform_files import read_transform, write_transform
 
@@ -209,8 +209,8 @@ def test_real_scans_are_told_apart(development_data: Path) -> None:
 def test_summary_of_a_cohort(tmp_path: Path) -> None:
     rows = [{"id": f"p{n}", "warnings": ""} | GOOD | {"dice_after": 0.6 + n / 50} for n in range(8)]
     rows += [{"id": "broken", "error": "broken.nii.gz: not an image"}, {"id": "odd", "warnings": "x"} | GOOD]
-    picture.draw_summary(rows, tmp_path / "summary.png")
+    summary.draw_summary(rows, tmp_path / "summary.png")
     image = np.asarray(Image.open(tmp_path / "summary.png").convert("RGB"), float)
     assert image.std() > 10 and image.shape[0] > 200
-    picture.draw_summary(rows[8:9], tmp_path / "failed.png")  # nothing registered at all
+    summary.draw_summary(rows[8:9], tmp_path / "failed.png")  # nothing registered at all
     assert (tmp_path / "failed.png").stat().st_size > 1000
