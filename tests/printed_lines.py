@@ -10,9 +10,11 @@ STARTS = ("python", "torchrun", "bash", "srun", "antsApplyTransforms", "pip", "m
 
 
 def lines_of(path: Path) -> Iterator[tuple[str, ...]]:
-    """Commands in fences for bash, with variables put in, and in backticks where they are whole."""
+    """Commands in fences for bash and PowerShell, with variables put in, and in backticks where they are whole."""
     text, variables = path.read_text(), {}
-    for fence in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+    for shell, fence in re.findall(r"```(bash|powershell)\n(.*?)```", text, re.DOTALL):
+        if shell == "powershell":
+            fence = re.sub(r'^\$(\w+) = "(\S+)"', r"\1=\2", fence, flags=re.MULTILINE)
         for line in fence.replace("\\\n", " ").splitlines():
             if re.fullmatch(r"\w+=\$\(.*\)", line):
                 continue  # known where it runs only: the name stays in the lines after it
@@ -34,7 +36,7 @@ def commands_of(words: list[str]) -> Iterator[tuple[str, ...]]:
     yield from (tuple(part) for part in parts if part)
 
 
-def the_line(begin: str, path: Path = ROOT / "README.md") -> list[str]:
-    """The one line of the README that begins so."""
+def the_line(begin: str, path: Path) -> list[str]:
+    """The one line of a README that begins so."""
     (words,) = {words for words in lines_of(path) if " ".join(words).startswith(begin)}
     return list(words)

@@ -31,7 +31,7 @@ FILES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "bundles").glob("*/docs/README.md")),
-    *sorted((ROOT / "common").glob("*/README.md")),
+    *sorted((ROOT / "common").rglob("README.md")),
 ]
 # How a command begins -> why no test runs it.
 EXCLUDED = {
@@ -76,6 +76,7 @@ SMALL = {
     "bench_samconvex.py levels": {"--output": "rows.json"},
     "bench_samconvex.py size": {"192,160,256": "32,32,32", "--steps": "(0,2)", "--output": "rows.json"},
     "bench_samconvex.py capture": {"--moved": "[['both',10]]", "--draws": "1", "--output": "rows.json"},
+    "bench_contrasts.py": {"--ways": "sacb_net", "--spacing": "9"},
     "bench_sliding.py": {"--steps": "2", "--size": "(32,16,16)", "--pairs": "1", "--seeds": "1"},
     "bench_residual_aligner.py": {"--size": "16,16,16", "--variants": "ran0"},
 }
@@ -137,6 +138,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in (role, role[0], {"moving": "t2", "fixed": "t1"}[role]):
             shutil.copy(folder / "DATA" / f"{person}.nii.gz", folder / f"{name}.nii.gz")
         shutil.copy(folder / "DATA" / f"{person}_label.nii.gz", folder / f"{role}_label.nii.gz")
+    shutil.copy(folder / "fixed.nii.gz", folder / "atlas.nii.gz")
+    (folder / "pairs.csv").write_text("id,fixed,moving\np1,fixed.nii.gz,moving.nii.gz\np2,moving.nii.gz,fixed.nii.gz\n")
     places = np.array([[10.0, -20, 5], [-30, 12, -8], [4, 4, 4]])
     write_points(Points(places, ["a", "b", "c"]), folder / "fixed_points.csv")
     write_points(Points(places, ["a", "b", "c"]), folder / "moving_points.fcsv")

@@ -54,7 +54,7 @@ def python(*words: object) -> subprocess.CompletedProcess:
 
 def run(fixed: Path, moving: Path, output: Path) -> subprocess.CompletedProcess:
     """The README's line, on a coarse grid."""
-    words = the_line("python -m common deploy run")
+    words = the_line("python -m common deploy run", ROOT / "common" / "deploy" / "README.md")
     for option, value in {"--fixed": fixed, "--moving": moving, "--output": output}.items():
         words[words.index(option) + 1] = value
     return python(*words[1:], "--spacing", SPACING, "--device", "cpu")

@@ -75,7 +75,7 @@ def server(app_folder: Path, studies: Path, tmp_path_factory: pytest.TempPathFac
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
     names = {"monailabel": programs / "monailabel", "APP": app_folder, "STUDIES": studies}
-    line = [str(names.get(word, word)) for word in the_line("monailabel start_server")] + ["--port", str(port)]
+    line = [str(names.get(word, word)) for word in the_line("monailabel start_server", README)] + ["--port", str(port)]
     with (temporary.parent / "server.log").open("w") as log:
         process = subprocess.Popen(line, env=environment, cwd=temporary.parent, stdout=log, stderr=log)
     address, began = f"http://127.0.0.1:{port}", time.time()
