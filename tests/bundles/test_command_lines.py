@@ -41,6 +41,7 @@ EXCLUDED = {
     "python tests/bench/bench_label.py": "needs MONAI Label; its results are committed",
     "python tests/bench/draw_label.py": "needs MONAI Label; its picture is committed",
     "python tests/bench/draw_deploy.py": "needs the Deploy SDK; its picture is committed",
+    "python tests/bench/draw_methods.py real": "needs scans that are not here; its picture is committed",
     "python -m common datalist NAME": "stands for nine data sets; test_datalists.py runs each",
     "monailabel": "needs MONAI Label; tests/common/label/test_server.py runs the line where it is installed",
     "curl": "needs the server; tests/common/label/test_server.py runs the lines against a real one",
@@ -79,6 +80,7 @@ SMALL = {
     "bench_contrasts.py": {"--ways": "sacb_net", "--spacing": "9"},
     "bench_sliding.py": {"--steps": "2", "--size": "(32,16,16)", "--pairs": "1", "--seeds": "1"},
     "bench_residual_aligner.py": {"--size": "16,16,16", "--variants": "ran0"},
+    "draw_methods.py phantom": {"--spacing": "4.5", "--output": "result.png"},
 }
 
 
