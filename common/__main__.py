@@ -1,6 +1,7 @@
 """python -m common COMMAND: what can be done with a registration without any bundle."""
 
 import functools
+import importlib
 import inspect
 import os
 import sys
@@ -8,15 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fire
-import numpy as np
 
 from common import InputError
 from common.deploy.command import deploy
 from common.label.command import label
 from common.run.cli import options_of, refuse_unknown
-from common.space import io, mapping, points
-from common.space.transform_files import read_transform, write_transform
 
+
+class Later:
+    """A module that takes seconds to load, loaded when something of it is first used: help and mistakes do without."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> object:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+np, io, mapping = Later("numpy"), Later("common.space.io"), Later("common.space.mapping")
+points, transform_files = Later("common.space.points"), Later("common.space.transform_files")
 POINT_ENDINGS = (".csv", ".fcsv", ".json")
 
 
@@ -36,7 +47,7 @@ def apply(file: str, transform: str, output: str, *, reference: str = "", label:
         label: take the nearest label instead of interpolating.
         inverse: apply the inverse, computed here: for points to 0.001 mm, for scans on the transform's grid.
     """
-    the_map = read_transform(str(transform))
+    the_map = transform_files.read_transform(str(transform))
     if str(file).lower().endswith(POINT_ENDINGS):
         affine = io.read_scan(str(reference))[1] if reference else None
         given = points.read_points(str(file), affine)
@@ -80,7 +91,8 @@ def compose(output: str, *transforms: str, reference: str = ""):
     """
     if not transforms:
         raise InputError(f"{output}: compose needs the transforms after the name of the output")
-    return _write_map(mapping.compose(*[read_transform(str(path)) for path in transforms]), output, reference)
+    maps = [transform_files.read_transform(str(path)) for path in transforms]
+    return _write_map(mapping.compose(*maps), output, reference)
 
 
 def invert(transform: str, output: str, *, reference: str = ""):
@@ -93,7 +105,7 @@ def invert(transform: str, output: str, *, reference: str = ""):
         output: file to write: .h5, or a displacement image on the grid of --reference.
         reference: scan on whose voxels the error is measured: the fixed one.
     """
-    the_map = read_transform(str(transform))
+    the_map = transform_files.read_transform(str(transform))
     back = mapping.invert(the_map)
     text = ""
     if reference:
@@ -245,13 +257,13 @@ def export_network(name: str, output: str, size: tuple[int, int, int], weights: 
     return _written(output, f"torch.export program for images of {' x '.join(map(str, size))} voxels")
 
 
-def _grid(path: str) -> mapping.Grid:
+def _grid(path: str) -> "mapping.Grid":
     array, affine = io.read_scan(str(path))
     return array.shape[1:], affine
 
 
 def _write_map(transform, output: str, reference: str) -> str:
-    write_transform(transform, str(output), _grid(reference) if reference else None)
+    transform_files.write_transform(transform, str(output), _grid(reference) if reference else None)
     return _written(output, f"{len(mapping.parts(transform))} part(s)")
 
 

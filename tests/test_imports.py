@@ -31,7 +31,7 @@ ROOMS = {
     "deploy": (*SCIENCE, "space", "quality", "run", "deploy"),
     "__main__": (*SCIENCE, "space", "quality", "run", "train", "publish", "label", "deploy"),
 }
-BY_NAME = ("import_module", "optional_import", "__import__", "importorskip")  # calls that import what they are told
+BY_NAME = ("import_module", "optional_import", "__import__", "importorskip", "Later")  # calls that import by name
 
 # a package that is not everywhere -> the only places that may import it, at any level of a file
 GATES = {

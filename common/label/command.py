@@ -3,7 +3,6 @@
 from typing import Any
 
 from common import InputError
-from common.label.folder import write_app
 
 
 def label(action: str, folder: str, *more: str, bundles: Any = "", labels: str = "", spacing: float | None = None):
@@ -18,6 +17,8 @@ def label(action: str, folder: str, *more: str, bundles: Any = "", labels: str =
         labels: JSON file {name: number} with the names of the labels.
         spacing: voxel size in mm of the networks' grid, instead of that of the weights.
     """
+    from common.label.folder import write_app  # and with it MONAI, which takes seconds
+
     if action != "init":
         raise InputError(f"label {action}: there is only `label init`")
     if spacing is not None and not (isinstance(spacing, (int, float)) and spacing >= 0):

@@ -1,7 +1,9 @@
-"""How good a registration is: overlap and surface distances by MONAI, regularity and landmarks by our own formulas."""
+"""How good a registration is: overlap and surface distances by MONAI, regularity and landmarks by our own formulas.
+
+MONAI takes seconds to load: it is imported where labels are measured.
+"""
 
 import torch
-from monai.metrics import SSIMMetric, compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from scipy.ndimage import find_objects
 from torch import Tensor
 
@@ -29,6 +31,8 @@ def label_overlap(
     Returns:
         {label: {"dice": ..., "hd": ..., "hd95": ..., "assd": ...}}; distances are nan where `warped` lacks the label.
     """
+    from monai.metrics import compute_dice
+
     known = None if moving is None else set(torch.unique(moving).tolist())
     scores, boxes = {}, [_bounding_boxes(x) for x in (fixed, warped)]
     labels, counts = torch.unique(fixed, return_counts=True)
@@ -45,6 +49,8 @@ def label_overlap(
 
 
 def _surface_distances(a: Tensor, b: Tensor, spacing: list[float]) -> dict[str, float]:
+    from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+
     options = {"include_background": True, "spacing": spacing}
     found = (
         compute_hausdorff_distance(a, b, **options),
@@ -84,6 +90,8 @@ def _around(boxes: list[tuple[slice, slice, slice]]) -> tuple[slice, ...]:
 
 def ssim(warped: Tensor, fixed: Tensor) -> float:
     """Structural similarity of (B, C, I, J, K) scans in [0, 1], Gaussian window 11, by MONAI."""
+    from monai.metrics import SSIMMetric
+
     return float(SSIMMetric(spatial_dims=3, data_range=1.0)(warped, fixed).mean())
 
 

@@ -1,12 +1,15 @@
 """One progress bar for a run over pairs, where any step can say what it is doing, and leave notes for the report."""
 
 import sys
+import time
 
 from tqdm import tqdm
 
 _bar: tqdm | None = None
 _notes: list[str] = []
 _facts: dict[str, object] = {}
+_stages: dict[str, float] = {}  # CPU seconds of this process in each stage of the present pair
+_now: tuple[str, float] | None = None  # the present stage, and the CPU time when it began
 
 
 def note(text: str) -> None:
@@ -26,15 +29,26 @@ def kept(name: str) -> object:
 
 
 def take() -> tuple[list[str], dict[str, object]]:
-    """The warnings and the facts kept since the last call."""
-    taken = list(_notes), dict(_facts)
+    """The warnings and the facts kept since the last call, among them the CPU seconds of each stage so far."""
+    _clock(None)
+    taken = list(_notes), dict(_facts) | ({"stages_cpu_s": dict(_stages)} if _stages else {})
     _notes.clear()
     _facts.clear()
+    _stages.clear()
     return taken
 
 
+def _clock(name: str | None) -> None:
+    global _now
+    cpu = time.process_time()
+    if _now is not None:
+        _stages[_now[0]] = _stages.get(_now[0], 0.0) + cpu - _now[1]
+    _now = None if name is None else (name, cpu)
+
+
 def stage(text: str) -> None:
-    """Show `text` behind the running bar; nothing happens without one."""
+    """Show `text` behind the running bar, if there is one; the time until the next call counts as that stage's."""
+    _clock(text)
     if _bar is not None:
         _bar.set_postfix_str(text)
 

@@ -239,9 +239,10 @@ class DeliverPaird(Transform):
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
-        progress.stage("warping and measuring")
+        progress.stage("warping")
         pair = _registration(data)
         warped = measure.warp_pair(pair, **({"lattice": pair.fixed[0].size} if self.surface else {}))
+        progress.stage("measuring")
         found, details = measure.measure(pair, warped, surface=self.surface, minimum=self.minimum, groups=self.groups)
         small = pair.fixed[0].size <= WRITTEN
         writers = _writers(pair, warped, small if self.displacement is None else self.displacement)
@@ -263,12 +264,22 @@ class DeliverPaird(Transform):
         facts |= {"seconds": row["seconds"], "peak_memory_mib": None if peak is None else peak / 2**20}
         if self.save:
             progress.stage("writing")
-            content = report.report(row, details, notes, facts)
-            writers["report.json"] = partial(report.write_report, content)
-            writers["report.png"] = partial(picture.draw_report, pair, row, notes)
+            writers["report.png"] = partial(_draw, pair, row, notes)
+            writers["report.json"] = partial(_write_report, report.report(row, details, notes, facts))  # the last
             io.write_folder(self.output_dir / data["id"], writers)
         row["seconds"] = time.time() - float(data["started"])
         return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
+
+
+def _draw(pair: measure.Registration, row: dict, notes: list[str], path: Path) -> None:
+    progress.stage("drawing")
+    picture.draw_report(pair, row, notes, path)
+
+
+def _write_report(content: dict, path: Path) -> None:
+    """report.json, with the time of the stages that came after the verdict."""
+    content["run"]["stages_cpu_s"] |= progress.take()[1]["stages_cpu_s"]
+    report.write_report(content, path)
 
 
 def _registration(data: Mapping[Hashable, object]) -> measure.Registration:

@@ -58,7 +58,7 @@ def _write_h5(transform: Transform, path: Path) -> None:
     """As ITK's HDF5TransformIO lays it out: a composite first, then its parts, the last of the file applied first.
 
     Displacements are stored in 32 bits, as the networks compute them; HDF5 gives them to ITK as the double that the
-    name of the type promises. Their bytes are shuffled before compression, which halves the file for the same time.
+    name of the type promises. Uncompressed, that is less than ITK's compressed 64 bits, for a tenth of the time.
     """
     with h5py.File(path, "w") as file:
         text = h5py.string_dtype("ascii")
@@ -77,8 +77,7 @@ def _write_h5(transform: Transform, path: Path) -> None:
             group.create_dataset("TransformType", data=[f"{KINDS[type(part)]}_double_3_3"], dtype=text)
             fixed, values = (_affine_numbers if isinstance(part, Affine) else _field_numbers)(part)
             group.create_dataset("TransformFixedParameters", data=fixed)
-            packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if values.size > 12 else {}
-            group.create_dataset("TransformParameters", data=values, **packed)
+            group.create_dataset("TransformParameters", data=values)
 
 
 def _affine_numbers(part: Affine) -> tuple[np.ndarray, np.ndarray]:
