@@ -47,22 +47,16 @@ def apply(file: str, transform: str, output: str, *, reference: str = "", label:
         )
     if not reference:
         raise InputError(f"{file}: --reference is needed, a scan whose grid the result gets")
-    scan, affine = io.read_scan(str(file))
+    scan, affine = io.read_label(str(file)) if label else io.read_scan(str(file))
     like, onto = io.read_scan(str(reference))
     size = like.shape[1:]
     the_map = mapping.invert(the_map) if inverse else the_map
-    outside = [0.0 if label else io.background(channel) for channel in scan]
+    outside = [0 if label else io.background(channel) for channel in scan]
     warped = np.stack(
         [mapping.resample(c, affine, size, onto, the_map, nearest=label, outside=o) for c, o in zip(scan, outside)]
     )
-    if label and not np.array_equal(scan, np.rint(scan)):
-        raise InputError(f"{file}: a label map has whole numbers, this one does not; leave out --label")
-    write = (
-        (lambda path: io.write_label(warped[0], onto, path))
-        if label
-        else lambda path: io.write_scan(warped, onto, path)
-    )
-    io.write_image_file(output, write)
+    write = io.write_label if label else io.write_scan
+    io.write_image_file(output, lambda path: write(warped, onto, path))
     return _written(output, f"{' x '.join(map(str, size))} voxels")
 
 

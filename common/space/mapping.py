@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 
 import itk
+import nibabel as nib
 import numpy as np
 import torch
+from scipy.ndimage import map_coordinates
 
 from common import InputError, fields
 from common.space import itk_classes
@@ -143,8 +145,17 @@ def resample(
         outside: value where the scan does not reach.
 
     Returns:
-        (I', J', K') float32.
+        (I', J', K') float32; whole numbers taken by nearest neighbour keep their type and every digit.
     """
+    if nearest and array.dtype.kind in "iu":
+        codes, places = np.unique(array, return_inverse=True)  # a place in the list of codes is exact in float32
+        if outside not in codes:
+            codes, where = np.append(codes, array.dtype.type(outside)), len(codes)
+        else:
+            where = int(np.searchsorted(codes, outside))
+        places = places.reshape(array.shape).astype(np.float32)
+        found = resample(places, affine_ras, size, onto_ras, transform, nearest=True, outside=where)
+        return codes[np.rint(found).astype(np.int64)]
     image = to_itk(array.astype(np.float32, copy=False), affine_ras)
     chooser = "NearestNeighbor" if nearest else "Linear"
     reference = to_itk(np.zeros((1, 1, 1), np.float32), onto_ras)
@@ -194,7 +205,7 @@ def compose(*transforms: "itk.Transform") -> "itk.CompositeTransform":
 def matrix_of(transform: "itk.Transform") -> np.ndarray:
     """The 4x4 point map (RAS mm) of a linear ITK transform."""
     corners = np.vstack([np.zeros(3), np.eye(3)])
-    there = map_points(transform, corners)
+    there = _one_by_one(transform, corners)
     lps = np.eye(4)
     lps[:3, :3], lps[:3, 3] = (there[1:] - there[0]).T, there[0]
     return LPS_FROM_RAS @ lps @ LPS_FROM_RAS
@@ -202,9 +213,34 @@ def matrix_of(transform: "itk.Transform") -> np.ndarray:
 
 def map_points(transform: "itk.Transform", points_lps: np.ndarray) -> np.ndarray:
     """T(x) of points (N, 3) in LPS mm: from fixed to moving space for the transform of a registration."""
-    return np.array([transform.TransformPoint(point) for point in np.asarray(points_lps, float).tolist()]).reshape(
-        -1, 3
-    )
+    points = np.asarray(points_lps, float).reshape(-1, 3)
+    for part in parts(transform):
+        if isinstance(part, itk.DisplacementFieldTransform[itk.D, 3]):
+            points = points + _displacement_at(part, points)
+        elif part.IsLinear():
+            points = nib.affines.apply_affine(LPS_FROM_RAS @ matrix_of(part) @ LPS_FROM_RAS, points)
+        else:
+            points = _one_by_one(part, points)
+    return points
+
+
+def _one_by_one(transform: "itk.Transform", points: np.ndarray) -> np.ndarray:
+    return np.array([transform.TransformPoint(point) for point in points.tolist()]).reshape(-1, 3)
+
+
+def _displacement_at(transform: "itk.DisplacementFieldTransform", points: np.ndarray) -> np.ndarray:
+    """As ITK has it, linear between voxels and 0 beyond half a voxel outside, but for all points at once."""
+    field = transform.GetDisplacementField()
+    vectors = itk.array_view_from_image(field)  # (K, J, I, 3)
+    size = np.array(vectors.shape[2::-1])
+    voxels = nib.affines.apply_affine(np.linalg.inv(LPS_FROM_RAS @ affine_of(field)), points)
+    with np.errstate(invalid="ignore"):
+        inside = ((voxels >= -0.5) & (voxels < size - 0.5)).all(1)
+    moved = np.zeros_like(points)
+    places = voxels[inside].T[::-1]
+    for axis in range(3):
+        moved[inside, axis] = map_coordinates(vectors[..., axis], places, order=1, mode="nearest")
+    return moved
 
 
 def invert(transform: "itk.Transform", *, iterations: int = 60) -> "itk.CompositeTransform":
@@ -272,28 +308,39 @@ def invert_at(transform: "itk.Transform", points_lps: np.ndarray, *, iterations:
     Starts from the inverse of the linear parts alone. Exact where T is invertible, up to CONVERGED_MM; nan where no
     such x is found, as beyond a fold.
     """
-    start = np.asarray(points_lps, float)
+    targets = np.asarray(points_lps, float).reshape(-1, 3)
+    x = targets
     for part in reversed(parts(transform)):
         if part.IsLinear():
-            start = map_points(affine_transform(_inverse_matrix(matrix_of(part))), start)
+            x = map_points(affine_transform(_inverse_matrix(matrix_of(part))), x)
+    found, left = np.full_like(targets, np.nan), np.arange(len(targets))  # left: those that are still sought
     nudges = np.vstack([np.zeros(3), 0.05 * np.eye(3)])
-    found = np.full_like(start, np.nan)
-    for number, (x, target) in enumerate(zip(start, np.asarray(points_lps, float))):
-        there = map_points(transform, x + nudges)
-        error = target - there[0]
-        for _ in range(iterations):
-            if np.linalg.norm(error) < CONVERGED_MM:
-                found[number] = x
+
+    def around(places: np.ndarray) -> np.ndarray:
+        return map_points(transform, (places[:, None] + nudges).reshape(-1, 3)).reshape(-1, 4, 3)
+
+    there = around(x)
+    for _ in range(iterations):
+        error = targets[left] - there[:, 0]
+        length = np.linalg.norm(error, axis=1)
+        done = length < CONVERGED_MM
+        found[left[done]] = x[done]
+        left, x, there, error, length = (values[~done] for values in (left, x, there, error, length))
+        if not len(left):
+            break
+        slopes = np.swapaxes((there[:, 1:] - there[:, :1]) / 0.05, 1, 2)
+        steps = (np.linalg.pinv(slopes, rcond=1e-3) @ error[..., None])[..., 0]
+        tried, better = np.arange(len(left)), np.zeros(len(left), bool)
+        for share in (1.0, 0.5, 0.25, 0.1, 0.02):
+            places = x[tried] + share * steps[tried]
+            values = around(places)
+            nearer = np.linalg.norm(targets[left[tried]] - values[:, 0], axis=1) < length[tried]
+            x[tried[nearer]], there[tried[nearer]] = places[nearer], values[nearer]
+            better[tried[nearer]] = True
+            tried = tried[~nearer]
+            if not len(tried):
                 break
-            slope = ((there[1:] - there[0]) / 0.05).T
-            step = np.linalg.lstsq(slope, error, rcond=1e-3)[0]
-            for share in (1.0, 0.5, 0.25, 0.1, 0.02):
-                there = map_points(transform, x + share * step + nudges)
-                if np.linalg.norm(target - there[0]) < np.linalg.norm(error):
-                    break
-            else:
-                break
-            x, error = x + share * step, target - there[0]
+        left, x, there = left[better], x[better], there[better]
     return found
 
 
