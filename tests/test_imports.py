@@ -37,13 +37,13 @@ BY_NAME = ("import_module", "optional_import", "__import__", "importorskip")  # 
 GATES = {
     "triton": ("common/ops/_triton.py", "common/ops/*/kernel.py"),
     "common.ops._triton": ("common/ops/*/kernel.py",),
-    "itk": ("common/space/io.py", "common/space/mapping.py", "common/space/itk_classes.py"),
+    "itk": ("common/space/*.py",),
     "monailabel": ("common/label/app.py",),
     "common.label.app": (),
     "monai.deploy": ("common/deploy/operators.py", "common/deploy/pair_app.py"),
     "common.deploy.pair_app": ("common/deploy/command.py",),
     "common.deploy.operators": ("common/deploy/pair_app.py",),
-    "pydicom": ("common/deploy/series.py", "common/deploy/dsro.py"),
+    "pydicom": ("common/space/dicom.py", "common/deploy/series.py", "common/deploy/dsro.py"),
     "highdicom": (),
 }
 

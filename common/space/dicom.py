@@ -16,14 +16,13 @@ import pydicom
 from pydicom.errors import InvalidDicomError
 
 from common import InputError, RegistrationWarning
+from common.space.io import LPS_FROM_RAS, UNEVEN_MM
 
-UNEVEN_MM = 0.1  # of slice positions: more is a missing slice, not rounding
 STRAIGHT = 1e-3  # by which directions of one stack may differ
 STRAY = 0.2  # images of other orientations, as a share of the largest stack: so many are a scout's and left out
 MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 class Frame(NamedTuple):
@@ -280,7 +279,7 @@ def _affine(frames: list[Frame]) -> np.ndarray:
     if np.linalg.norm(step - along) * (len(frames) - 1) < UNEVEN_MM:
         step = along
     lps[:3] = np.transpose([first.axes[0] * first.spacing[0], first.axes[1] * first.spacing[1], step, first.position])
-    return LPS_TO_RAS @ lps
+    return LPS_FROM_RAS @ lps
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
