@@ -15,6 +15,7 @@ from scipy.ndimage import map_coordinates
 
 from common import InputError, fields
 from common.space import itk_classes
+from common.space.headers import settled
 from common.space.io import (
     IMAGE_ENDINGS,
     LPS_FROM_RAS,
@@ -79,29 +80,48 @@ def write_transform(transform: "itk.Transform", path: str | os.PathLike, grid: G
     replaced(path, lambda partial: itk_classes.write_transforms([transform], str(partial)))
 
 
-def read_transform(path: str | os.PathLike) -> "itk.Transform":
+def read_transform(
+    path: str | os.PathLike, *, matrix: str = "", scans: tuple[str, str] | None = None
+) -> "itk.Transform":
     """Read a transform: ITK .h5, .tfm, .txt, ANTs .mat, or a displacement image (LPS mm, as ANTs writes a warp).
 
-    Several transforms in one file come back as one composite, the last of the file applied first, as in ITK.
+    Several transforms in one file come back as one composite, the last of the file applied first, as in ITK. What other
+    tools write is read by `foreign`.
+
+    Args:
+        matrix, scans: for a plain 4 x 4 matrix, see `foreign.read`.
 
     Raises:
         InputError: the file is missing, not a transform, or an image that does not have three values a voxel.
     """
-    if not Path(path).exists():
+    from common.space import foreign
+
+    if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
+    if matrix and matrix not in foreign.MATRICES:
+        raise InputError(f"--matrix must be one of {', '.join(foreign.MATRICES)}, got {matrix}")
     if str(path).lower().endswith((*FIELD_ENDINGS, ".mhd")):
-        return _read_field(path)
+        return foreign.read_field(Path(path)) or _read_field(path)
+    return foreign.read(Path(path), matrix, scans) or read_itk(path, path)
+
+
+def read_itk(path: str | os.PathLike, name: str | os.PathLike) -> "itk.Transform":
+    """A file of ITK's transforms, called `name` in errors."""
     try:
         found = itk_classes.read_transforms(str(path))
     except Exception as error:  # ITK raises several kinds
-        raise InputError(f"{path}: not a transform that ITK can read") from error
+        raise InputError(f"{name}: not a transform that ITK can read") from error
+    if not found:
+        raise InputError(f"{name}: holds no transform")
     for transform in found:
         if transform.GetInputSpaceDimension() != 3:
-            raise InputError(f"{path}: must be a 3-D transform, this one is {transform.GetInputSpaceDimension()}-D")
+            raise InputError(f"{name}: must be a 3-D transform, this one is {transform.GetInputSpaceDimension()}-D")
     return found[0] if len(found) == 1 else compose(*reversed(found))
 
 
 def _read_field(path: str | os.PathLike) -> "itk.DisplacementFieldTransform":
+    from common.space import foreign
+
     try:
         source = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
         source.SetFileName(str(path))
@@ -115,11 +135,13 @@ def _read_field(path: str | os.PathLike) -> "itk.DisplacementFieldTransform":
     vectors = itk.array_from_image(image).astype(np.float64)
     if not np.isfinite(vectors).all():
         raise InputError(f"{path}: holds NaN or infinite values")
+    affine = settled(path, affine_of(image), vectors.shape[2::-1])
+    foreign.refuse_positions(Path(path), vectors, affine)
     field = itk.Image[itk.Vector[itk.D, 3], 3].New()
     field.SetRegions(image.GetLargestPossibleRegion())
     field.Allocate()
     itk.array_view_from_image(field)[...] = vectors
-    set_geometry(field, affine_of(image))
+    set_geometry(field, affine)
     transform = itk_classes.displacement_field_transform().New()
     transform.SetDisplacementField(field)
     return transform
