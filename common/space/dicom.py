@@ -200,7 +200,8 @@ def _place(path: Path, file: Path, header: pydicom.Dataset, also: pydicom.Datase
     axes = values["ImageOrientationPatient"].reshape(2, 3)
     lengths = np.linalg.norm(axes, axis=1)
     if not (np.abs(lengths - 1) < 0.01).all() or abs(axes[0] @ axes[1]) > 0.01:
-        raise InputError(f"{path}: the ImageOrientationPatient of {file.name} is no pair of directions: {axes.tolist()}")
+        fault = f"is no pair of directions: {axes.tolist()}"
+        raise InputError(f"{path}: the ImageOrientationPatient of {file.name} {fault}")
     rows, columns = values["PixelSpacing"]  # between rows, between columns
     if min(rows, columns) <= 0:
         raise InputError(f"{path}: the PixelSpacing of {file.name} must be above 0, got {rows:g}, {columns:g}")
@@ -232,7 +233,8 @@ def _one_stack(path: Path, frames: list[Frame]) -> list[Frame]:
     rest = sum(map(len, stacks[1:]))
     if rest > STRAY * len(stacks[0]):
         told = ", ".join(f"{len(stack)} {_view(stack[0])} of {stack[0].size}" for stack in stacks)
-        raise InputError(f"{path}: one series holds images of several orientations or sizes: {told}; give one in a folder")
+        what = "one series holds images of several orientations or sizes"
+        raise InputError(f"{path}: {what}: {told}; give one of them in a folder")
     if rest:
         told = ", ".join(f"{len(stack)} {_view(stack[0])}" for stack in stacks[1:])
         text = f"{path}: {told} image(s) left out, of another orientation or size than the {len(stacks[0])} others"

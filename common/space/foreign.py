@@ -1,4 +1,4 @@
-"""Transforms as other tools write them, read as point maps from fixed to moving space, or refused with what converts them.
+"""Transforms as other tools write them: read as point maps from fixed to moving space, or refused with the cure.
 
 Read: MatrixOffsetTransformBase of ITK (c3d_affine_tool, Greedy, ITK-SNAP), plain 4 x 4 matrices whose coordinates are
 told (c3d_affine_tool, Greedy, NiftyReg, FSL's flirt), FreeSurfer's .lta, elastix's parameter files, deformation and
@@ -48,7 +48,8 @@ def read(path: Path, matrix: str = "", scans: tuple[str, str] | None = None) -> 
     if re.search(r"^\s*nxforms\s*=", text, re.MULTILINE):
         return _lta(path, text)
     if text.startswith("MNI Transform File"):
-        raise InputError(f"{path}: an .xfm of MNI's tools; convert it with lta_convert --inmni {path.name} --outitk OUT.txt")
+        cure = f"convert it with lta_convert --inmni {path.name} --outitk OUT.txt"
+        raise InputError(f"{path}: an .xfm of MNI's tools; {cure}")
     words = [word for line in text.splitlines() if not line.lstrip().startswith("#") for word in line.split()]
     if len(words) in (12, 16) and all(NUMBER.match(word) for word in words):
         return _plain(path, np.array(words, float), text, matrix, scans)
@@ -93,8 +94,9 @@ def _plain(
         raise InputError(f"{path}: one line of {len(numbers)} numbers, as AFNI's .aff12.1D, is not read; {cure}")
     if matrix not in MATRICES:
         tell = "--matrix ras (c3d_affine_tool, Greedy, NiftyReg) or --matrix flirt (FSL) of `apply`"
-        cure = f"c3d_affine_tool {path.name} -oitk OUT.txt, for FSL's with -ref FIXED -src MOVING before and -fsl2ras behind"
-        raise InputError(f"{path}: a plain matrix does not say what its coordinates are: give {tell}, or convert it by {cure}")
+        cure = f"c3d_affine_tool {path.name} -oitk OUT.txt (FSL's: -ref FIXED -src MOVING {path.name} -fsl2ras -oitk)"
+        what = "a plain matrix does not say what its coordinates are"
+        raise InputError(f"{path}: {what}: give {tell}, or convert it by {cure}")
     found = np.vstack([numbers.reshape(-1, 4), [[0, 0, 0, 1]]])[:4]
     if not np.isfinite(found).all() or abs(np.linalg.det(found[:3, :3])) < 1e-9 or (found[3] != [0, 0, 0, 1]).any():
         raise InputError(f"{path}: not an affine matrix that can be inverted")
@@ -117,7 +119,7 @@ def _fsl(size: tuple[int, ...], affine_ras: np.ndarray) -> np.ndarray:
 
 
 def _lta(path: Path, text: str) -> "mapping.Transform":
-    """FreeSurfer's: x_dst = M x_src, between voxels (type 0) or in RAS mm (1) of the moving (src) and fixed (dst) scan."""
+    """FreeSurfer's: x_dst = M x_src, in voxels (type 0) or RAS mm (1) of the moving (src) and the fixed (dst) scan."""
     cure = f"convert it with lta_convert --inlta {path.name} --outitk OUT.txt"
     try:
         lines = [line.split("#")[0].strip() for line in text.splitlines()]
@@ -125,15 +127,15 @@ def _lta(path: Path, text: str) -> "mapping.Transform":
         kind = int(next(value for name, _, value in fields if name.strip() == "type"))
         count = int(next(value for name, _, value in fields if name.strip() == "nxforms"))
         start = lines.index("1 4 4") + 1
-        matrix = np.array([line.split() for line in lines[start : start + 4]], float)
+        matrix = np.array([line.split() for line in lines[start : start + 4]], float).reshape(4, 4)
         volumes = [_volume(lines, which) for which in ("src", "dst")] if kind == 0 else []
     except (ValueError, StopIteration, KeyError, IndexError) as error:
         raise InputError(f"{path}: not an .lta that can be read; {cure}") from error
     if kind not in (0, 1) or count != 1:
-        raise InputError(f"{path}: an .lta of type {kind} with {count} transforms is not read; {cure} (types 0 and 1 are)")
+        raise InputError(f"{path}: an .lta of type {kind} with {count} transforms is not read; {cure}")
     if kind == 0:
         matrix = volumes[1] @ matrix @ np.linalg.inv(volumes[0])
-    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9:
+    if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9:
         raise InputError(f"{path}: its matrix has no inverse")
     return mapping.affine_transform(np.linalg.inv(matrix))
 
@@ -256,9 +258,11 @@ def read_field(path: Path) -> "mapping.Transform | None":
         return None
     found = headers.read_nifti(path, values=False)
     if found.intent == FSL_FIELD or found.intent in FSL_COEFFICIENTS:
-        first = "" if found.intent == FSL_FIELD else f"fnirtfileutils --in={path.name} --ref=MOVING --out=FIELD, then "
-        cure = f"{first}wb_command -convert-warpfield -from-fnirt {'FIELD' if first else path.name} MOVING -to-itk OUT.nii.gz"
-        what = "coefficients" if first else "a field"
+        what, name, first = "a field", path.name, ""
+        if found.intent != FSL_FIELD:
+            what, name = "coefficients", "FIELD"
+            first = f"fnirtfileutils --in={path.name} --ref=MOVING --out=FIELD, then "
+        cure = f"{first}wb_command -convert-warpfield -from-fnirt {name} MOVING -to-itk OUT.nii.gz"
         raise InputError(f"{path}: holds {what} of FSL's fnirt, in coordinates of its own; convert it with {cure}")
     niftyreg, spm = found.intent_name.startswith("NREG_"), found.intent_name.startswith("Mapping")
     if not niftyreg and not spm:

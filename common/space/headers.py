@@ -222,6 +222,6 @@ def settled(path: str | Path, affine: np.ndarray, shape: tuple[int, ...]) -> np.
             warnings.warn(text, RegistrationWarning, stacklevel=2)
         return square
     angle = np.degrees(np.arcsin(min(off, 1.0)))
-    text = f"{path}: its axes are not at right angles, by {angle:.1f} degrees (a shear, as of gantry tilt); it is read so"
-    warnings.warn(f"{text}, and other tools may not", RegistrationWarning, stacklevel=2)
+    text = f"{path}: its axes are not at right angles, by {angle:.1f} degrees (a shear, as of gantry tilt)"
+    warnings.warn(f"{text}; it is read so, and other tools may bend it", RegistrationWarning, stacklevel=2)
     return affine

@@ -235,7 +235,8 @@ def write_image(image: "itk.Image", path: Path) -> None:
 def _write_nibabel(values: np.ndarray, affine: np.ndarray, path: Path) -> None:
     file = nib.Nifti1Image(np.asarray(values), affine, dtype=values.dtype)
     file.set_sform(affine, 1)
-    file.set_qform(affine if headers.skew(affine) <= headers.EXACT else None, int(headers.skew(affine) <= headers.EXACT))
+    square = headers.skew(affine) <= headers.EXACT
+    file.set_qform(affine if square else None, int(square))
     file.header.set_xyzt_units("mm")
     if values.ndim == 5:
         file.header.set_intent("vector")

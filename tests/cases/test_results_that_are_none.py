@@ -116,7 +116,10 @@ def test_pairs_lose_both_points(tmp_path: Path) -> None:
         points.read_points(none)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"markups":' * 100_000, '{"markups": ' + "[" * 5000 + "]" * 5000 + "}"])
+NESTED = ["[" * 100_000, '{"markups":' * 100_000, '{"markups": ' + "[" * 5000 + "]" * 5000 + "}"]
+
+
+@pytest.mark.parametrize("text", NESTED)
 def test_deeply_nested_json_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "p.mrk.json").write_text(text)
     with pytest.raises(InputError, match="p.mrk.json: not a list of points") as caught:

@@ -245,7 +245,8 @@ def test_the_grid_follows_the_organ(name: str) -> None:
 def test_another_spacing_is_said(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     ball = np.linalg.norm(np.indices((30, 36, 28)).transpose(1, 2, 3, 0) - [15, 18, 14], axis=-1) < 11
-    nib.save(nib.Nifti1Image((ball * (1 + rng.random(ball.shape))).astype(np.float32), np.diag([0.33] * 3 + [1])), tmp_path / "m.nii.gz")
+    scan = (ball * (1 + rng.random(ball.shape))).astype(np.float32)
+    nib.save(nib.Nifti1Image(scan, np.diag([0.33] * 3 + [1])), tmp_path / "m.nii.gz")
     progress.take()
     pair = LoadScansd()({key: str(tmp_path / "m.nii.gz") for key in ("moving", "fixed")})
     work = AlignAndGridd(2.0, "none")(pair)["fixed_work"]
