@@ -240,7 +240,7 @@ def test_what_of_elastix_is_not_read(tmp_path: Path) -> None:
     cases = {
         "alone.txt": (text, "its initial transform /a/folder/elsewhere/TransformParameters.0.txt is not there"),
         "added.txt": (text.replace('"Compose"', '"Add"'), "adds its transform to its initial one; make a displacement"),
-        "spline.txt": (text.replace('"BSplineTransform"', '"KernelTransform"'), "elastix's KernelTransform is not read"),
+        "spline.txt": (text.replace('"BSplineTransform"', '"KernelTransform"'), "KernelTransform is not read"),
         "short.txt": (text.replace("(GridSize 6 6 7)", "(GridSize 6 6 8)"), "transformix -def all -tp short.txt"),
         "flat.txt": (text.replace("(FixedImageDimension 3)", "(FixedImageDimension 2)"), "must be a 3-D transform"),
         "loop.txt": (text.replace("/a/folder/elsewhere/TransformParameters.0.txt", "loop.txt"), "name each other"),
