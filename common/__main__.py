@@ -31,7 +31,16 @@ points, transform_files = Later("common.space.points"), Later("common.space.tran
 POINT_ENDINGS = (".csv", ".fcsv", ".json")
 
 
-def apply(file: str, transform: str, output: str, *, reference: str = "", label: bool = False, inverse: bool = False):
+def apply(
+    file: str,
+    transform: str,
+    output: str,
+    *,
+    reference: str = "",
+    label: bool = False,
+    inverse: bool = False,
+    matrix: str = "",
+):
     """Apply a transform to a scan, a label map or points.
 
     A registration's transform.h5 takes a point of the fixed space to its place in the moving space. So it brings the
@@ -41,13 +50,16 @@ def apply(file: str, transform: str, output: str, *, reference: str = "", label:
     Args:
         file: scan or label map (NIfTI, MetaImage, NRRD, DICOM folder), or points: .csv with columns x,y,z (LPS mm, as
             ANTs) or i,j,k (voxels), .fcsv or .mrk.json of 3-D Slicer.
-        transform: .h5, .tfm, .txt, .mat, or a displacement image (.nii.gz, LPS mm).
+        transform: .h5, .tfm, .txt, .mat, .lta, elastix's parameters, or a displacement image (.nii.gz, LPS mm).
         output: file to write; points as .csv or .fcsv, in LPS mm.
         reference: scan whose grid the result gets, as the fixed one; for points in voxels, the scan they belong to.
         label: take the nearest label instead of interpolating.
         inverse: apply the inverse, computed here: for points to 0.001 mm, for scans on the transform's grid.
+        matrix: what a plain 4 x 4 matrix is: "ras" (c3d_affine_tool, Greedy, NiftyReg) or "flirt" (FSL's, for which
+            FILE is the moving scan and --reference the fixed one).
     """
-    the_map = transform_files.read_transform(str(transform))
+    scans = (str(file), str(reference)) if matrix == "flirt" and reference else None
+    the_map = transform_files.read_transform(str(transform), matrix=str(matrix), scans=scans)
     if str(file).lower().endswith(POINT_ENDINGS):
         affine = io.read_scan(str(reference))[1] if reference else None
         given = points.read_points(str(file), affine)
@@ -59,22 +71,16 @@ def apply(file: str, transform: str, output: str, *, reference: str = "", label:
         )
     if not reference:
         raise InputError(f"{file}: --reference is needed, a scan whose grid the result gets")
-    scan, affine = io.read_scan(str(file))
+    scan, affine = io.read_label(str(file)) if label else io.read_scan(str(file))
     like, onto = io.read_scan(str(reference))
     size = like.shape[1:]
     the_map = mapping.invert(the_map) if inverse else the_map
-    outside = [0.0 if label else io.background(channel) for channel in scan]
+    outside = [0 if label else io.background(channel) for channel in scan]
     warped = np.stack(
         [mapping.resample(c, affine, size, onto, the_map, nearest=label, outside=o) for c, o in zip(scan, outside)]
     )
-    if label and not np.array_equal(scan, np.rint(scan)):
-        raise InputError(f"{file}: a label map has whole numbers, this one does not; leave out --label")
-    write = (
-        (lambda path: io.write_label(warped[0], onto, path))
-        if label
-        else lambda path: io.write_scan(warped, onto, path)
-    )
-    io.write_image_file(output, write)
+    write = io.write_label if label else io.write_scan
+    io.write_image_file(output, lambda path: write(warped, onto, path))
     return _written(output, f"{' x '.join(map(str, size))} voxels")
 
 

@@ -43,7 +43,7 @@ GATES = {
     "monai.deploy": ("common/deploy/operators.py", "common/deploy/pair_app.py"),
     "common.deploy.pair_app": ("common/deploy/command.py",),
     "common.deploy.operators": ("common/deploy/pair_app.py",),
-    "pydicom": ("common/deploy/series.py", "common/deploy/dsro.py"),
+    "pydicom": ("common/space/dicom.py", "common/deploy/series.py", "common/deploy/dsro.py"),
     "highdicom": (),
 }
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from common.run import example
-from common.space import mapping
+from common.space import mapping, transform_files
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = sorted((ROOT / "bundles").glob("*/docs/README.md"))
@@ -32,7 +32,7 @@ def test_drawing_shows_the_files(bench, tmp_path: Path) -> None:
     report = example.write_phantom(tmp_path / "input")
     marks = [{"tre_mm_before": 2.0, "tre_mm_after": after} for after in (0.5, 3.0)]
     report |= {"landmarks": {"each": marks}}
-    mapping.write_transform(mapping.affine_transform(np.eye(4)), tmp_path / "transform.h5")
+    transform_files.write_transform(mapping.affine_transform(np.eye(4)), tmp_path / "transform.h5")
     shutil.copy(report["fixed"], tmp_path / "warped.nii.gz")
     drawing = bench.Drawing(tmp_path, report)
     inside = drawing.fixed > 0

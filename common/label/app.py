@@ -87,7 +87,7 @@ class RegistrationTask(InferTask):
             result = {"registration": requests.plain(row)}
             if self.propagate:
                 file = files / "warped_label.nii.gz"
-                result["label_names"] = requests.label_names(io.read_scan(file)[0], self.names)
+                result["label_names"] = requests.label_names(io.read_label(file)[0], self.names)
             elif returned == "all":
                 file = Path(shutil.make_archive(str(files), "zip", files))
             else:
@@ -146,7 +146,7 @@ class RegistrationApp(MONAILabelApp):
     def _names_found(self) -> dict[str, int]:
         """Names by number, from the first labelled scan of the studies."""
         for image in requests.labelled(self.datastore())[:1]:
-            label = io.read_scan(self.datastore().get_label_uri(image, requests.FINAL))[0]
+            label = io.read_label(self.datastore().get_label_uri(image, requests.FINAL))[0]
             return requests.label_names(label, {})
         return {}
 

@@ -127,7 +127,7 @@ def warp_pair(pair: Registration, *, lattice: int = LATTICE) -> Warped:
 
     labels = [None, None]
     if pair.moving_label is not None:
-        labels = [np.rint(bring(pair.moving_label, t, onto, nearest=True)) for t in (pair.start, pair.whole)]
+        labels = [bring(pair.moving_label, t, onto, nearest=True) for t in (pair.start, pair.whole)]
     after = np.stack([bring(channel, pair.whole, onto) for channel in pair.moving])
     return Warped(bring(pair.moving[0], pair.start, coarse), step, after, *labels)
 

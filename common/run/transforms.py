@@ -1,7 +1,8 @@
 """Dictionary transforms of a pair, in the order of the working path: load, align, grid, scale, pack, deliver."""
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from monai.data import MetaTensor
 from monai.transforms import Transform
 from torch import Tensor
 
-from common import InputError
+from common import InputError, RegistrationWarning
 from common.quality import measure, picture, report, verdict
 from common.run import forecast, progress
 from common.space import geometry, io, mapping, points
+from common.space.headers import HEADERS
 from common.space.prealign import prealign
 from common.space.transform_files import write_transform
 
@@ -44,36 +46,60 @@ def checked_grid_size(value: tuple[int, int, int] | None) -> tuple[int, int, int
 
 class LoadScansd(Transform):
     """Replace the paths under `keys`, KEY_label and KEY_mask by (C, I, J, K) MetaTensors in their own space; absent
-    keys stay so.
+    keys stay so. Scans are float32, label maps and masks whole numbers.
+
+    Args:
+        keys: of the scans.
+        label_keys: of their label maps; KEY_label if not given.
+        header: where NIfTI scans are: "sform" or "qform"; None is ITK's choice. What is doubtful is noted for the row.
+        series: UID or description of the DICOM series, in a folder of several; a list if the scans' differ.
 
     Raises:
         InputError: what `io.read_scan` refuses, a constant scan, a label map or mask of another shape than its scan.
     """
 
-    def __init__(self, keys: tuple[str, ...] = ("moving", "fixed"), label_keys: tuple[str, ...] | None = None) -> None:
-        self.keys = tuple(keys)
+    def __init__(
+        self,
+        keys: tuple[str, ...] = ("moving", "fixed"),
+        label_keys: tuple[str, ...] | None = None,
+        *,
+        header: str | None = None,
+        series: str | Sequence[str] | None = None,
+    ) -> None:
+        if header and header not in HEADERS:
+            raise InputError(f"--header must be one of {', '.join(HEADERS)}, got {header}")
+        self.keys, self.header, self.series = tuple(keys), header or "", series or ""
         self.label_keys = tuple(label_keys) if label_keys else tuple(f"{key}_label" for key in keys)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data) | {"started": time.time()}
         progress.stage("loading")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RegistrationWarning)
+            self._load(data)
+        for warning in caught:
+            if issubclass(warning.category, RegistrationWarning):
+                progress.note(str(warning.message))
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        return data
+
+    def _load(self, data: dict) -> None:
         for key, label_key in zip(self.keys, self.label_keys):
             path = str(data[key])
-            array, affine = io.read_scan(path)
+            array, affine = io.read_scan(path, header=self.header, series=self.series)
             io.refuse_constant(array, path)
             data[key] = scan_tensor(array, affine, path)
             for name, kind in ((label_key, "label map"), (f"{key}_mask", "mask")):
                 if name in data:
-                    data[name] = scan_tensor(
-                        io.read_beside(str(data[name]), kind, path, array, affine), affine, str(data[name])
-                    )
+                    beside = io.read_beside(str(data[name]), kind, path, array, affine, self.header)
+                    data[name] = scan_tensor(beside, affine, str(data[name]))
         if len(marks := [str(data[f"{key}_points"]) for key in self.keys if f"{key}_points" in data]) == 2:
             affines = [np.asarray(data[key].affine) for key in self.keys]
             points.read_matching(marks[0], affines[0], marks[1], affines[1])  # refused now, used at the end
         elif marks:
             key = next(key for key in self.keys if f"{key}_points" in data)
             points.read_points(marks[0], np.asarray(data[key].affine))
-        return data
 
 
 class AlignAndGridd(Transform):
@@ -125,7 +151,12 @@ class AlignAndGridd(Transform):
         progress.stage("resampling")
         box = geometry.foreground_box(fixed[0]) if self.crop else None
         options = {"box": box, "divisor": self.divisor, "grid_size": self.grid_size}
-        size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing, **options)
+        organ = fixed.shape[1:], fixed_affine, self.spacing, geometry.foreground_box(fixed[0])
+        spacing = geometry.fitting_spacing(*organ)
+        if spacing != self.spacing:
+            text = f"a grid of {self.spacing:g} mm voxels does not suit the size of {names[1]}"
+            progress.note(f"{text}, one of {spacing:g} mm was used; choose another with --spacing")
+        size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, spacing, **options)
         moving_work = geometry.to_working_grid(moving, moving_affine, size, onto, matrix)
         fixed_work = geometry.to_working_grid(fixed, fixed_affine, size, onto)
         apart = not geometry.overlap(size, onto, moving.shape[1:], moving_affine, matrix)
@@ -289,11 +320,6 @@ def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
     start = mapping.affine_transform(np.asarray(data["matrix"], dtype=np.float64))
     scans = {role: plain_scan(data[role].cpu()) for role in ("moving", "fixed")}
     labels = {name: data[name].cpu().numpy()[0] for name in ("moving_label", "fixed_label") if name in data}
-    marks = {
-        f"{role}_points": points.read_points(data[f"{role}_points"], scans[role][1])
-        for role in scans
-        if f"{role}_points" in data
-    }
     return measure.Registration(
         *scans["moving"],
         *scans["fixed"],
@@ -303,8 +329,19 @@ def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
         disp=disp,
         work_affine=onto,
         **labels,
-        **marks,
+        **_landmarks(data, {role: affine for role, (_, affine) in scans.items()}),
     )
+
+
+def _landmarks(data: Mapping[Hashable, object], affines: dict[str, np.ndarray]) -> dict[str, points.Points]:
+    """Those that there are, without the ones that were never placed; what is left out was noted in loading."""
+    given = {role: data[f"{role}_points"] for role in affines if f"{role}_points" in data}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RegistrationWarning)
+        if len(given) == 2:
+            both = points.read_matching(given["moving"], affines["moving"], given["fixed"], affines["fixed"])
+            return dict(zip(("moving_points", "fixed_points"), both))
+        return {f"{role}_points": points.read_points(path, affines[role]) for role, path in given.items()}
 
 
 def _writers(

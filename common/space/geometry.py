@@ -4,8 +4,11 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import correlate1d
 
-from common.space.io import background
+from common.space.headers import EXACT, skew, squared
+from common.space.io import background, is_stripped
 from common.space.mapping import affine_transform, resample
+
+FEW, USUAL, MANY = 24, 80, 500  # voxels along the longest side of an organ; 80: a head's brain at 2 mm
 
 
 def working_grid(
@@ -28,7 +31,8 @@ def working_grid(
 
     Returns:
         Size and `affine_ras` of the working grid, centred on the box. Along an axis that has the wanted spacing already
-        (to 0.1 %), voxels stay where they are.
+        (to 0.1 %), voxels stay where they are. The axes are at right angles also where those of the scan are not: a
+        network must not see a bent body.
     """
     order = nib.orientations.io_orientation(affine_ras)
     transform = nib.orientations.inv_ornt_aff(order, size)
@@ -36,6 +40,12 @@ def working_grid(
     first, last = (np.zeros(3), np.array(size) - 1) if box is None else box
     ends = nib.affines.apply_affine(np.linalg.inv(transform), np.stack([first, last]))
     first, last = ends.min(0).round(), ends.max(0).round()
+    if skew(affine) > EXACT:
+        corners = np.array(np.meshgrid(*zip(first, last), indexing="ij")).reshape(3, -1).T
+        corners = nib.affines.apply_affine(affine, corners)
+        affine = squared(affine)
+        ends = nib.affines.apply_affine(np.linalg.inv(affine), corners)
+        first, last = ends.min(0), ends.max(0)
     old = nib.affines.voxel_sizes(affine)
     keep = np.ones(3, bool) if spacing is None else np.abs(old / spacing - 1) < 1e-3
     step = np.ones(3) if spacing is None else np.where(keep, 1.0, spacing / old)
@@ -44,6 +54,33 @@ def working_grid(
     start = (first + last) / 2 - (count - 1) / 2 * step
     start = np.where(keep, np.floor(start), start)
     return tuple(int(n) for n in count), affine @ nib.affines.from_matvec(np.diag(step), start)
+
+
+def fitting_spacing(
+    size: tuple[int, int, int],
+    affine_ras: np.ndarray,
+    spacing: float | None,
+    box: tuple[np.ndarray, np.ndarray] | None = None,
+) -> float | None:
+    """The spacing of a working grid in mm: the wanted one, or another where the organ has another size altogether.
+
+    An organ of fewer than FEW voxels along its longest side (the brain of a mouse on a grid for ours) gets a grid with
+    USUAL of them, at most three to a voxel of its own; so does one (a cell in micrometres) with more than MANY that are
+    not its own.
+
+    Args:
+        size, affine_ras: grid of the fixed scan.
+        spacing: wanted, mm; None, the scan's own, is left.
+        box: first and last voxel of the organ; None is all of the scan.
+    """
+    if spacing is None:
+        return None
+    first, last = (np.zeros(3), np.array(size) - 1) if box is None else box
+    own = nib.affines.voxel_sizes(affine_ras)
+    side = float(((last - first + 1) * own).max())
+    if side / spacing >= FEW and not (side / spacing > MANY and spacing < own.min() / 4):
+        return spacing
+    return float(f"{max(side / USUAL, own.min() / 3):.2g}")
 
 
 def overlap(
@@ -63,11 +100,6 @@ def overlap(
 def length_mm(disp: np.ndarray, affine_ras: np.ndarray) -> np.ndarray:
     """Length in mm of displacements (3, ...) in voxels of a grid: (...), as (I, J, K)."""
     return np.linalg.norm(np.einsum("ab,b...->a...", affine_ras[:3, :3], disp), axis=0)
-
-
-def is_stripped(channel: np.ndarray) -> bool:
-    """Whether the background of a scan is exactly 0: at least 5 % of its voxels, as after skull-stripping."""
-    return bool((channel == 0).mean() >= 0.05)
 
 
 def foreground_floor(channel: np.ndarray) -> float:
@@ -142,6 +174,7 @@ def to_working_grid(
         if not nearest:
             channel = smoothed(channel, variance / old**2)
         outside = 0.0 if nearest else background(channel)
+        channel = channel.astype(np.float32, copy=False)  # of labels too: networks take no other
         values = resample(channel, affine_ras, size, onto_ras, transform, nearest=nearest, outside=outside)
         if stripped is not None:
             values *= resample(stripped, affine_ras, size, onto_ras, transform) > 0.5

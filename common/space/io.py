@@ -10,7 +10,7 @@ import csv
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -18,27 +18,36 @@ import numpy as np
 from isal import igzip
 
 from common import InputError
+from common.space import headers
 
 IMAGE_ENDINGS = (".nii", ".nii.gz", ".mha", ".nrrd")
-UNEVEN_MM = 0.1  # of a DICOM series' slice positions: more is a missing slice, not rounding
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-def read_scan(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+def read_scan(
+    path: str | os.PathLike, *, header: str = "", series: str | Sequence[str] = ""
+) -> tuple[np.ndarray, np.ndarray]:
     """Read a 3-D scan: NIfTI, MetaImage, NRRD, ..., a folder with one DICOM series, or several contrasts of one person.
 
     Args:
         path: file or folder; contrasts are joined by ";", as "t1.nii.gz;t2.nii.gz", and become channels on the grid of
             the first, resampled by their headers where theirs differs.
+        header: of a NIfTI file, "sform" or "qform"; "" takes the one that ITK takes.
+        series: UID or description of the DICOM series, of a folder with several; of several such words, the one that
+            the folder has.
 
     Returns:
-        Array (C, I, J, K) float32 and its `affine_ras` (4, 4).
+        Array (C, I, J, K) float32 and its `affine_ras` (4, 4). What is doubtful about the place of the scan is said in
+        a `RegistrationWarning`.
 
     Raises:
-        InputError: the file is missing, not an image, not 3-D, or holds NaN or infinite values; a folder without, or
-            with more than one series, or one with slices missing.
+        InputError: the file is missing, not an image, not 3-D, or holds NaN or infinite values; a place in space that
+            is not known; a folder without a DICOM series, or with several and none asked for; slices that are missing.
     """
-    contrasts = [_read_one(Path(part)) for part in contrasts_of(path)]
+    parts = contrasts_of(path)
+    if not parts:
+        raise InputError(f"{path!r}: is not the name of a file")
+    contrasts = [_read_one(Path(part), header, series) for part in parts]
     array, affine = contrasts[0]
     parts = [array]
     for other, own in contrasts[1:]:
@@ -46,6 +55,32 @@ def read_scan(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
             other = np.stack([_onto(channel, own, array.shape[1:], affine) for channel in other])
         parts.append(other)
     return np.concatenate(parts), affine
+
+
+def read_label(
+    path: str | os.PathLike, *, kind: str = "label map", header: str = "", series: str | Sequence[str] = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read a label map; its codes do not pass a float32, which holds whole numbers up to 2^24 only.
+
+    Args:
+        kind: what it is called in errors.
+        header, series: as of `read_scan`.
+
+    Returns:
+        Codes (C, I, J, K), int32 or, where one does not fit, int64, and `affine_ras`. C is mostly 1; overlapping
+        structures are channels.
+
+    Raises:
+        InputError: what `read_scan` refuses, and values that are not whole numbers.
+    """
+    array, affine = _read_one(Path(path), header, series, codes=True)
+    if array.dtype.kind == "f":
+        if not (array == np.rint(array)).all() or np.abs(array).max() > 2.0**53:
+            raise InputError(f"{path}: a {kind} has whole numbers, this one has others")
+        array = array.astype(np.int64)
+    small = np.iinfo(np.int32)
+    fits = small.min <= array.min() and array.max() <= small.max
+    return array.astype(np.int32 if fits else np.int64, copy=False), affine
 
 
 def contrasts_of(path: str | os.PathLike) -> list[str]:
@@ -66,18 +101,17 @@ def refuse_constant(array: np.ndarray, path: str | os.PathLike) -> None:
 
 
 def read_beside(
-    path: str | os.PathLike, kind: str, scan_path: str, scan: np.ndarray, scan_affine: np.ndarray
+    path: str | os.PathLike, kind: str, scan_path: str, scan: np.ndarray, scan_affine: np.ndarray, header: str = ""
 ) -> np.ndarray:
-    """Read a label map or mask (its `kind`) of a scan: (1, I, J, K).
+    """Read a label map or mask (its `kind`) of a scan: (1, I, J, K), whole numbers as `read_label` has them.
 
     Raises:
-        InputError: what `read_scan` refuses, several channels, values that are not whole, another place or shape than
-            its scan.
+        InputError: what `read_label` refuses, several channels, another place or shape than its scan.
     """
-    label, affine = read_scan(path)
-    if len(label) > 1 or not (label == np.rint(label)).all():
-        found = f"{len(label)} channels" if len(label) > 1 else "values that are not whole numbers"
-        raise InputError(f"{path}: a {kind} has one channel of whole numbers, this one has {found}")
+    label, affine = read_label(path, kind=kind, header=header)
+    if len(label) > 1:
+        cure = "give one structure a file, or take them all along with `python -m common apply --label`"
+        raise InputError(f"{path}: a {kind} has one channel, this one has {len(label)} channels; {cure}")
     if label.shape[1:] != scan.shape[1:]:
         sizes = f"shape {label.shape[1:]}, its scan {scan_path} has {scan.shape[1:]}"
         raise InputError(f"{path}: the {kind} has {sizes}")
@@ -92,77 +126,55 @@ def _onto(channel: np.ndarray, own: np.ndarray, size: tuple[int, ...], affine: n
     return resample(channel, own, size, affine, outside=background(channel))
 
 
-def _read_one(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_one(
+    path: Path, header: str = "", series: str | Sequence[str] = "", *, codes: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     if not path.exists():
         raise InputError(f"{path}: no such file")
-    if path.is_dir():
-        _check_series(path)
-    from monai.data import ITKReader
+    if header and header not in headers.HEADERS:
+        raise InputError(f"--header must be one of {', '.join(headers.HEADERS)}, got {header}")
+    if path.is_dir() or is_dicom(path):
+        from common.space import dicom  # which imports pydicom
 
-    reader = ITKReader(affine_lps_to_ras=True)
-    try:
-        opened = reader.read(str(path))
-        image, meta = reader.get_data(opened)
-    except Exception as error:  # every reader of ITK has its own exception; the sentence keeps the last line of it
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: not an image that can be read ({reason})") from error
-    gap = "ITK_non_uniform_sampling_deviation"
-    if path.is_dir() and opened.GetMetaDataDictionary().HasKey(gap):
-        uneven = float(opened.GetMetaDataDictionary()[gap])
-        if uneven > UNEVEN_MM:
-            raise InputError(f"{path}: slices are missing or unevenly spaced, by up to {uneven:.2f} mm")
-    channel_dim = meta.get("original_channel_dim", float("nan"))
-    dimension = opened.GetImageDimension()  # of the file: MONAI takes the fourth axis of a film for channels
-    if dimension != 3 or min(image.shape) < 1:
-        raise InputError(f"{path}: must be a 3-D scan, got {dimension}-D data of shape {tuple(image.shape)}")
-    image = image[None] if image.ndim == 3 else np.moveaxis(image, int(channel_dim), 0)
-    if min(image.shape[1:]) < 2:
-        raise InputError(f"{path}: must be a 3-D scan, got a single slice of shape {tuple(image.shape[1:])}")
-    image = np.ascontiguousarray(image, dtype=np.float32)
-    if not np.isfinite(image).all() or not _finite_nifti(path):
+        array, affine = dicom.read(path, series)
+    else:
+        array, affine = _read_file(path, header, codes)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InputError(f"{path}: holds NaN or infinite values")
-    return image, np.asarray(meta["affine"], dtype=np.float64)
+    return array, headers.settled(path, affine, array.shape[1:])
 
 
-def _check_series(folder: Path) -> None:
-    """A folder must hold one DICOM series: ITK would take the first of several."""
-    import itk
+def _read_file(path: Path, header: str, codes: bool) -> tuple[np.ndarray, np.ndarray]:
+    found = headers.read_nifti(path) if headers.is_nifti(path) else None
+    if found is not None and (plain := headers.plain(found, codes=codes)) is not None:
+        array, affine = plain  # ITK would say the same, and costs a second to load
+        if not found.finite:
+            raise InputError(f"{path}: holds NaN or infinite values")
+        return array, headers.place(path, found, affine, header)
+    from common.space import pixels
 
-    names = itk.GDCMSeriesFileNames.New()
-    names.SetUseSeriesDetails(True)
-    names.AddSeriesRestriction("0008|0021")
-    names.SetDirectory(str(folder))
-    found = list(names.GetSeriesUIDs())
-    if not found:
-        raise InputError(f"{folder}: a folder must hold a DICOM series, and this one holds none")
-    if len(found) > 1:
-        counts = ", ".join(f"one of {len(names.GetFileNames(uid))} files" for uid in found)
-        raise InputError(f"{folder}: holds {len(found)} DICOM series ({counts}); give a folder with one of them")
+    if found is None:
+        array, image = pixels.read_pixels(path, codes=codes)
+        return array, affine_of(image)
+    # where a sheared sform is all there is, ITK reads the pixels only if it may bend the axes; `place` takes the sform
+    source = pixels.image_io(path, bend="qform" not in found.matrices)
+    array, image = pixels.read_pixels(path, codes=codes, source=source)
+    if not found.finite:
+        raise InputError(f"{path}: holds NaN or infinite values")
+    return array, headers.place(path, found, affine_of(image), header)
 
 
-def _finite_nifti(path: Path) -> bool:
-    """Whether a NIfTI file holds neither NaN nor infinite values, and all that its header promises.
-
-    ITK replaces the one and the missing end of a file that was cut off by 0 without a word; nibabel does not.
-
-    Raises:
-        InputError: the file is cut off.
-    """
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
-        return True
-    try:
-        file = nib.load(path)
-        values = file.dataobj.get_unscaled()
-    except Exception as error:  # of the decompression or of the header
-        raise InputError(f"{path}: not an image that can be read, the file is cut off ({error})") from error
-    return values.dtype.kind != "f" or bool(np.isfinite(file.dataobj).all())
+def is_dicom(path: Path) -> bool:
+    """Whether a file has the mark of DICOM files."""
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
 
 
 def to_itk(array: np.ndarray, affine_ras: np.ndarray) -> object:
     """(I, J, K) array and its affine -> ITK image in LPS.
 
     Raises:
-        ValueError: the axes of `affine_ras` are not orthogonal, which ITK cannot hold.
+        ValueError: what `set_geometry` refuses.
     """
     import itk
 
@@ -172,12 +184,21 @@ def to_itk(array: np.ndarray, affine_ras: np.ndarray) -> object:
 
 
 def set_geometry(image: object, affine_ras: np.ndarray) -> None:
-    """Give `image` the spacing, origin and direction of `affine_ras`."""
+    """Give `image` the spacing, origin and direction of `affine_ras`.
+
+    Axes that are not at right angles stay so: all that is computed with the image is right, .nrrd and .mha keep it.
+
+    Raises:
+        ValueError: `affine_ras` spans no volume.
+    """
     import itk
 
     lps = LPS_FROM_RAS @ affine_ras
-    direction = directions(lps)
-    image.SetSpacing(np.linalg.norm(lps[:3, :3], axis=0).tolist())
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    if not (spacing > 0).all() or abs(np.linalg.det(lps[:3, :3] / spacing)) < 1e-6:
+        raise ValueError(f"set_geometry() 'affine_ras' must span a volume, got {affine_ras.tolist()}")
+    direction = lps[:3, :3] / spacing
+    image.SetSpacing(spacing.tolist())
     image.SetOrigin(lps[:3, 3].tolist())
     image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(direction)))
 
@@ -207,8 +228,8 @@ def write_scan(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
     """
     if array.ndim == 4 and array.shape[0] == 1:
         array = array[0]
-    if Path(path).name.endswith((".nii", ".nii.gz")):
-        _write_nifti(array, affine_ras, path)
+    if headers.is_nifti(Path(path)):
+        write_nifti(array, affine_ras, path)
         return
     import itk
 
@@ -220,16 +241,17 @@ def write_scan(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
     itk.imwrite(image, str(path), compression=True)
 
 
-def _write_nifti(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
+def write_nifti(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
     """As ITK writes it: qform and sform alike, (I, J, K, 1, C) with intent vector for several channels, no scaling.
 
+    Axes that are not at right angles go into the sform alone, as no qform can hold them, and ITK would bend them.
     Compressed by ISA-L at its level 1: a tenth of zlib's time, and files within 2 % of its size.
     """
-    directions(affine_ras)
     values = array if array.ndim == 3 else np.moveaxis(array, 0, -1)[:, :, :, None]
     image = nib.Nifti1Image(values, affine_ras, dtype=values.dtype)
     image.header.set_xyzt_units("mm", "sec")
-    image.header.set_qform(affine_ras, code=1)
+    if headers.skew(affine_ras) <= headers.EXACT:
+        image.header.set_qform(affine_ras, code=1)
     image.header.set_sform(affine_ras, code=1)
     if array.ndim == 4:
         image.header.set_intent("vector")
@@ -238,18 +260,6 @@ def _write_nifti(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
         return
     with igzip.open(path, "wb", compresslevel=1) as file:
         image.to_stream(file)
-
-
-def directions(affine_ras: np.ndarray) -> np.ndarray:
-    """Unit vectors of a grid's axes, the columns of (3, 3).
-
-    Raises:
-        ValueError: they are not orthogonal, which neither ITK nor a qform can hold.
-    """
-    linear = affine_ras[:3, :3] / np.linalg.norm(affine_ras[:3, :3], axis=0)
-    if not np.allclose(linear.T @ linear, np.eye(3), atol=1e-4):
-        raise ValueError(f"directions() 'affine_ras' must have orthogonal axes, got {affine_ras.tolist()}")
-    return linear
 
 
 def read_vectors(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
@@ -273,7 +283,7 @@ def read_vectors(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     vectors = np.moveaxis(np.transpose(itk.array_from_image(image), (2, 1, 0, 3)), -1, 0).astype(np.float64)
     if not np.isfinite(vectors).all():
         raise InputError(f"{path}: holds NaN or infinite values")
-    return vectors, affine_of(image)
+    return vectors, headers.settled(path, affine_of(image), vectors.shape[1:])
 
 
 def write_image_file(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
@@ -288,16 +298,48 @@ def write_image_file(path: str | os.PathLike, write: Callable[[Path], None]) -> 
 
 
 def write_label(array: np.ndarray, affine_ras: np.ndarray, path: Path) -> None:
-    """Write an (I, J, K) label map in the smallest integer type that holds it."""
-    low, high = float(array.min()), float(array.max())
-    kinds = (np.uint8, np.int16, np.uint16, np.int32)
-    kind = next((k for k in kinds if np.iinfo(k).min <= low and high <= np.iinfo(k).max), np.float32)
-    write_scan(array.astype(kind), affine_ras, path)
+    """Write label codes (I, J, K), or (C, I, J, K) with structures as channels, in the smallest type that holds them.
+
+    Raises:
+        InputError: codes that the file's format has no type for: .nii and .nii.gz have one for all.
+    """
+    array = array[0] if array.ndim == 4 and len(array) == 1 else array
+    low, high = int(array.min()), int(array.max())
+    kinds = (np.uint8, np.int16, np.uint16, np.int32, np.uint32) if array.ndim == 3 else (np.uint8, np.int16, np.uint16)
+    kind = next((k for k in kinds if np.iinfo(k).min <= low and high <= np.iinfo(k).max), None)
+    if kind is None and max(-low, high) <= 2**24:
+        kind = np.float32
+    if kind is not None:
+        write_scan(array.astype(kind), affine_ras, path)
+    elif headers.is_nifti(path):  # ITK's wheels write no long integers
+        write_nifti(array.astype(np.int64), affine_ras, path)
+    elif max(-low, high) <= 2**53:
+        write_scan(array.astype(np.float64), affine_ras, path)
+    else:
+        raise InputError(f"{path}: codes of labels from {low} to {high} fit into .nii.gz only")
+
+
+def is_stripped(channel: np.ndarray) -> bool:
+    """Whether the background of a scan is exactly 0: at least 5 % of its voxels, as after skull-stripping."""
+    return bool((channel == 0).mean() >= 0.05)
 
 
 def background(channel: np.ndarray) -> float:
-    """What lies outside a scan: 0, or its smallest value where that is below 0 (air, in CT)."""
-    return min(float(channel.min()), 0.0)
+    """What lies outside a scan (I, J, K): 0, or, of one with values below 0 and none of 0 around (CT), its air.
+
+    That is the value found most often on the six faces, in the lower half of the scan's range where a tenth of them is
+    there (a body may reach the faces). Not the smallest one: a single voxel may be far below it.
+    """
+    if not channel.min() < 0 or is_stripped(channel):
+        return 0.0
+    faces = np.concatenate([channel.take(end, axis).ravel() for axis in range(3) for end in (0, -1)])
+    dark = faces[faces <= np.percentile(channel, (1, 99)).mean()]
+    values = dark if len(dark) >= 0.1 * len(faces) else faces
+    low, high = np.percentile(values, (1, 99))
+    counts, edges = np.histogram(values[(values >= low) & (values <= high)], 64)
+    most = int(counts.argmax())
+    often = values[(values >= edges[most]) & (values <= edges[most + 1])]
+    return min(float(np.median(often)), 0.0)
 
 
 # ---- folders and tables ---------------------------------------------------------------------------------------------

@@ -94,31 +94,49 @@ def _field_numbers(part: Field) -> tuple[np.ndarray, np.ndarray]:
     return fixed, vectors.astype(np.float32).ravel()
 
 
-def read_transform(path: str | os.PathLike) -> Transform:
+def read_transform(path: str | os.PathLike, *, matrix: str = "", scans: tuple[str, str] | None = None) -> Transform:
     """Read a transform: ITK .h5, .tfm, .txt, ANTs .mat, or a displacement image (LPS mm, as ANTs writes a warp).
 
-    Several transforms in one file come back as one, the last of the file applied first, as in ITK.
+    Several transforms in one file come back as one, the last of the file applied first, as in ITK. What other tools
+    write is read by `foreign`.
+
+    Args:
+        matrix, scans: for a plain 4 x 4 matrix, see `foreign.read`.
 
     Raises:
         InputError: the file is missing, not a transform, or an image that does not have three values a voxel.
     """
-    if not Path(path).exists():
+    if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
-    if str(path).lower().endswith((*FIELD_ENDINGS, ".mhd")):
-        vectors, affine = read_vectors(path)
-        linear = np.linalg.inv((LPS_FROM_RAS @ affine)[:3, :3])
-        return Transform((Field(np.einsum("ab,bijk->aijk", linear, vectors), affine),))
     if str(path).lower().endswith(TRANSFORM_ENDINGS[:2]) and (found := _read_h5(path)) is not None:
         return found
+    from common.space import foreign
+
+    if matrix and matrix not in foreign.MATRICES:
+        raise InputError(f"--matrix must be one of {', '.join(foreign.MATRICES)}, got {matrix}")
+    if not str(path).lower().endswith((*FIELD_ENDINGS, ".mhd")):
+        return foreign.read(Path(path), matrix, scans) or read_itk(path, path)
+    if found := foreign.read_field(Path(path)):
+        return found
+    vectors, affine = read_vectors(path)
+    foreign.refuse_positions(Path(path), vectors.transpose(3, 2, 1, 0), affine)
+    linear = np.linalg.inv((LPS_FROM_RAS @ affine)[:3, :3])
+    return Transform((Field(np.einsum("ab,bijk->aijk", linear, vectors), affine),))
+
+
+def read_itk(path: str | os.PathLike, name: str | os.PathLike) -> Transform:
+    """A file of ITK's transforms, called `name` in errors."""
     from common.space import itk_classes, itk_maps
 
     try:
         read = itk_classes.read_transforms(str(path))
     except Exception as error:  # ITK raises several kinds
-        raise InputError(f"{path}: not a transform that ITK can read") from error
+        raise InputError(f"{name}: not a transform that ITK can read") from error
+    if not read:
+        raise InputError(f"{name}: holds no transform")
     for transform in read:
         if transform.GetInputSpaceDimension() != 3:
-            raise InputError(f"{path}: must be a 3-D transform, this one is {transform.GetInputSpaceDimension()}-D")
+            raise InputError(f"{name}: must be a 3-D transform, this one is {transform.GetInputSpaceDimension()}-D")
     return compose(*(itk_maps.from_itk(transform) for transform in reversed(read)))
 
 

@@ -145,7 +145,7 @@ FAULTS = {
     ),
     "label without whole numbers": (
         {"moving": "plain.nii.gz", "fixed": "fixed.nii.gz", "moving_label": "plain.nii.gz"},
-        "plain.nii.gz: a label map has one channel of whole numbers",
+        "plain.nii.gz: a label map has whole numbers",
     ),
     "far apart": (
         {"moving": "away.nii.gz", "fixed": "plain.nii.gz", "prealign": "none"},
