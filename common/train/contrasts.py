@@ -34,7 +34,7 @@ def draw_greys(generator: Generator, tissue: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def blur_matrix(n: int, deviation: float, slices: int, like: Tensor) -> Tensor:
-    """(n, n): Gaussian blur along an axis, then means of so many neighbours, put back linearly between their middles."""
+    """(n, n): Gaussian blur along an axis, then means of `slices` neighbours, linear between their middles."""
     at = torch.arange(n, device=like.device, dtype=like.dtype)
     blur = torch.exp(-0.5 * ((at[:, None] - at) / max(deviation, 1e-3)).square())
     blur = blur / blur.sum(1, keepdim=True)
