@@ -93,6 +93,8 @@ class OrderedPairs(Dataset):
         transform: for one scan ({"id", "image", "label"}).
         pair_transform: for one pair ({"id", "moving", "fixed", "moving_label", "fixed_label"}).
         pairs: (moving id, fixed id) to use instead of all ordered pairs.
+        kind: what every pair gets as "kind", where several sets are validated on.
+        limit: number of pairs at most.
     """
 
     def __init__(
@@ -101,8 +103,10 @@ class OrderedPairs(Dataset):
         transform: Callable | None = None,
         pair_transform: Callable | None = None,
         pairs: list[tuple[str, str]] | None = None,
+        kind: str | None = None,
+        limit: int | None = None,
     ) -> None:
-        self.data, self.pair_transform = data, pair_transform
+        self.data, self.pair_transform, self.kind = data, pair_transform, kind
         bar = tqdm(data, desc="load", unit="scan", file=sys.stderr, disable=len(data) < 5)
         self.scans = [transform(scan) if transform else scan for scan in bar]
         number = {scan["id"]: n for n, scan in enumerate(data)}
@@ -110,6 +114,7 @@ class OrderedPairs(Dataset):
             self.pairs = [(number[moving], number[fixed]) for moving, fixed in pairs]
         else:
             self.pairs = [(a, b) for a in range(len(data)) for b in range(len(data)) if a != b]
+        self.pairs = self.pairs[:limit]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -119,4 +124,6 @@ class OrderedPairs(Dataset):
         pair = {"id": f"{moving['id']}_to_{fixed['id']}", "moving": moving["image"], "fixed": fixed["image"]}
         if "label" in moving and "label" in fixed:
             pair |= {"moving_label": moving["label"], "fixed_label": fixed["label"]}
+        if self.kind:
+            pair["kind"] = self.kind
         return self.pair_transform(pair) if self.pair_transform else pair

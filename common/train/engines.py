@@ -2,6 +2,8 @@
 
 import atexit
 import ctypes
+import math
+from collections.abc import Callable
 from typing import Any
 
 import ignite.distributed
@@ -9,6 +11,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.data import DistributedSampler
+from monai.engines import IterationEvents
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import CumulativeIterationMetric
 from torch import Tensor, nn
@@ -93,9 +96,18 @@ def step_loss(value: Tensor, label: Tensor) -> Tensor:
     return value
 
 
-def label_dice_handler(minimum: int = 0) -> IgniteMetricHandler:
-    """Key metric of the validation: mean label Dice of "warped_label" against "target_label"; nan without labels."""
-    return IgniteMetricHandler(metric_fn=LabelDice(minimum), output_transform=_warped_and_target)
+def label_dice_handler(minimum: int = 0, *, of: str | None = None) -> IgniteMetricHandler:
+    """Key metric of the validation: mean label Dice of "warped_label" against "target_label"; nan without labels.
+
+    Args:
+        minimum: of `LabelDice`.
+        of: only of the pairs whose output has this "set", where several sets are validated on; None of all.
+    """
+
+    def chosen(output: list[dict]) -> tuple[list[Tensor], list[Tensor]]:
+        return _warped_and_target([item if of in (None, item.get("set")) else {} for item in output])
+
+    return IgniteMetricHandler(metric_fn=LabelDice(minimum), output_transform=chosen)
 
 
 def _warped_and_target(output: list[dict]) -> tuple[list[Tensor], list[Tensor]]:
@@ -131,6 +143,55 @@ class EpochBar:
     @staticmethod
     def _shown(output: list[dict]) -> dict[str, float]:
         return {"loss": round(float(output[0]["loss"]), 4)} if "loss" in output[0] else {}
+
+
+class ClipGradients:
+    """Scale the gradients down, before every step, to a norm of at most `norm`, all parameters taken together."""
+
+    def __init__(self, network: nn.Module, norm: float = 1.0) -> None:
+        self.network, self.norm = network, norm
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._clip)
+
+    def _clip(self, engine: Engine) -> None:
+        if engine.amp and engine.scaler is not None:
+            engine.scaler.unscale_(engine.optimizer)  # the scaler's step then knows that it has been done
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.norm)
+
+
+class Progress:
+    """Tell a loss, as its attribute `progress`, at every epoch which share of the training is behind: from 0 to 1."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        self.loss = loss
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self._tell)
+
+    def _tell(self, engine: Engine) -> None:
+        self.loss.progress = (engine.state.epoch - 1) / engine.state.max_epochs
+
+
+def warm_flat_cosine(
+    epochs: int, *, warm: int = 1, flat: float = 0.6, last: float = 0.02
+) -> Callable[[int], float]:
+    """Factor of the learning rate in each epoch (from 0): a straight rise, a flat part, half a cosine down to `last`.
+
+    Args:
+        epochs: of the training.
+        warm: epochs of the rise, of (n + 1) / (warm + 1) each.
+        flat: share of the epochs that ends the flat part.
+    """
+
+    def factor(epoch: int) -> float:
+        if epoch < warm:
+            return (epoch + 1) / (warm + 1)
+        begin = flat * epochs
+        done = min(max((epoch - begin) / max(epochs - begin, 1), 0), 1)
+        return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
+
+    return factor
 
 
 class EpochSampler:

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Mapping
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.transforms import Transform
 
 from common import InputError
@@ -58,10 +59,40 @@ class ToTrainingGridd(Transform):
         return data
 
 
+class PseudoT2d(Transform):
+    """Turn the contrast of a T1-like scan in [0, 1] over, label by label: what was bright is dark.
+
+    y(x) = 1 - m - (image(x) - m) / 2 with m the mean of the label that x is in; the background of exactly 0 stays.
+    Without a label map, or where none is, the foreground counts as one label.
+
+    Args:
+        key, label_key: the scan, (1, I, J, K), and its label map.
+
+    Source: a stand-in for T2 (cerebrospinal fluid bright, white matter dark) of the same person, to validate on.
+    """
+
+    def __init__(self, key: str = "moving", label_key: str = "moving_label") -> None:
+        self.key, self.label_key = key, label_key
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        scan = data[self.key]
+        image = scan.as_tensor()
+        label = data[self.label_key].as_tensor().round().long() if self.label_key in data else image.long() * 0
+        number = label.unique(return_inverse=True)[1].flatten()
+        inside = (image > 0).flatten()
+        total, count = (torch.bincount(number, weights=w.double()) for w in (image.flatten() * inside, inside))
+        mean = (total / count.clamp(min=1)).float()[number].view(image.shape)
+        turned = (1 - mean - (image - mean) / 2).clamp(0.01, 1)
+        data[self.key] = MetaTensor(torch.where(image > 0, turned, 0), affine=scan.affine, meta=dict(scan.meta))
+        return data
+
+
 class WarpPaird(Transform):
     """Apply "pred" to the pair on its grid, for validation: adds "warped" and, with labels, "warped_label".
 
-    "target_label" stacks the fixed and the moving label map: MONAI's metrics see only what post-processing adds.
+    "target_label" stacks the fixed and the moving label map, "set" repeats "kind" where the pair has one: MONAI's
+    metrics see only what post-processing adds.
     """
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
@@ -73,4 +104,6 @@ class WarpPaird(Transform):
             label = torch.as_tensor(data["moving_label"])[None].to(disp.device)
             data["warped_label"] = warp(label, disp, mode="nearest", padding="zeros")[0]
             data["target_label"] = torch.cat([torch.as_tensor(data[key]) for key in ("fixed_label", "moving_label")])
+        if "kind" in data:
+            data["set"] = data["kind"]
         return data

@@ -25,8 +25,15 @@ def from_root(*configs: str) -> tuple[str, ...]:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def train(configs: tuple[str, ...], dataset: Path, output: Path, epochs: int, launcher: tuple[str, ...] = ()) -> str:
-    options = {
+def train(
+    configs: tuple[str, ...],
+    dataset: Path,
+    output: Path,
+    epochs: int,
+    launcher: tuple[str, ...] = (),
+    options: tuple[object, ...] = (),
+) -> str:
+    common = {
         "dataset_dir": dataset,
         "output_dir": output,
         "spacing": SPACING,
@@ -34,8 +41,8 @@ def train(configs: tuple[str, ...], dataset: Path, output: Path, epochs: int, la
         "epoch_length": 2,
         "minimum": 5,
     }
-    pairs = [text for name, value in options.items() for text in (f"--{name}", value)]
-    return succeeded(command(*from_root(*configs), *pairs, launcher=launcher))
+    pairs = [text for name, value in common.items() for text in (f"--{name}", value)]
+    return succeeded(command(*from_root(*configs), *pairs, *options, launcher=launcher))
 
 
 def check_training(output: Path, epochs: int) -> None:
@@ -83,6 +90,22 @@ def test_training_on_a_folder_of_scans(dataset: Path, tmp_path: Path) -> None:
     succeeded(command(*from_root("train.json"), *options, "--epoch_length", 1))
     assert json.loads((tmp_path / "models" / "model.json").read_text()) == {"epoch": 1, "mean_dice": None}
     assert [path.name for path in (tmp_path / "models").glob("checkpoint*")] == ["checkpoint_epoch=1.pt"]
+
+
+def test_training_on_shapes(dataset: Path, tmp_path: Path) -> None:
+    """Validated on the scans and on the scans turned over; the mean of the weights is validated, kept and gone on."""
+    configs, options = ("train.json", "shapes.json"), ("--size", "[32,32,32]", "--val_interval", 1)
+    first = train(configs, dataset, tmp_path / "out", 1, options=options)
+    assert "Epoch: 1/1" in first and "same_dice" in first and "turned_dice" in first
+    assert "hippocampus_dice" not in first
+    check_training(tmp_path / "out", 1)
+    (saved,) = (tmp_path / "out" / "models").glob("checkpoint*")
+    state, kept = torch.load(saved), torch.load(tmp_path / "out" / "models" / "model.pt")
+    assert all(torch.equal(state["average"][name], value) for name, value in kept.items())
+    assert not all(torch.equal(state["model"][name], value) for name, value in kept.items())
+    second = train(configs, dataset, tmp_path / "out", 2, options=(*options, "--hippocampus_dir", dataset))
+    assert "going on from" in second and "Epoch: 1/2" not in second and "hippocampus_dice" in second
+    check_training(tmp_path / "out", 2)
 
 
 # ---- inference and evaluation ---------------------------------------------------------------------------------------

@@ -57,6 +57,9 @@ def test_ordered_pairs_are_all_and_each_loads_once() -> None:
     pairs = data.OrderedPairs([{"id": n} for n in "abc"], load)
     assert {pairs[n]["id"] for n in range(len(pairs))} == {f"{a}_to_{b}" for a in "abc" for b in "abc" if a != b}
     assert sorted(loads) == ["a", "b", "c"] and pairs[0]["moving"] == "aa"
+    assert "kind" not in pairs[0]
+    few = data.OrderedPairs([{"id": n} for n in "abc"], load, kind="same", limit=2)
+    assert [few[n]["id"] for n in range(len(few))] == ["a_to_b", "a_to_c"] and few[0]["kind"] == "same"
     chosen = data.OrderedPairs([{"id": n} for n in "abc"], load, pairs=[("c", "a")])
     assert len(chosen) == 1 and chosen[0]["id"] == "c_to_a"
 

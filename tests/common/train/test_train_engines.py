@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
 
 from common.train import engines
@@ -55,6 +56,52 @@ def test_label_dice_without_labels() -> None:
         metric.reset()
         metric.update(metric._output_transform(output))
         assert float(metric.metric_fn.aggregate()) == pytest.approx(expected, nan_ok=True)
+
+
+def test_label_dice_of_one_set() -> None:
+    right = {"warped_label": torch.ones(1, 4, 4, 4), "target_label": torch.ones(2, 4, 4, 4), "set": "a"}
+    wrong = right | {"warped_label": torch.zeros(1, 4, 4, 4), "set": "b"}
+    for of, expected in (("a", 1.0), ("b", 0.0), (None, 0.5), ("c", float("nan"))):
+        metric = engines.label_dice_handler(of=of)
+        metric.reset()
+        metric.update(metric._output_transform([right, wrong]))
+        assert float(metric.metric_fn.aggregate()) == pytest.approx(expected, nan_ok=True)
+
+
+def test_gradients_are_clipped_and_the_loss_knows_the_progress() -> None:
+    """A trainer's step moves the weights by at most rate times norm; the loss sees 0, then the share that is behind."""
+    network, seen = Dummy(), []
+
+    class Loss(nn.Module):
+        progress = None
+
+        def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+            seen.append(self.progress)
+            return 1e6 * pred.sum()
+
+    loss = Loss()
+    before = [p.detach().clone() for p in network.parameters()]
+    SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=4,
+        train_data_loader=[{"image": torch.rand(1, 2, 3, 3, 3)}],
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
+        loss_function=loss,
+        prepare_batch=engines.prepare_pair,
+        train_handlers=[engines.ClipGradients(network, 0.5), engines.Progress(loss)],
+    ).run()
+    assert seen == [0, 0.25, 0.5, 0.75]
+    moved = torch.cat([(p - q).flatten() for p, q in zip(network.parameters(), before)])
+    assert float(moved.norm()) == pytest.approx(4 * 0.5, rel=0.1)
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    factor = engines.warm_flat_cosine(100, warm=3, flat=0.6, last=0.02)
+    values = [factor(epoch) for epoch in range(101)]
+    assert values[:4] == [0.25, 0.5, 0.75, 1] and set(values[3:61]) == {1}
+    assert values[80] == pytest.approx(0.51) and values[100] == pytest.approx(0.02)
+    assert all(a > b for a, b in zip(values[60:], values[61:]))
 
 
 def test_prepare_pair_gives_image_twice() -> None:
