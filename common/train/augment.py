@@ -29,6 +29,32 @@ def rotation_displacement(matrix: Tensor, size: tuple[int, int, int]) -> Tensor:
     return torch.einsum("ab,nb...->na...", matrix - torch.eye(3), x - centre)
 
 
+class SamePersond(Transform):
+    """Now and then, register a scan with itself: "fixed" becomes "moving", "fixed_label" its label.
+
+    With `DeformPaird` behind it, small known motions are trained on, so that a network learns to do little where there
+    is little to do.
+
+    Args:
+        prob: how often.
+    """
+
+    def __init__(self, prob: float = 0.0) -> None:
+        if not 0 <= prob <= 1:
+            raise ValueError(f"SamePersond() 'prob' must be from 0 to 1, got {prob}")
+        self.prob = prob
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        data = dict(data)
+        if float(torch.rand(1)) < self.prob:
+            data |= {
+                fixed: data[moving]
+                for moving, fixed in (("moving", "fixed"), ("moving_label", "fixed_label"))
+                if moving in data
+            }
+        return data
+
+
 class MirrorPaird(Transform):
     """Mirror "image" (2C, I, J, K) and, if there, the classes "label" (2, I, J, K) of a pair along random axes.
 

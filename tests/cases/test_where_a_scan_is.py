@@ -12,7 +12,7 @@ import pytest
 from common import InputError, RegistrationWarning
 from common.run import progress
 from common.run.transforms import AlignAndGridd, LoadScansd
-from common.space import geometry, headers, io, mapping
+from common.space import geometry, headers, io, mapping, pixels
 
 AFFINE = np.array([[2.0, 0, 0, -10], [0, 2, 0, 5], [0, 0, 3, 7], [0, 0, 0, 1]])
 TURN = nib.eulerangles.euler2mat(0.3, -0.2, 0.1)
@@ -273,6 +273,7 @@ def test_plain_files_read_without_itk_say_what_itk_says(tmp_path: Path, kind: ty
         np.testing.assert_allclose(plain[0], array, rtol=1e-6)
         assert plain[0].dtype == (array.dtype if array.dtype.kind == "f" else np.int64)
         np.testing.assert_allclose(plain[1], io.affine_of(image), atol=1e-4)
-    file.header.set_sform(np.eye(4), 2)
+    file.set_qform(affine, 1)
+    file.set_sform(np.eye(4), 2)
     nib.save(file, tmp_path / "two.nii.gz")
     assert headers.plain(headers.read_nifti(tmp_path / "two.nii.gz")) is None
