@@ -1,8 +1,6 @@
 """Command lines: options that do not exist are refused, and what the user did wrong is said in one sentence."""
 
-import ast
 import difflib
-import inspect
 import os
 import re
 import sys
@@ -55,14 +53,19 @@ def options_of(words: list[str]) -> list[tuple[str, str]]:
     return found
 
 
-def refuse_unknown(option: str, name: str, known: Iterable[str]) -> None:
+def refuse_unknown(option: str, name: str, known: Iterable[str], elsewhere: str = "") -> None:
     """Stop at an option whose `name` is not among the known ones.
 
+    Args:
+        elsewhere: who has an option of that name.
+
     Raises:
-        InputError: naming the option, and the nearest one that exists.
+        InputError: naming the option, and whose it is, or the nearest one that exists.
     """
     known = set(known)
     if name not in known:
+        if elsewhere:
+            raise InputError(f"--{option}: there is no such option here, it belongs to {elsewhere}")
         near = difflib.get_close_matches(name, known, n=1)
         raise InputError(f"--{option}: there is no such option" + (f", did you mean --{near[0]}?" if near else ""))
 
@@ -81,22 +84,3 @@ def bundle_folder(name: str | os.PathLike) -> Path:
     known = sorted(path.parents[1].name for path in beside.glob("bundles/*/configs/inference.json"))
     there = f"; there are {', '.join(known)}" if known else ""
     raise InputError(f"{name}: no such bundle, nor a folder with configs/inference.json{there}")
-
-
-def refuse_unknown_options() -> None:
-    """Stop at an option on the command line of `monai.bundle run` that no config has; MONAI would take it silently.
-
-    Raises:
-        InputError: naming the option, and the nearest one that exists.
-    """
-    from monai.bundle import ConfigParser
-    from monai.bundle import run as bundle_run
-
-    options = dict(options_of(sys.argv[1:]))
-    files = options.get("config_file")
-    if "run" not in sys.argv[1:3] or not files:
-        return
-    files = ast.literal_eval(files) if files.startswith("[") else files.split(",")
-    known = set(ConfigParser.load_config_files(files)) | set(inspect.signature(bundle_run).parameters)
-    for option in options:
-        refuse_unknown(option, re.split("::|#", option)[0], known | {"bundle_root", "help"})
