@@ -1,10 +1,9 @@
 """python -m common COMMAND: what can be done with a registration without any bundle."""
 
-import functools
+import difflib
 import inspect
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import fire
@@ -13,7 +12,7 @@ import numpy as np
 from common import InputError
 from common.deploy.command import deploy
 from common.label.command import label
-from common.run.cli import options_of, refuse_unknown
+from common.run.cli import exact_words, printable, sentence_of
 from common.space import io, mapping, points
 from common.space.transform_files import read_transform, write_transform
 
@@ -186,19 +185,6 @@ def datalist(name: str, folder: str, *, output: str = ""):
     return _written(str(path), f"{counts}, {pairs} pairs; preset {os.path.relpath(preset)}")
 
 
-def _with_values(command: Callable[..., str]) -> Callable[..., str]:
-    """The command, refusing an option without its value: Fire gives True for it."""
-
-    @functools.wraps(command)
-    def checked(*words: object, **options: object) -> str:
-        for name, value in options.items():
-            if value is True and inspect.signature(command).parameters[name].annotation is not bool:
-                raise InputError(f"--{name}: needs a value")
-        return command(*words, **options)
-
-    return checked
-
-
 def pack_bundles(*names: str, output: str = "dist", url: str = ""):
     """Write each bundle as NAME_vVERSION.zip that runs alone, NAME_vVERSION.zip.sha256, and models/model_info.json.
 
@@ -275,14 +261,32 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run one command; an InputError ends in its sentence and exit code 1."""
+    """Run one command; an InputError, or a disk that is full, ends in its sentence and exit code 1."""
+    printable()
+    command, *words = sys.argv[1:] or ["--help"]
     try:
-        command, *words = sys.argv[1:] or [""]
-        for option, _ in options_of(words) if command in COMMANDS else ():
-            refuse_unknown(option, option, [*inspect.signature(COMMANDS[command]).parameters, "help"])
-        fire.Fire({name: _with_values(function) for name, function in COMMANDS.items()}, name="common")
-    except InputError as error:
-        sys.exit(f"error: {error}")
+        if command in ("--help", "-h", "help"):
+            print(_overview())
+            return
+        if command not in COMMANDS:
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
+            raise InputError(f"{command}: there is no such command{hint}")
+        if {"--help", "-h"} & set(words):
+            words = ["--help"]
+        else:
+            words = exact_words(command, COMMANDS[command], words)
+        fire.Fire(COMMANDS, command=[command, *words], name="common")
+    except (InputError, OSError) as error:
+        if (sentence := sentence_of(error)) is None:
+            raise
+        sys.exit(f"error: {sentence}")
+
+
+def _overview() -> str:
+    """Every command with what it does."""
+    lines = [f"  {name:9} {inspect.getdoc(function).splitlines()[0]}" for name, function in COMMANDS.items()]
+    return "\n".join(["python -m common COMMAND ...; python -m common COMMAND --help says more", "", *lines])
 
 
 if __name__ == "__main__":

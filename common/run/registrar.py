@@ -55,7 +55,7 @@ class Registrar:
     @property
     def description(self) -> str:
         """What metadata.json says the bundle does."""
-        meta = json.loads((self.root / "configs" / "metadata.json").read_text())
+        meta = json.loads((self.root / "configs" / "metadata.json").read_text(encoding="utf-8"))
         return f"{meta['name']}: {meta['description']}"
 
     def register(
