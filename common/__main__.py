@@ -231,6 +231,18 @@ def export_network(name: str, output: str, size: tuple[int, int, int], weights: 
     return _written(output, f"torch.export program for images of {' x '.join(map(str, size))} voxels")
 
 
+def options(bundle: str, *, training: bool = False):
+    """Every option of a bundle, its default, what it takes and does.
+
+    Args:
+        bundle: name of a bundle of the repository, or its folder.
+        training: those of train.json, not of inference.json.
+    """
+    from common.run.help import help_of_bundle
+
+    return help_of_bundle(bundle, training=training)
+
+
 def _grid(path: str) -> mapping.Grid:
     array, affine = io.read_scan(str(path))
     return array.shape[1:], affine
@@ -250,6 +262,7 @@ COMMANDS = {
     "compose": compose,
     "invert": invert,
     "report": make_report,
+    "options": options,
     "phantom": make_phantom,
     "datalist": datalist,
     "pack": pack_bundles,

@@ -1,10 +1,12 @@
 """What options a bundle has, in words: for --help, and for `python -m common options BUNDLE`."""
 
 import json
+import os
 import textwrap
 from pathlib import Path
 
-from common.run.options import Option, wanted
+from common.run.cli import bundle_folder
+from common.run.options import FOR_INFERENCE, FOR_TRAINING, Option, wanted
 
 WIDTH = 110
 
@@ -32,17 +34,27 @@ def help_of(config_file: str, config: dict, table: dict[str, Option]) -> str:
     return "\n".join([*lines, "", more])
 
 
+def help_of_bundle(bundle: str, *, training: bool = False) -> str:
+    """`help_of` a bundle's inference.json or train.json.
+
+    Raises:
+        InputError: there is no such bundle.
+    """
+    file = bundle_folder(bundle) / "configs" / ("train.json" if training else "inference.json")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return help_of(os.path.relpath(file), config, FOR_TRAINING if training else FOR_INFERENCE)
+
+
 def _explained(name: str, option: Option, default: object) -> list[str]:
     takes = "" if option.kind == "path" else f" ({wanted(option)})"
-    text = f"{option.text}{takes}; {_default(default)}"
+    default = "" if "by default" in option.text else _default(default)
+    text = f"{option.text}{takes}" + (f"; {default}" if default else "")
     return textwrap.wrap(text, WIDTH, initial_indent=f"  --{name:18} ", subsequent_indent=" " * 23)
 
 
 def _default(value: object) -> str:
     if value is None:
-        return "not given by default"
+        return ""
     if isinstance(value, str) and value.startswith("$@bundle_root + "):
         return f"default BUNDLE{value.split(chr(39))[1]}"
-    if isinstance(value, str) and value.startswith("$"):
-        return "default: see the README"
     return f"default {value if isinstance(value, str) else json.dumps(value)}"

@@ -36,7 +36,7 @@ def _scan(role: str, what: str) -> Option:
 SHARED = {
     "dataset_dir": Option("path", "folder of a dataset.json"),
     "output_dir": Option("path", "folder for the results"),
-    "device": Option("device", "where to compute: cpu or cuda:0"),
+    "device": Option("device", "where to compute, by default on a GPU, if there is one"),
     "amp": Option("switch", "mixed precision, on a GPU only"),
     "prealign": Option("word", "how the scans are brought together first", ("affine", "rigid", "none")),
     "spacing": Option("number", "mm of a voxel of the network's grid; 0 keeps the scan's", high=100, none=True),
@@ -47,7 +47,7 @@ SHARED = {
     "features": Option("word", "what is compared: learned features, or MIND-SSC", ("sam", "mind"), of="samconvex"),
 }
 INFERENCE = {
-    "moving": Option("path", "the scan that is brought to the fixed one; contrasts are joined by ;"),
+    "moving": Option("path", 'the scan that is brought to the fixed one; contrasts as "t1.nii.gz;t2.nii.gz"'),
     "fixed": Option("path", "the scan whose space the result has"),
     "moving_label": _scan("moving", "label map"),
     "fixed_label": _scan("fixed", "label map"),
@@ -71,9 +71,9 @@ INFERENCE = {
     "groups": Option("data", 'groups of labels for one more Dice: {"NAME": {"members": [1, 2]}}', none=True),
 }
 TRAINING = {
-    "ckpt_dir": Option("path", "folder for the checkpoints"),
+    "ckpt_dir": Option("path", "folder for the checkpoints, by default OUTPUT_DIR/models"),
     "seed": Option("whole", "of the random numbers", high=2**32 - 1),
-    "reference": Option("path", "scan whose grid all are resampled to"),
+    "reference": Option("path", "scan whose grid all are resampled to, by default the first"),
     "max_epochs": Option("whole", "how many epochs", low=1),
     "epoch_length": Option("whole", "iterations of an epoch; 0 for as many as there are pairs", high=1e9),
     "batch_size": Option("whole", "pairs in a step", low=1, high=4096),

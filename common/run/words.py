@@ -123,11 +123,11 @@ def _of_command_line() -> dict[str, Any]:
         print(help_of(files[0], config, table_of(config)), flush=True)
         sys.exit(0)
     values = values_of(words, config)
-    _check_root(str(values.get("bundle_root", config.get("bundle_root", "."))), config, files[0])
+    check_root(str(values.get("bundle_root", config.get("bundle_root", "."))), config, files[0])
     return values
 
 
-def _check_root(root: str, config: dict, file: str) -> None:
+def check_root(root: str, config: dict, file: str) -> None:
     """Stop where the bundle's own package is not to be found."""
     package = str(config.get("network_def", {}).get("_target_", "monai")).partition(".")[0]
     if not (Path(root) / package).is_dir() and importlib.util.find_spec(package) is None:
