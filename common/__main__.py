@@ -1,11 +1,10 @@
 """python -m common COMMAND: what can be done with a registration without any bundle."""
 
-import functools
+import difflib
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import fire
@@ -13,7 +12,7 @@ import fire
 from common import InputError
 from common.deploy.command import deploy
 from common.label.command import label
-from common.run.cli import options_of, refuse_unknown
+from common.run.cli import exact_words, printable, sentence_of
 
 
 class Later:
@@ -204,19 +203,6 @@ def datalist(name: str, folder: str, *, output: str = ""):
     return _written(str(path), f"{counts}, {pairs} pairs; preset {os.path.relpath(preset)}")
 
 
-def _with_values(command: Callable[..., str]) -> Callable[..., str]:
-    """The command, refusing an option without its value: Fire gives True for it."""
-
-    @functools.wraps(command)
-    def checked(*words: object, **options: object) -> str:
-        for name, value in options.items():
-            if value is True and inspect.signature(command).parameters[name].annotation is not bool:
-                raise InputError(f"--{name}: needs a value")
-        return command(*words, **options)
-
-    return checked
-
-
 def pack_bundles(*names: str, output: str = "dist", url: str = ""):
     """Write each bundle as NAME_vVERSION.zip that runs alone, NAME_vVERSION.zip.sha256, and models/model_info.json.
 
@@ -263,6 +249,18 @@ def export_network(name: str, output: str, size: tuple[int, int, int], weights: 
     return _written(output, f"torch.export program for images of {' x '.join(map(str, size))} voxels")
 
 
+def options(bundle: str, *, training: bool = False):
+    """Every option of a bundle, its default, what it takes and does.
+
+    Args:
+        bundle: name of a bundle of the repository, or its folder.
+        training: those of train.json, not of inference.json.
+    """
+    from common.run.help import help_of_bundle
+
+    return help_of_bundle(bundle, training=training)
+
+
 def _grid(path: str) -> "mapping.Grid":
     array, affine = io.read_scan(str(path))
     return array.shape[1:], affine
@@ -282,6 +280,7 @@ COMMANDS = {
     "compose": compose,
     "invert": invert,
     "report": make_report,
+    "options": options,
     "phantom": make_phantom,
     "datalist": datalist,
     "pack": pack_bundles,
@@ -293,14 +292,32 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run one command; an InputError ends in its sentence and exit code 1."""
+    """Run one command; an InputError, or a disk that is full, ends in its sentence and exit code 1."""
+    printable()
+    command, *words = sys.argv[1:] or ["--help"]
     try:
-        command, *words = sys.argv[1:] or [""]
-        for option, _ in options_of(words) if command in COMMANDS else ():
-            refuse_unknown(option, option, [*inspect.signature(COMMANDS[command]).parameters, "help"])
-        fire.Fire({name: _with_values(function) for name, function in COMMANDS.items()}, name="common")
-    except InputError as error:
-        sys.exit(f"error: {error}")
+        if command in ("--help", "-h", "help"):
+            print(_overview())
+            return
+        if command not in COMMANDS:
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
+            raise InputError(f"{command}: there is no such command{hint}")
+        if {"--help", "-h"} & set(words):
+            words = ["--help"]
+        else:
+            words = exact_words(command, COMMANDS[command], words)
+        fire.Fire(COMMANDS, command=[command, *words], name="common")
+    except (InputError, OSError) as error:
+        if (sentence := sentence_of(error)) is None:
+            raise
+        sys.exit(f"error: {sentence}")
+
+
+def _overview() -> str:
+    """Every command with what it does."""
+    lines = [f"  {name:9} {inspect.getdoc(function).splitlines()[0]}" for name, function in COMMANDS.items()]
+    return "\n".join(["python -m common COMMAND ...; python -m common COMMAND --help says more", "", *lines])
 
 
 if __name__ == "__main__":

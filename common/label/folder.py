@@ -53,7 +53,7 @@ def read_app(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CONTENT
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return {name: dict(content[name]) for name in ("bundles", "options", "labels")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not as `python -m common label init` writes it") from error
@@ -64,7 +64,7 @@ def _read_names(path: str) -> dict[str, int]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
         pairs = [(name, value) if isinstance(value, int) else (value, name) for name, value in found.items()]
         names = {str(name): int(number) for name, number in pairs}
     except (ValueError, AttributeError, TypeError) as error:

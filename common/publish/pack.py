@@ -35,7 +35,7 @@ def pack(name: str, *, output: str | os.PathLike = "dist", url: str = "") -> lis
         InputError: no such bundle, weights missing, a version without an entry in the changelog, no place to write.
     """
     bundle = bundle_folder(name)
-    meta = json.loads((bundle / "configs" / "metadata.json").read_text())
+    meta = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     version = meta["version"]
     if version not in meta["changelog"]:
         raise InputError(f"{bundle / 'configs' / 'metadata.json'}: the changelog has no entry for version {version}")
@@ -89,7 +89,7 @@ def _contents(bundle: Path) -> Iterator[tuple[str, Path]]:
 
     Of models/ these are the weights that a config names, so no exported network and no checkpoint.
     """
-    configs = "".join(path.read_text() for path in sorted((bundle / "configs").glob("*.json")))
+    configs = "".join(path.read_text(encoding="utf-8") for path in sorted((bundle / "configs").glob("*.json")))
     parts = ["LICENSE", "large_files.yml", "configs", "docs", "models", bundle.name]
     for root, names in ((bundle, parts), (COMMON.parent, [COMMON.name])):
         for name in names:
@@ -114,7 +114,7 @@ def _list(path: Path, key: str, entry: dict[str, str]) -> Path:
     """Add an entry to models/model_info.json, whose place is fixed by MONAI: it reads it at the tag of a release."""
     path.parent.mkdir(exist_ok=True)
     try:
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not JSON ({error})") from error
     content = dict(sorted((known | {key: entry}).items()))

@@ -1,30 +1,42 @@
 """Command lines: options that do not exist are refused, and what the user did wrong is said in one sentence."""
 
-import ast
 import difflib
+import errno
 import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from common import InputError
 
+# What a disk or a folder may say to a program that writes: no fault of its own, and nothing that a traceback explains.
+OF_DISKS = {getattr(errno, name) for name in ("ENOSPC", "EFBIG", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE")}
+OF_DISKS |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
 # How our argument checks begin, and a bundle that meets another version of `common`.
 OUR_WORDS = re.compile(r"\w+\(\) '\w+' must |this bundle needs `common`")
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """The sentence of the InputError among the causes of an error, or of one of our own checks; None without."""
+    """The sentence of the InputError among the causes of an error, of one of our own checks, or a disk's; or None."""
     cause, seen = error, set()
     while cause is not None and id(cause) not in seen:
         ours = isinstance(cause, (ValueError, ImportError)) and OUR_WORDS.match(str(cause))
         if isinstance(cause, InputError) or ours:
             return str(cause)
+        if isinstance(cause, OSError) and cause.errno in OF_DISKS:
+            return f"{cause.filename or 'a file of the results'}: cannot be written or read ({cause.strerror})"
         seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def printable() -> None:
+    """Names in letters that a terminal does not have are printed as escapes; they would end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def one_sentence_errors() -> None:
@@ -34,6 +46,7 @@ def one_sentence_errors() -> None:
     which looks through the causes that MONAI wraps around an error.
     """
     usual = sys.excepthook
+    printable()
 
     def hook(kind, error, traceback) -> None:
         if sentence := sentence_of(error):
@@ -45,24 +58,19 @@ def one_sentence_errors() -> None:
         sys.excepthook = hook
 
 
-def options_of(words: list[str]) -> list[tuple[str, str]]:
-    """--name value, --name=value and --name as pairs."""
-    found = []
-    for n, word in enumerate(words):
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word[2:].partition("=")
-            found.append((name, value if equals else words[n + 1] if n + 1 < len(words) else ""))
-    return found
-
-
-def refuse_unknown(option: str, name: str, known: Iterable[str]) -> None:
+def refuse_unknown(option: str, name: str, known: Iterable[str], elsewhere: str = "") -> None:
     """Stop at an option whose `name` is not among the known ones.
 
+    Args:
+        elsewhere: who has an option of that name.
+
     Raises:
-        InputError: naming the option, and the nearest one that exists.
+        InputError: naming the option, and whose it is, or the nearest one that exists.
     """
     known = set(known)
     if name not in known:
+        if elsewhere:
+            raise InputError(f"--{option}: there is no such option here, it belongs to {elsewhere}")
         near = difflib.get_close_matches(name, known, n=1)
         raise InputError(f"--{option}: there is no such option" + (f", did you mean --{near[0]}?" if near else ""))
 
@@ -83,20 +91,60 @@ def bundle_folder(name: str | os.PathLike) -> Path:
     raise InputError(f"{name}: no such bundle, nor a folder with configs/inference.json{there}")
 
 
-def refuse_unknown_options() -> None:
-    """Stop at an option on the command line of `monai.bundle run` that no config has; MONAI would take it silently.
+def exact_words(name: str, command: Callable[..., str], words: list[str]) -> list[str]:
+    """The words of `python -m common NAME WORDS`, so written that fire hands them on as they were typed.
+
+    fire takes 2021_03_15 for a number, [a,b] for a list and a,b for two: what a command takes as text is quoted, and
+    what is True or False becomes that.
 
     Raises:
-        InputError: naming the option, and the nearest one that exists.
+        InputError: an option that the command does not have, one without its value, too few or too many words.
     """
-    from monai.bundle import ConfigParser
-    from monai.bundle import run as bundle_run
+    parameters = inspect.signature(command).parameters
+    places = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)]
+    several = bool(places) and parameters[places[-1]].kind is inspect.Parameter.VAR_POSITIONAL
+    given, quoted, count, rest = set(), [], 0, list(words)
+    while rest:
+        word = rest.pop(0)
+        if re.match(r"--.|-[a-zA-Z]", word):
+            option, equals, value = word.lstrip("-").partition("=")
+            option = _whole_name(option.replace("-", "_"), parameters)
+            refuse_unknown(option, option, parameters)
+            if option in given:
+                raise InputError(f"--{option}: is given twice")
+            parameter = parameters[option]
+            value = value if equals else _next(rest, switch=parameter.annotation is bool)
+            quoted.append(f"--{option}={_quoted(option, parameter, value)}")
+        else:
+            if count >= len(places) and not several:
+                raise InputError(f"{word}: is one word too many for {name}; python -m common {name} --help")
+            option, count = places[min(count, len(places) - 1)], count + 1
+            quoted.append(_quoted(option, parameters[option], word))
+        given.add(option)
+    needed = [n for n in places if parameters[n].default is parameters[n].empty]
+    if lacks := [n for n in needed if n not in given and parameters[n].kind is not inspect.Parameter.VAR_POSITIONAL]:
+        raise InputError(f"{name} needs {' and '.join(map(str.upper, lacks))} as well; python -m common {name} --help")
+    return quoted
 
-    options = dict(options_of(sys.argv[1:]))
-    files = options.get("config_file")
-    if "run" not in sys.argv[1:3] or not files:
-        return
-    files = ast.literal_eval(files) if files.startswith("[") else files.split(",")
-    known = set(ConfigParser.load_config_files(files)) | set(inspect.signature(bundle_run).parameters)
-    for option in options:
-        refuse_unknown(option, re.split("::|#", option)[0], known | {"bundle_root", "help"})
+
+def _whole_name(option: str, parameters: Mapping[str, inspect.Parameter]) -> str:
+    """-r is --reference, if that is the only one with an r."""
+    long = [n for n in parameters if len(option) == 1 and n.startswith(option)]
+    return long[0] if len(long) == 1 else option
+
+
+def _next(rest: list[str], *, switch: bool = False) -> str | None:
+    """Take the value that follows an option, if there is one; None of a switch that is alone."""
+    if not rest or rest[0].startswith("--") or (switch and rest[0].lower() not in ("true", "false")):
+        return None
+    return rest.pop(0)
+
+
+def _quoted(name: str, parameter: inspect.Parameter, word: str | None) -> str:
+    if parameter.annotation is bool:
+        if word is not None and word.lower() not in ("true", "false"):
+            raise InputError(f"--{name}: is True or False, got {word}")
+        return "True" if word is None else word.capitalize()
+    if word is None:
+        raise InputError(f"--{name}: needs a value")
+    return repr(word) if parameter.annotation is str else word

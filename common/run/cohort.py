@@ -79,7 +79,7 @@ class PairTable:
         row = row | {"settings": self.settings}
         self.rows[row["id"]] = row
         if rank():
-            with self._journal(rank()).open("a") as file:
+            with self._journal(rank()).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         else:
             self.write()
@@ -131,7 +131,7 @@ class PairTable:
         """Rows that other processes have written; the last line of a process that was killed may be cut off."""
         rows = []
         for path in sorted(self.folder.glob(".rows.*.jsonl")):
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError:
@@ -304,7 +304,7 @@ def _read_table(path: Path) -> list[dict]:
     """Rows of results.csv with numbers as numbers; [] if there is none or it is none of ours."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     return [
         {name: text if name in IDENTITY + ("warnings", "error") else _value(text) for name, text in row.items()}

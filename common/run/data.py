@@ -1,9 +1,13 @@
 """Which pairs: two paths, a CSV, a data list, or the phantom; and the ordered pairs of a folder for training."""
 
 import csv
+import functools
+import hashlib
 import io
 import json
 import os
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 from common import InputError
@@ -21,6 +25,7 @@ PAIR_COLUMNS = (
     "fixed_mask",
     "moving_mask",
 )
+LONGEST = 200  # bytes of an id: a file name has 255 at most
 SCAN_ENDINGS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 
 
@@ -79,17 +84,27 @@ def list_pairs(
             missing = [] if name == "id" else [part for part in contrasts_of(value) if not Path(part).exists()]
             if missing and len(rows) == 1:  # in a cohort, that pair fails alone
                 raise InputError(f"{missing[0]}: no such file")
-        row["id"] = unique(row.get("id") or f"{stem(row['moving'])}_to_{stem(row['fixed'])}", taken)
+    for row in sorted(rows, key=lambda row: not row.get("id")):  # what has a name keeps it
+        if name := row.get("id"):
+            row["id"] = unique(name, taken)
+        else:
+            free = functools.partial(_is_free, Path(output_dir), row)
+            row["id"] = unique(f"{stem(row['moving'])}_to_{stem(row['fixed'])}", taken, free)
     return rows
 
 
 def absolute(value: str | list[str], folder: Path | None = None) -> str:
     """Absolute path of a scan, or of its contrasts (a list, or joined by ";")."""
-    return ";".join(os.path.abspath((folder or Path()) / part) for part in contrasts_of(_joined(value)))
+    return ";".join(os.path.abspath((folder or Path()) / part) for part in contrasts_of(_joined(value), folder))
 
 
 def _joined(value: str | list[str]) -> str:
     return ";".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def is_scan(path: Path) -> bool:
+    """Whether a file of a folder is a scan by its name; not one that is hidden, as macOS leaves beside every file."""
+    return path.name.lower().endswith(SCAN_ENDINGS) and not path.name.startswith(".")
 
 
 def stem(path: str) -> str:
@@ -101,14 +116,30 @@ def stem(path: str) -> str:
     return Path(path).stem
 
 
-def unique(name: str, taken: set[str]) -> str:
-    """`name`, made safe as a folder name, with a number behind it if it is taken."""
+def unique(name: str, taken: set[str], free: Callable[[str], bool] = lambda name: True) -> str:
+    """`name`, made safe as a folder name, with a number behind it if it is taken or not `free`.
+
+    Upper and lower case are one name, as on many disks. A name of more than LONGEST bytes ends in a hash of it.
+    """
+    name = unicodedata.normalize("NFC", name)
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".") or "pair"
+    if len(safe.encode()) > LONGEST:
+        digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
+        safe = f"{safe.encode()[: LONGEST - 9].decode(errors='ignore')}_{digest}"
     number, result = 2, safe
-    while result in taken:
+    while result.casefold() in taken or not free(result):
         number, result = number + 1, f"{safe}_{number}"
-    taken.add(result)
+    taken.add(result.casefold())
     return result
+
+
+def _is_free(folder: Path, row: dict[str, str], name: str) -> bool:
+    """Whether no pair of other files has its results there: two people's T1.nii.gz, and one folder for the results."""
+    try:
+        told = json.loads((folder / name / "report.json").read_text(encoding="utf-8"))
+        return all(told[role] == row[role] for role in ("fixed", "moving"))
+    except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours
+        return True
 
 
 def read_pairs(path: str, same: dict[str, str] | None = None) -> list[dict[str, str]]:
@@ -127,7 +158,7 @@ def read_pairs(path: str, same: dict[str, str] | None = None) -> list[dict[str, 
     if os.path.isdir(path):
         if not same:
             raise InputError(f"{path}: a folder of scans needs the one to register them with, --fixed or --moving")
-        files = sorted(entry for entry in Path(path).absolute().iterdir() if entry.name.lower().endswith(SCAN_ENDINGS))
+        files = sorted(entry for entry in Path(path).absolute().iterdir() if is_scan(entry))
         rows = [same | {needed[0]: str(file)} for file in files if str(file) not in same.values()]
         if not rows:
             raise InputError(f"{path}: holds no scans")
@@ -179,7 +210,7 @@ def read_dataset(dataset_dir: str) -> dict:
     if not path.exists():
         raise InputError(f"{path}: no such file")
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
     for part in ("training", "validation", "test"):
@@ -227,4 +258,4 @@ def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> li
 def label_groups(dataset_dir: str | None, name: str = "coarse27") -> dict | None:
     """Coarse label groups {number: {"members": [...]}} of a dataset's labels.json, or None if it has none."""
     path = Path(dataset_dir or ".") / "labels.json"
-    return json.loads(path.read_text()).get(name) if dataset_dir and path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")).get(name) if dataset_dir and path.exists() else None

@@ -13,12 +13,13 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from common import InputError
 from common.run.cli import refuse_unknown
+from common.run.options import FOR_INFERENCE
+from common.run.values import check
 
 # Options that no network depends on: with these the one that is loaded is kept.
 OF_A_PAIR = ("moving", "fixed", "moving_label", "fixed_label", "moving_points", "fixed_points", "moving_mask")
 OF_A_PAIR += ("fixed_mask", "output_dir", "prealign", "passes", "refine_steps", "refine_similarity", "save_inverse")
 OF_A_PAIR += ("surface", "displacement")
-EVALUATED = ("$", "@", "%")  # what MONAI's configs take a string for that begins with one of these: code, or references
 _ONE_AT_A_TIME = threading.Lock()  # sys.path, the progress bar and its notes belong to the process
 
 
@@ -54,7 +55,7 @@ class Registrar:
     @property
     def description(self) -> str:
         """What metadata.json says the bundle does."""
-        meta = json.loads((self.root / "configs" / "metadata.json").read_text())
+        meta = json.loads((self.root / "configs" / "metadata.json").read_text(encoding="utf-8"))
         return f"{meta['name']}: {meta['description']}"
 
     def register(
@@ -83,9 +84,10 @@ class Registrar:
                 logging_file=False,
                 workflow_type="inference",
                 bundle_root=str(self.root),
-                **asked,
                 **kept,
             )
+            # `take_options` gives them to the parser as values: in the config itself they would be text to evaluate.
+            workflow.given_options = {"bundle_root": str(self.root)} | asked
             workflow.initialize()
             workflow.run()
             workflow.finalize()
@@ -96,11 +98,11 @@ class Registrar:
         return row, Path(asked["output_dir"]) / row["id"]
 
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
-        for name, value in options.items():
+        for name in options:
             refuse_unknown(name, name, self.defaults)
-            if isinstance(value, str) and value.startswith(EVALUATED):
-                raise InputError(f"--{name} {value}: a value must not begin with {', '.join(EVALUATED)}")
-        return {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in options.items()}
+        plain = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in options.items()}
+        known = {n: v for n, v in plain.items() if n in FOR_INFERENCE and (v is not None or self.defaults[n])}
+        return plain | {name: check(name, FOR_INFERENCE[name], value) for name, value in known.items()}
 
 
 @contextlib.contextmanager

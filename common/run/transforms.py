@@ -1,5 +1,6 @@
 """Dictionary transforms of a pair, in the order of the working path: load, align, grid, scale, pack, deliver."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -33,7 +34,7 @@ def plain_scan(scan: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def checked_spacing(value: float | None) -> float | None:
-    if value is None or (isinstance(value, (int, float)) and value >= 0):
+    if value is None or (isinstance(value, (int, float)) and 0 <= value < math.inf):
         return value or None
     raise InputError(f"--spacing must be a size in mm, or 0 for that of the scan, got {value}")
 
@@ -42,6 +43,22 @@ def checked_grid_size(value: tuple[int, int, int] | None) -> tuple[int, int, int
     if value is None or (len(value) == 3 and all(isinstance(n, int) and n > 1 for n in value)):
         return None if value is None else tuple(value)
     raise InputError(f"--grid_size must be three whole numbers of voxels, got {value}")
+
+
+def refuse_huge(size: tuple[int, int, int], spacing: float | None) -> None:
+    """Stop at a working grid whose two scans alone need more memory than there is, before it is made.
+
+    Raises:
+        InputError: such a grid.
+    """
+    free, needed = forecast.free_memory(torch.device("cpu")), 8 * math.prod(map(int, size))
+    if min(size) < 1 or (free is not None and needed > free):  # below 1: so many that they are not counted
+        grid = "more voxels than can be counted"
+        if min(size) > 0:
+            grid = f"{' x '.join(map(str, size))} voxels, the two scans alone need {needed / forecast.GIB:.0f} GiB"
+            grid += f", {free / forecast.GIB:.1f} are free"
+        where = f"--spacing {spacing:g}" if spacing else "the grid of the fixed scan"
+        raise InputError(f"{where}: {grid}; take a larger --spacing")
 
 
 class LoadScansd(Transform):
@@ -146,9 +163,6 @@ class AlignAndGridd(Transform):
             raise InputError(f"{names[0]}: has {len(moving)} channels, the fixed scan {names[1]} has {len(fixed)}")
         if self.channels is not None and len(fixed) != self.channels:
             raise InputError(f"{names[1]}: has {len(fixed)} channels, these weights take {self.channels}")
-        progress.stage(f"{self.prealign} alignment")
-        matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign)
-        progress.stage("resampling")
         box = geometry.foreground_box(fixed[0]) if self.crop else None
         options = {"box": box, "divisor": self.divisor, "grid_size": self.grid_size}
         organ = fixed.shape[1:], fixed_affine, self.spacing, geometry.foreground_box(fixed[0])
@@ -157,6 +171,10 @@ class AlignAndGridd(Transform):
             text = f"a grid of {self.spacing:g} mm voxels does not suit the size of {names[1]}"
             progress.note(f"{text}, one of {spacing:g} mm was used; choose another with --spacing")
         size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, spacing, **options)
+        refuse_huge(size, spacing)
+        progress.stage("no alignment" if self.prealign == "none" else f"{self.prealign} alignment")
+        matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign)
+        progress.stage("resampling")
         moving_work = geometry.to_working_grid(moving, moving_affine, size, onto, matrix)
         fixed_work = geometry.to_working_grid(fixed, fixed_affine, size, onto)
         apart = not geometry.overlap(size, onto, moving.shape[1:], moving_affine, matrix)

@@ -83,9 +83,27 @@ def read_label(
     return array.astype(np.int32 if fits else np.int64, copy=False), affine
 
 
-def contrasts_of(path: str | os.PathLike) -> list[str]:
-    """The paths of a scan's contrasts: mostly one."""
-    return [part.strip() for part in str(path).split(";") if part.strip()]
+def contrasts_of(path: str | os.PathLike, folder: Path | None = None) -> list[str]:
+    """The paths of a scan's contrasts, mostly one; a file or folder may have ";" in its name.
+
+    Args:
+        folder: that relative paths are of.
+    """
+    parts, found = str(path).split(";"), []
+    while parts:
+        names = {n: ";".join(parts[:n]) for n in range(len(parts), 0, -1)}  # the longest that exists
+        n = next((n for n, name in names.items() if n == 1 or _exists((folder or Path()) / name.strip())), 1)
+        name = names[n] if _exists((folder or Path()) / names[n]) else names[n].strip()
+        found += [name] if name.strip() else []
+        parts = parts[n:]
+    return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 def refuse_constant(array: np.ndarray, path: str | os.PathLike) -> None:
@@ -415,11 +433,11 @@ def replaced(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    """Write rows as CSV, the columns in order of appearance; replaced in one step."""
+    """Write rows as CSV in UTF-8, the columns in order of appearance; replaced in one step."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
 
     def write(partial: Path) -> None:
-        with partial.open("w", newline="") as file:
+        with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common import InputError
-from common.run.data import SCAN_ENDINGS, absolute, read_dataset, stem
+from common.run.data import absolute, is_scan, read_dataset, stem
 from common.run.example import write_phantom
 
 
@@ -75,7 +75,7 @@ def list_scans(dataset_dir: str | None, part: str = "training", *, output_dir: s
     else:
         if not root.is_dir():
             raise InputError(f"{root}: no such folder")
-        files = sorted(path for path in root.iterdir() if path.name.lower().endswith(SCAN_ENDINGS))
+        files = sorted(path for path in root.iterdir() if is_scan(path))
         scans = [{"id": stem(path.name), "image": str(path)} for path in files]
         scans = scans if part == "training" else scans[-2:]
     if len(scans) < 2:

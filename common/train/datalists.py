@@ -139,7 +139,7 @@ def _learn2reg(names: dict[int, str] | None = None) -> Callable[[Path, Path], di
         files = sorted(root.glob("*_dataset.json")) or sorted(root.glob("*/*_dataset.json"))
         if not files:
             return {}
-        given = json.loads(files[0].read_text())
+        given = json.loads(files[0].read_text(encoding="utf-8"))
         base, cases = files[0].parent, {}
         for entry in given.get("training", []):
             entry = {"image": entry} if isinstance(entry, str) else entry

@@ -9,7 +9,7 @@ from monai.transforms import Transform
 
 from common import InputError
 from common.ops import warp
-from common.run.transforms import PREALIGN, checked_grid_size, checked_spacing, plain_scan, scan_tensor
+from common.run.transforms import PREALIGN, checked_grid_size, checked_spacing, plain_scan, refuse_huge, scan_tensor
 from common.space import geometry, io
 from common.space.prealign import prealign
 
@@ -52,6 +52,7 @@ class ToTrainingGridd(Transform):
             if str(name) != str(self.reference):
                 matrix = prealign(target[0], target_affine, array[0], affine, self.prealign)
         size, onto = geometry.working_grid(target.shape[1:], target_affine, self.spacing, grid_size=self.grid_size)
+        refuse_huge(size, self.spacing)
         data[scan] = scan_tensor(geometry.to_working_grid(array, affine, size, onto, matrix), onto, name)
         if label in data:
             values = geometry.to_working_grid(plain_scan(data[label])[0], affine, size, onto, matrix, nearest=True)

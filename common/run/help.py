@@ -1,0 +1,60 @@
+"""What options a bundle has, in words: for --help, and for `python -m common options BUNDLE`."""
+
+import json
+import os
+import textwrap
+from pathlib import Path
+
+from common.run.cli import bundle_folder
+from common.run.options import FOR_INFERENCE, FOR_TRAINING, Option, wanted
+
+WIDTH = 110
+
+
+def help_of(config_file: str, config: dict, table: dict[str, Option]) -> str:
+    """Every option of a config, its default, what it takes and does.
+
+    Args:
+        config_file: the first of the files that `config` is made of.
+        config: content of the files.
+        table: as `common.run.words.table_of` gives it.
+    """
+    folder = Path(config_file).resolve().parent
+    name = folder.parent.name if folder.name == "configs" else folder.name
+    doing = "trains" if "train" in config else "registers"
+    first = f"python -m monai.bundle run --config_file {config_file} --bundle_root {Path(config_file).parent.parent}"
+    lines = [f"{first} [--OPTION VALUE ...]", "", f"{name} {doing}. Its options, and their defaults:", ""]
+    for option in table:
+        if option in config:
+            lines += _explained(option, table[option], config[option])
+    if arguments := config.get("network_def"):
+        lines += ["", "Arguments of the network, as --network_def::NAME VALUE; the model card explains them:", ""]
+        lines += [f"  {n}: {json.dumps(v)}" for n, v in arguments.items() if not n.startswith("_")]
+    more = "More: common/run/README.md, common/train/README.md and docs/README.md of the bundle."
+    return "\n".join([*lines, "", more])
+
+
+def help_of_bundle(bundle: str, *, training: bool = False) -> str:
+    """`help_of` a bundle's inference.json or train.json.
+
+    Raises:
+        InputError: there is no such bundle.
+    """
+    file = bundle_folder(bundle) / "configs" / ("train.json" if training else "inference.json")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return help_of(os.path.relpath(file), config, FOR_TRAINING if training else FOR_INFERENCE)
+
+
+def _explained(name: str, option: Option, default: object) -> list[str]:
+    takes = "" if option.kind == "path" else f" ({wanted(option)})"
+    default = "" if "by default" in option.text else _default(default)
+    text = f"{option.text}{takes}" + (f"; {default}" if default else "")
+    return textwrap.wrap(text, WIDTH, initial_indent=f"  --{name:18} ", subsequent_indent=" " * 23)
+
+
+def _default(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str) and value.startswith("$@bundle_root + "):
+        return f"default BUNDLE{value.split(chr(39))[1]}"
+    return f"default {value if isinstance(value, str) else json.dumps(value)}"

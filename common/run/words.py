@@ -1,0 +1,216 @@
+"""The command line of `monai.bundle run`: its words become values of options before MONAI looks at them.
+
+On their way through fire and MONAI's config parser a date in a path becomes a number, "#" becomes "::", and what begins
+with "$", "@" or "%" is code, a reference or another file. So the configs name `take_options` in their "initialize": it
+reads the words anew, checks them by the table, and gives the parser values that it takes as they are. Only what MONAI
+reads before is out of reach: the config files, --bundle_root, and a value that begins with "%" or is an import.
+"""
+
+import ast
+import importlib.util
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import run as bundle_run
+
+from common import InputError
+from common.run.cli import refuse_unknown
+from common.run.help import help_of
+from common.run.options import FOR_INFERENCE, FOR_TRAINING, Option
+from common.run.values import check, read
+
+EVALUATED = ("$", "@", "%")  # what MONAI's configs take a string for that begins with one of these: code, or references
+OF_MONAI = set(inspect.signature(bundle_run).parameters) - {"override"}
+HELP = ("-h", "--help")
+
+
+class Words(NamedTuple):
+    """A command line: options with their words (None: without one), and words that belong to none."""
+
+    options: dict[str, str | None]
+    others: list[str]
+
+
+def table_of(config: dict) -> dict[str, Option]:
+    """The table of options for a config: that of the training, or of the inference."""
+    return FOR_TRAINING if "train" in config else FOR_INFERENCE
+
+
+def split(words: list[str], known: set[str]) -> Words:
+    """--name VALUE, --name=VALUE and --name as options; fire also takes one hyphen, and "-" for "_" in a name.
+
+    A value may begin with one hyphen if it is no option's name; with two it is written --name=--value.
+
+    Raises:
+        InputError: an option is given twice.
+    """
+    options: dict[str, str | None] = {}
+    others, waiting = [], None
+    for word in words:
+        name, equals, value = _parts(word)
+        if not word.startswith("--") and (waiting is not None or name is None) and _top(name) not in known:
+            if waiting is None:
+                others.append(word)
+            else:
+                options[waiting], waiting = word, None
+            continue
+        if word.startswith("--no") and not equals and name not in known and name[2:] in known:
+            name, equals, value = name[2:], "=", "False"
+        if name in options:
+            raise InputError(f"--{name}: is given twice")
+        options[name], waiting = (value, None) if equals else (None, name)
+    return Words(options, others)
+
+
+def _parts(word: str) -> tuple[str | None, str, str]:
+    """Name, "=" and value of a word that is an option for fire; (None, "", "") for another."""
+    if not re.match(r"--.|-[a-zA-Z]", word):
+        return None, "", ""
+    name, equals, value = word.lstrip("-").partition("=")
+    return name.replace("-", "_"), equals, value
+
+
+def _top(name: str | None) -> str | None:
+    return name and re.split("::|#", name)[0]
+
+
+def take_options() -> None:
+    """Put the options of the command line, or of a `Registrar`, into the config that names this in "initialize".
+
+    Asked for help, print it and end the program. MONAI hands what a config runs no way to the config itself: its parser
+    is found among the callers.
+
+    Raises:
+        InputError: an option that no config has, a word that is not what its option takes.
+    """
+    parser, workflow = _caller(ConfigParser), _caller(ConfigWorkflow)
+    given = getattr(workflow, "given_options", None)
+    if given is None:
+        given = _of_command_line()
+    if parser is not None:
+        parser.ref_resolver.resolved_content.update(given)
+        if "bundle_root" in given:  # read by MONAI already, and perhaps not as it stands
+            sys.path.insert(1, os.path.abspath(given["bundle_root"]))
+
+
+def _caller(kind: type) -> Any:
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(found := frame.f_locals.get("self"), kind):
+            return found
+        frame = frame.f_back
+    return None
+
+
+def _of_command_line() -> dict[str, Any]:
+    """Values by name, if this process is `python -m monai.bundle run`."""
+    if "run" not in sys.argv[1:3]:
+        return {}
+    words = sys.argv[sys.argv.index("run") + 1 :]
+    words = words[: words.index("--")] if "--" in words else words  # what follows is for fire
+    files = _config_files(split(words, OF_MONAI).options) if _names_config(words) else []
+    if not files:
+        return {}
+    config = ConfigParser.load_config_files(files)
+    if set(HELP) & set(words):
+        print(help_of(files[0], config, table_of(config)), flush=True)
+        sys.exit(0)
+    values = values_of(words, config)
+    check_root(str(values.get("bundle_root", config.get("bundle_root", "."))), config, files[0])
+    return values
+
+
+def check_root(root: str, config: dict, file: str) -> None:
+    """Stop where the bundle's own package is not to be found."""
+    package = str(config.get("network_def", {}).get("_target_", "monai")).partition(".")[0]
+    if not (Path(root) / package).is_dir() and importlib.util.find_spec(package) is None:
+        beside = Path(file).parent.parent
+        hint = f"; did you mean {beside}?" if (beside / package).is_dir() else ""
+        raise InputError(f"--bundle_root {root}: is not the folder of this bundle, it holds no {package}{hint}")
+
+
+def values_of(words: list[str], config: dict) -> dict[str, Any]:
+    """The options among the words of a command line as values, for the config of its files.
+
+    Raises:
+        InputError: as `take_options`.
+    """
+    table, plain = table_of(config), {name for name in config if isinstance(name, str)}
+    options, others = split(words, plain | OF_MONAI)
+    values: dict[str, Any] = {}
+    for name, word in options.items():
+        refuse_unknown(name, _top(name), plain | OF_MONAI, _elsewhere(_top(name), table))
+        if name in OF_MONAI:
+            continue
+        if name == "bundle_root":
+            values[name] = check(name, Option("path", ""), word or "")
+        elif name in table:
+            option = table[name]
+            if word is None and option.kind != "switch":
+                raise InputError(f"--{name}: needs a value")
+            values[name] = True if word is None else read(name, option, word)
+        else:
+            refuse_code(name, word or "")
+    if others and others[0] not in config:  # the first may name what is to run
+        raise InputError(f"{others[0]}: belongs to no option; a name with spaces needs quotes")
+    return values
+
+
+def _elsewhere(name: str, table: dict[str, Option]) -> str:
+    """Whose option it is that this config does not have."""
+    if name in table:
+        return table[name].of or "another bundle"
+    if name in FOR_TRAINING:
+        return "the training, train.json"
+    return "the inference, inference.json" if name in FOR_INFERENCE else ""
+
+
+def refuse_code(name: str, word: str) -> None:
+    """Stop at a value for a part of the config that MONAI would evaluate, refer to, or build an object of.
+
+    Raises:
+        InputError: such a value.
+    """
+    try:
+        value = ast.literal_eval(word)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        value = word
+    if any(text.startswith(EVALUATED) or text == "_target_" for text in [word, *_texts(value)]):
+        raise InputError(f"--{name}: values of a command line are never evaluated; write {word} into a config file")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, dict):
+        for pair in value.items():
+            yield from _texts(pair)
+    elif isinstance(value, (list, tuple, set)):
+        for part in value:
+            yield from _texts(part)
+
+
+def _names_config(words: list[str]) -> bool:
+    return any(_parts(word)[0] in ("config_file", "args_file") for word in words)
+
+
+def _config_files(options: dict[str, str | None]) -> list[str]:
+    """The config files of a command line, as fire reads the word; those of an --args_file."""
+    files: Any = options.get("config_file")
+    if not files and options.get("args_file"):
+        files = json.loads(Path(options["args_file"]).read_text(encoding="utf-8")).get("config_file")
+    if isinstance(files, str) and files[:1] in ("[", "("):
+        try:
+            files = ast.literal_eval(files)
+        except (ValueError, SyntaxError):  # fire also takes names without quotes
+            files = [part.strip(" '\"") for part in files[1:-1].split(",")]
+    if isinstance(files, str):
+        files = [files] if Path(files).is_file() else files.split(",")
+    return [str(file) for file in files or []]
