@@ -56,6 +56,8 @@ INFERENCE = {
     "moving_mask": _scan("moving", "mask, where the refinement looks,"),
     "fixed_mask": _scan("fixed", "mask, where the refinement looks,"),
     "pairs": Option("path", "CSV of pairs, or a folder of scans"),
+    "header": Option("word", "which header of a NIfTI file says where the scan is", ("sform", "qform"), none=True),
+    "series": Option("data", "UID or description of a DICOM series, or a list for both scans", none=True),
     "passes": Option("whole", "how often the network runs", low=1, high=50),
     "refine_steps": Option("whole", "steps of instance optimisation after the network", high=10000),
     "refine_similarity": Option("word", "what those steps compare", ("lncc", "mind", "features")),
@@ -80,6 +82,8 @@ TRAINING = {
     "learning_rate": Option("number", "of the optimiser, at the start", low=1e-12, high=100),
     "window": Option("whole", "voxels of the window of the loss's LNCC", low=3, high=99),
     "smoothness": Option("number", "weight of the smoothness in the loss"),
+    "folding": Option("number", "weight of folding in the loss", of="sacb_net"),
+    "same_prob": Option("number", "how often a scan is registered with itself, moved", high=1, of="sacb_net"),
     "flip_prob": Option("number", "how often a pair is mirrored left to right", high=1),
     "val_interval": Option("whole", "epochs from one validation to the next", low=1),
     "val_pairs": Option("whole", "how many of the validation pairs; by default all", low=1, none=True),
@@ -111,7 +115,7 @@ OWN = {  # of some bundles
     "residual_aligner": ("similarity", "edges", "consistency", "crop", "translation", "amplitude"),
     "samconvex": ("temperature", "sizes"),
     "dual_flownet": ("alpha", "beta", "gamma", "eta", "seg_weight", "dice_weight", "label_weight", "mirror_prob")
-    + ("deformation", "contrast_prob", "lr_decay", "label_codes", "ignored_codes", "mirrored_classes", "fine_labels")
+    + ("lr_decay", "label_codes", "ignored_codes", "mirrored_classes", "fine_labels")
     + ("labelled", "bad_labels", "region_reduction"),
 }
 TRAINING |= {name: TRAINING[name]._replace(of=bundle) for bundle, names in OWN.items() for name in names}
