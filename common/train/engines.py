@@ -1,6 +1,7 @@
 """What only training puts into MONAI's engines: the step, the key metric, the bars, the processes."""
 
 import atexit
+import copy
 import ctypes
 import math
 from collections.abc import Callable
@@ -158,6 +159,39 @@ class ClipGradients:
         if engine.amp and engine.scaler is not None:
             engine.scaler.unscale_(engine.optimizer)  # the scaler's step then knows that it has been done
         nn.utils.clip_grad_norm_(self.network.parameters(), self.norm)
+
+
+def average_of(network: nn.Module) -> nn.Module:
+    """A copy of a network, or of what DistributedDataParallel wraps, without gradients, for `AverageWeights`."""
+    return copy.deepcopy(getattr(network, "module", network)).requires_grad_(False).eval()
+
+
+class AverageWeights:
+    """Keep the exponential mean of the weights over the iterations t = 1, 2, ... in a copy of the network.
+
+    average <- average + m (weights - average),  m = max(momentum, 9 / (9 + t)), so that it follows fast at first
+
+    Unlike ignite's EMAHandler it goes on where a training does: m depends on t alone.
+
+    Args:
+        network: that is trained.
+        average: of `average_of`; save it with the rest of the state.
+        momentum: 1 / momentum iterations are what the mean remembers.
+    """
+
+    def __init__(self, network: nn.Module, average: nn.Module, momentum: float = 0.001) -> None:
+        self.network, self.average, self.momentum = getattr(network, "module", network), average, momentum
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._follow)
+
+    @torch.no_grad()
+    def _follow(self, engine: Engine) -> None:
+        part = max(self.momentum, 9 / (9 + engine.state.iteration))
+        for mean, now in zip(self.average.parameters(), self.network.parameters()):
+            mean.lerp_(now, part)
+        for mean, now in zip(self.average.buffers(), self.network.buffers()):
+            mean.copy_(now)
 
 
 class Progress:

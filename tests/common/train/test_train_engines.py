@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
@@ -94,6 +95,22 @@ def test_gradients_are_clipped_and_the_loss_knows_the_progress() -> None:
     assert seen == [0, 0.25, 0.5, 0.75]
     moved = torch.cat([(p - q).flatten() for p, q in zip(network.parameters(), before)])
     assert float(moved.norm()) == pytest.approx(4 * 0.5, rel=0.1)
+
+
+def test_weights_are_averaged() -> None:
+    """By 9/10 of the first step's weights, later by the momentum; the network that is trained stays as it is."""
+    network = Dummy()
+    average = engines.average_of(network)
+    start = network.conv.bias.detach().clone()
+    engine = Engine(lambda engine, batch: network.conv.bias.data.add_(1))
+    engines.AverageWeights(network, average, 0.5).attach(engine)
+    engine.run([0] * 12)
+    expected = start.clone()
+    for t in range(1, 13):
+        expected += max(0.5, 9 / (9 + t)) * (start + t - expected)
+    torch.testing.assert_close(average.conv.bias, expected)
+    torch.testing.assert_close(network.conv.bias.detach(), start + 12)
+    assert not any(p.requires_grad for p in average.parameters()) and network.conv.bias.requires_grad
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
