@@ -166,6 +166,10 @@ def resample(
     source = torch.from_numpy(np.ascontiguousarray(array, dtype=None if nearest else np.float32))
     out = torch.empty(size, dtype=source.dtype)
     to_voxel = np.linalg.inv(affine_ras)
+    if size == source.shape and (transform is None or transform.linear):
+        matrix = np.eye(4) if transform is None else matrix_of(transform)
+        if np.allclose(to_voxel @ matrix @ onto_ras, np.eye(4), rtol=0, atol=1e-6):
+            return source.numpy().copy()  # the same grid: every bit is kept
     for rows, coords, frame in _places(transform, size, onto_ras):
         voxels = _moved(to_voxel @ frame, coords)
         out[rows] = (_nearest if nearest else _linear)(source, voxels, outside)
