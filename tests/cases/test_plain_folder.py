@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from bundle_words import parsed, value
 
 from common.train.data import list_scans
 
@@ -33,3 +34,11 @@ def test_labels_by_name(tmp_path: Path) -> None:
     image, label = (str(tmp_path / folder / "a.nii.gz") for folder in ("images", "labels"))
     second = {"id": "b", "image": str(tmp_path / "images" / "b.nrrd")}
     assert list_scans(str(tmp_path)) == [{"id": "a", "image": image, "label": label}, second]
+
+
+def test_training_of_the_embedded_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing given: its two scans do not share a grid, so they are aligned; a folder's scans are not."""
+    parser = parsed(monkeypatch, "--spacing", "8", "--output_dir", str(tmp_path), config="train")
+    assert parser.get_parsed_content("prealign") == "affine"
+    assert parser.get_parsed_content("train::dataset")[0]["image"].shape[0] == 2
+    assert value(monkeypatch, "prealign", "--dataset_dir", str(tmp_path), config="train") == "none"
