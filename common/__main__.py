@@ -304,7 +304,7 @@ def main() -> None:
             hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
             raise InputError(f"{command}: there is no such command{hint}")
         if {"--help", "-h"} & set(words):
-            words = ["--help"]
+            words = ["--", "--help"]  # behind "--" it is fire's own, which says nothing around it
         else:
             words = exact_words(command, COMMANDS[command], words)
         fire.Fire(COMMANDS, command=[command, *words], name="common")

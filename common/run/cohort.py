@@ -24,7 +24,8 @@ from common import InputError
 from common.quality.summary import draw_summary
 from common.run import progress
 from common.run.cli import sentence_of
-from common.space.io import contrasts_of, output_folder, remove_leftovers, replaced, write_table
+from common.space.files import locked, output_folder, remove_leftovers, replaced, write_table
+from common.space.io import contrasts_of
 
 IDENTITY = ("id", "fixed", "moving", "settings")  # columns that say which pair a row is of, and how it was made
 UNTOLD = (
@@ -89,7 +90,15 @@ class PairTable:
         for row in self._journals():
             if row.get("settings") == self.settings:
                 self.rows[row["id"]] = row
-        write_table(self.path, [self.rows[name] for name in self.order if name in self.rows])
+        self._write_table()
+
+    def _write_table(self) -> None:
+        """Rows of pairs that are not of this run stay, if their files do: those of another job, or an earlier one."""
+        own = [self.rows[name] for name in self.order if name in self.rows]
+        with locked(self.path):
+            others = [row for row in _read_table(self.path) if row["id"] not in self.order]
+            kept = [row for row in others if (self.folder / row["id"] / "report.json").exists()]
+            write_table(self.path, [*kept, *own])
 
     def begin(self, pairs: list[dict]) -> list[int]:
         """Numbers of the pairs that are still to be done; those done before keep their rows."""
@@ -109,7 +118,7 @@ class PairTable:
         """Take over the rows that a run which was killed left in journals, and clear what else it left behind."""
         journals = list(self.folder.glob(".rows.*.jsonl"))
         if journals and self.rows:
-            write_table(self.path, [self.rows[name] for name in self.order if name in self.rows])
+            self._write_table()
         for path in journals:
             path.unlink()
         remove_leftovers(self.folder)
@@ -154,7 +163,10 @@ class PairTable:
         rows = [row for row in self.rows.values() if not row.get("error")]
         lines = [f"{len(rows)} pair{'s' * (len(rows) != 1)} registered, results in {self.folder.absolute()}"]
         folders = [row["id"] for row in rows if (self.folder / row["id"]).is_dir()]
-        lines.append(f"  {self.path.name}: a row a pair" + (f"; {folders[0]}/: its files" if folders else ""))
+        where = f"; its files are in {folders[0]}" if folders else ""
+        if len(folders) > 1:
+            where = f"; the files of a pair are in a folder of its name, as {folders[0]}"
+        lines.append(f"  {self.path.name}: a row a pair{where}")
         words = {
             "ssim": "structural similarity",
             "ncc": "correlation inside the fixed foreground",

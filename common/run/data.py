@@ -219,9 +219,14 @@ def read_dataset(dataset_dir: str) -> dict:
             raise InputError(f"{path}: a case of {part!r} has no image")
         found[part] = [{"id": stem(_joined(case["image"]))} | case for case in cases]
     if not found["validation"] and len(found["training"]) >= 4:
-        kept = max(len(found["training"]) // 10, 2)
+        kept = held_out(len(found["training"]))
         found["training"], found["validation"] = found["training"][:-kept], found["training"][-kept:]
     return found
+
+
+def held_out(count: int) -> int:
+    """How many of the scans to train on are kept apart for the validation, where nothing says which."""
+    return max(count // 10, 2)
 
 
 def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> list[dict[str, str]]:

@@ -57,4 +57,6 @@ def _default(value: object) -> str:
         return ""
     if isinstance(value, str) and value.startswith("$@bundle_root + "):
         return f"default BUNDLE{value.split(chr(39))[1]}"
+    if isinstance(value, str) and value.startswith("$"):
+        return ""
     return f"default {value if isinstance(value, str) else json.dumps(value)}"

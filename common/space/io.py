@@ -1,4 +1,4 @@
-"""Files of scans, and folders and tables of results.
+"""Files of scans.
 
 A scan inside the package is a numpy array (I, J, K) or (C, I, J, K) with a 4x4 `affine_ras` (voxel -> mm, RAS, as in
 NIfTI). ITK works in LPS: the first two world axes change sign. Reading goes through ITK, so that headers mean here what
@@ -6,10 +6,7 @@ they mean to ANTs and Slicer. itk and monai, which take seconds to load, are imp
 NIfTI files is read, warped and written without itk.
 """
 
-import csv
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,7 +16,9 @@ from isal import igzip
 
 from common import InputError
 from common.space import headers
+from common.space.files import output_folder, remove_leftovers, replaced, write_folder, write_table
 
+__all__ = ["output_folder", "remove_leftovers", "replaced", "write_folder", "write_table"]  # beside what is here
 IMAGE_ENDINGS = (".nii", ".nii.gz", ".mha", ".nrrd")
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -358,88 +357,3 @@ def background(channel: np.ndarray) -> float:
     most = int(counts.argmax())
     often = values[(values >= edges[most]) & (values <= edges[most + 1])]
     return min(float(np.median(often)), 0.0)
-
-
-# ---- folders and tables ---------------------------------------------------------------------------------------------
-
-
-def write_folder(path: Path, writers: dict) -> None:
-    """Create the folder `path` with one file per entry {name: function(path)}: whole, or not at all.
-
-    The files are written beside it first; an older folder of that name is replaced only when all of them exist.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        for name, write in writers.items():
-            write(partial / name)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if path.exists():
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        partial.rename(path)
-        shutil.rmtree(old)
-    else:
-        partial.rename(path)
-
-
-def output_folder(path: str | os.PathLike) -> Path:
-    """The folder for results, created; asked for before anything is computed.
-
-    Raises:
-        InputError: it is a file, or cannot be written to.
-    """
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise InputError(f"{path}: results cannot be written there ({error.strerror})") from error
-    return path
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed has left of `write_folder` and `replaced` in a folder for results."""
-    for path in (*folder.glob(".*.partial"), *folder.glob(".*.old")):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".[0-9]*.*.*"):
-        path.unlink()
-
-
-def replaced(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file beside `path`, with the same ending, and put it in its place: whole, or not at all.
-
-    Raises:
-        InputError: the folder is missing or cannot be written to.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with partial.open("wb"):
-            pass
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Write rows as CSV in UTF-8, the columns in order of appearance; replaced in one step."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-
-    def write(partial: Path) -> None:
-        with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    replaced(path, write)

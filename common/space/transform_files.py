@@ -60,7 +60,8 @@ def _write_h5(transform: Transform, path: Path) -> None:
     Displacements are stored in 32 bits, as the networks compute them; HDF5 gives them to ITK as the double that the
     name of the type promises. Uncompressed, that is less than ITK's compressed 64 bits, for a tenth of the time.
     """
-    with h5py.File(path, "w") as file:
+    # In memory first: where a disk is full, HDF5 prints 40 lines and may end the process.
+    with h5py.File(path.name, "w", driver="core", backing_store=False) as file:
         text = h5py.string_dtype("ascii")
         # A file of ITK says what wrote it; readers ask for the names only.
         for name, value in (("ITKVersion", "5.4"), ("HDFVersion", h5py.version.hdf5_version)):
@@ -78,6 +79,9 @@ def _write_h5(transform: Transform, path: Path) -> None:
             fixed, values = (_affine_numbers if isinstance(part, Affine) else _field_numbers)(part)
             group.create_dataset("TransformFixedParameters", data=fixed)
             group.create_dataset("TransformParameters", data=values)
+        file.flush()
+        whole_file = file.id.get_file_image()
+    path.write_bytes(whole_file)
 
 
 def _affine_numbers(part: Affine) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common import InputError
-from common.run.data import absolute, is_scan, read_dataset, stem
+from common.run.data import absolute, held_out, is_scan, read_dataset, stem
 from common.run.example import write_phantom
 
 
@@ -51,8 +51,9 @@ def training_pairs(dataset_dir: str | None) -> list[tuple[str, str]] | None:
 def list_scans(dataset_dir: str | None, part: str = "training", *, output_dir: str = ".") -> list[dict[str, str]]:
     """Scans to train on: those of dataset.json, else every scan in the folder, else (no folder given) two phantoms.
 
-    Without a dataset.json nothing says which scans to keep apart, so all of them are the training part and "validation"
-    repeats the last two.
+    Without a dataset.json a tenth of the scans, the last by name and at least two, is kept apart for the validation, as
+    by `read_dataset`. Of fewer than four, none can be: the validation repeats the last two, which is said. Where the
+    folder has a folder images, the scans are in there, and their label maps under the same names in labels.
 
     Args:
         part: "training" or "validation".
@@ -75,12 +76,26 @@ def list_scans(dataset_dir: str | None, part: str = "training", *, output_dir: s
     else:
         if not root.is_dir():
             raise InputError(f"{root}: no such folder")
-        files = sorted(path for path in root.iterdir() if is_scan(path))
-        scans = [{"id": stem(path.name), "image": str(path)} for path in files]
-        scans = scans if part == "training" else scans[-2:]
+        scans = _plain_folder(root, part)
     if len(scans) < 2:
         raise InputError(f"{root}: holds {len(scans)} scans for {part}, at least 2 are needed")
     return scans
+
+
+def _plain_folder(root: Path, part: str) -> list[dict[str, str]]:
+    """Scans of a folder without a dataset.json, with their labels if it has folders images and labels."""
+    images = root / "images" if (root / "images").is_dir() else root
+    files = sorted(path for path in images.iterdir() if is_scan(path))
+    scans = [{"id": stem(path.name), "image": str(path)} for path in files]
+    labels = {stem(path.name): str(path) for path in (root / "labels").glob("*") if is_scan(path)}
+    if images != root:
+        scans = [scan | ({"label": labels[scan["id"]]} if scan["id"] in labels else {}) for scan in scans]
+    if len(scans) >= 4:
+        kept = held_out(len(scans))
+        return scans[:-kept] if part == "training" else scans[-kept:]
+    if part != "training":
+        print(f"{root}: too few scans to keep any apart: the validation is on scans of the training", flush=True)
+    return scans if part == "training" else scans[-2:]
 
 
 class OrderedPairs(Dataset):

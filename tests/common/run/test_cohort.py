@@ -18,6 +18,7 @@ from monai.transforms import Compose
 
 from common import InputError
 from common.run import cohort
+from common.space.files import HOST
 
 SCRIPT = """
 import sys, time
@@ -161,9 +162,12 @@ def test_what_a_killed_run_left_does_not_count(tmp_path: Path) -> None:
     first = evaluator(tmp_path, pairs(3))
     failed["settings"] = first.state.table.settings
     (tmp_path / ".rows.1.jsonl").write_text(json.dumps(failed) + "\n")
-    (tmp_path / ".1000.123.partial").mkdir()
-    (tmp_path / ".1000.123.partial" / "warped.nii.gz").write_text("half")
-    (tmp_path / ".123.results.csv").write_text("half")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = f".{HOST}-{ended.pid}-0.partial"
+    (tmp_path / left).mkdir()
+    (tmp_path / left / "warped.nii.gz").write_text("half")
+    (tmp_path / f".{HOST}-{ended.pid}-1.csv").write_text("half")
     cohort.run(first)
     assert [row["error"] for row in table(tmp_path)] == [""] * 3
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
