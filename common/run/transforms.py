@@ -165,13 +165,13 @@ class AlignAndGridd(Transform):
             raise InputError(f"{names[1]}: has {len(fixed)} channels, these weights take {self.channels}")
         box = geometry.foreground_box(fixed[0]) if self.crop else None
         options = {"box": box, "divisor": self.divisor, "grid_size": self.grid_size}
+        refuse_huge(geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing, **options)[0], self.spacing)
         organ = fixed.shape[1:], fixed_affine, self.spacing, geometry.foreground_box(fixed[0])
         spacing = geometry.fitting_spacing(*organ)
         if spacing != self.spacing:
             text = f"a grid of {self.spacing:g} mm voxels does not suit the size of {names[1]}"
             progress.note(f"{text}, one of {spacing:g} mm was used; choose another with --spacing")
         size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, spacing, **options)
-        refuse_huge(size, spacing)
         progress.stage("no alignment" if self.prealign == "none" else f"{self.prealign} alignment")
         matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign)
         progress.stage("resampling")
