@@ -124,17 +124,11 @@ class RegistrationInferer(Inferer):
         with warnings.catch_warnings(record=True):
             how, size = self._forecast(packed, run, started, scan_voxels)
         progress.stage("network" if how == "whole" else f"network, {how}")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
+        with progress.noting():
             if mask is not None and not self.refine_steps:
                 text = "masks act in the refinement only, and --refine_steps is 0"
                 warnings.warn(text, RegistrationWarning, stacklevel=2)
             disp = forecast.run_planned(run(self.refine_steps), packed, how, size)
-        for warning in caught:
-            if issubclass(warning.category, RegistrationWarning):
-                progress.note(str(warning.message))
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return disp
 
     def _register(self, image, network, mask, steps, quiet, args, kwargs) -> Tensor:
@@ -209,9 +203,6 @@ def prepare_masked(batch: dict, device: torch.device, non_blocking: bool = False
     if "mask" in batch:
         known["mask"] = torch.as_tensor(batch["mask"]).to(device, non_blocking=non_blocking, **kwargs)
     return image, None, (), known
-
-
-# ---- training -------------------------------------------------------------------------------------------------------
 
 
 def rank_device() -> torch.device:

@@ -1,9 +1,14 @@
 """One progress bar for a run over pairs, where any step can say what it is doing, and leave notes for the report."""
 
+import contextlib
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 
 from tqdm import tqdm
+
+from common import RegistrationWarning
 
 _bar: tqdm | None = None
 _notes: list[str] = []
@@ -16,6 +21,19 @@ def note(text: str) -> None:
     """Keep a warning about the present pair for its row."""
     if text not in _notes:
         _notes.append(text)
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[None]:
+    """Every `RegistrationWarning` inside becomes a note about the present pair; other warnings stay what they are."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, RegistrationWarning):
+            note(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def put(**facts: object) -> None:

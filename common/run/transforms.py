@@ -91,14 +91,8 @@ class LoadScansd(Transform):
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data) | {"started": time.time()}
         progress.stage("loading")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", RegistrationWarning)
+        with progress.noting():
             self._load(data)
-        for warning in caught:
-            if issubclass(warning.category, RegistrationWarning):
-                progress.note(str(warning.message))
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return data
 
     def _load(self, data: dict) -> None:

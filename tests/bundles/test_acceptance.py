@@ -15,6 +15,8 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, create_workflow, verify_metadata, verify_net_in_out
 
+from common.run import forecast
+
 BUNDLES = sorted(p for p in (Path(__file__).resolve().parents[2] / "bundles").iterdir() if p.is_dir())
 TEXT, OBJECT = {"type": "string"}, {"type": "object"}
 NUMBERS = {"type": "array", "items": {"type": "number"}}
@@ -239,6 +241,19 @@ def test_displacement_has_the_size_of_the_image(bundle: Path) -> None:
     net = network_of(bundle).eval()
     with torch.no_grad():
         assert net(torch.rand(1, 2, 37, 42, 35)).shape == (1, 3, 37, 42, 35)
+
+
+@pytest.mark.slow
+def test_cost_is_that_of_the_network(bundle: Path) -> None:
+    """The bytes a voxel that inference.json gives the forecast, against those that the network takes.
+
+    Otherwise: python tests/bench/bench_forecast.py calibrate.
+    """
+    net, side = network_of(bundle).eval(), 64
+    cost = json.loads((bundle / "configs" / "inference.json").read_text())["cost"]
+    with torch.no_grad():
+        _, held = forecast._timed(lambda: net(torch.rand(1, 2, *[side] * 3)), torch.device("cpu"))
+    assert held / forecast.HEAP / side**3 == pytest.approx(cost["bytes"], rel=0.25) and cost["units"] > 0
 
 
 def test_bundle_is_found_from_an_empty_folder(bundle: Path, repository: Path, tmp_path: Path) -> None:

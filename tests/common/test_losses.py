@@ -318,3 +318,28 @@ def test_registration_loss_rejects() -> None:
         losses.RegistrationLoss("mi")
     with pytest.raises(ValueError, match=r"'edges' must be >= 0, got -1"):
         losses.RegistrationLoss(edges=-1)
+
+
+def test_folding_known_values() -> None:
+    """0 where volume is kept; margin - det where an axis is turned round; a field that alternates counts as well."""
+    still = torch.zeros(1, 3, 6, 7, 8)
+    assert losses.folding(still) == 0
+    turned = still.clone()
+    turned[:, 0] = -1.5 * torch.arange(6.0).view(6, 1, 1)  # det -0.5 everywhere
+    torch.testing.assert_close(losses.folding(turned), torch.tensor(0.7))
+    torch.testing.assert_close(losses.folding(turned, margin=0.0), torch.tensor(0.5))
+    alternating = still.clone()
+    alternating[:, 1] = 1.4 * (torch.arange(7.0) % 2).view(1, 7, 1)  # det 2.4 and -0.4; central differences see 1
+    torch.testing.assert_close(losses.folding(alternating), torch.tensor(0.3))
+
+
+def test_folding_is_part_of_the_loss_and_has_a_gradient() -> None:
+    moving, fixed = pair((8, 9, 7))
+    disp = (2 * torch.randn(2, 3, 8, 9, 7)).requires_grad_()
+    image = torch.cat([moving, fixed], 1)
+    plain = losses.RegistrationLoss("mse", smoothness=0.0)(disp, image)
+    loss = losses.RegistrationLoss("mse", smoothness=0.0, folding=3.0)(disp, image)
+    torch.testing.assert_close(loss - plain, 3 * losses.folding(disp))
+    (slope,) = torch.autograd.grad(losses.folding(disp), disp)
+    with torch.no_grad():
+        assert losses.folding(disp - 5 * slope) < losses.folding(disp)

@@ -50,6 +50,19 @@ def registration(files: Path, name: str) -> measure.Registration:
     )
 
 
+def test_large_scans_are_compared_on_a_lattice(files: Path) -> None:
+    """Every second voxel says nearly the same, and the overlap of the foregrounds too; what is written is whole."""
+    pair = registration(files, "good")
+    whole, some = measure.warp_pair(pair), measure.warp_pair(pair, lattice=pair.fixed[0].size // 4)
+    assert (whole.step, some.step) == (1, 2) and some.after.shape == whole.after.shape
+    np.testing.assert_allclose(some.before, whole.before[::2, ::2, ::2], atol=1e-3)
+    all_of, part = (measure.measure(pair, warped)[0] for warped in (whole, some))
+    for name in ("ncc_before", "ncc_after", "overlap"):
+        assert part[name] == pytest.approx(all_of[name], abs=0.03), name
+    assert part["nmi_after"] > 0.9 > part["nmi_before"]  # too few voxels here for its number
+    assert part["dice_before"] == all_of["dice_before"]
+
+
 def test_known_values(files: Path) -> None:
     pair = registration(files, "good")
     row, details = measure.measure(pair, measure.warp_pair(pair))

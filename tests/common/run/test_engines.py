@@ -8,23 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import Dummy
 from torch import Tensor, nn
 
 from common import InputError, RegistrationWarning
 from common.losses import lncc
 from common.ops import warp
 from common.run import engines, progress
-
-
-class Dummy(nn.Module):
-    """The smallest registration network: a convolution that gives three channels."""
-
-    def __init__(self, channels: int = 3) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(2, channels, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.conv(image)
 
 
 class Still(nn.Module):

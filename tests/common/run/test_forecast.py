@@ -165,3 +165,26 @@ def test_memory_of_this_machine() -> None:
     free, peak = forecast.free_memory(torch.device("cpu")), forecast.peak_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
     assert peak is None or 2**25 < peak < 2**45
+
+
+def test_a_known_cost_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes and steps add up in time, the largest counts in memory, and the network runs once: for the pair itself."""
+    cpu, work = torch.device("cpu"), forecast.Work(2.0, 1000.0)
+    monkeypatch.setattr(forecast, "unit_seconds", lambda device: 1e-6)
+    step = forecast.STEP["lncc"]
+    assert forecast.known_cost(work, cpu) == forecast.Cost(2e-6, forecast.HEAP * 1000)
+    both = forecast.known_cost(work, cpu, passes=2, steps=10, similarity="lncc")
+    assert both.seconds == pytest.approx((2 * 2 + 10 * step.units) * 1e-6)
+    assert both.bytes == forecast.HEAP * max(1000.0, step.bytes)
+    net, calls = Wide(), []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    with torch.inference_mode():
+        progress.take()
+        RegistrationInferer(cost={"units": 2.0, "bytes": 1000.0})(torch.rand(1, 2, 80, 72, 64), net)
+    told = progress.take()[1]["forecast"]
+    assert len(calls) == 1 and told["gib"] == pytest.approx(forecast.HEAP * 1000 * 80 * 72 * 64 / forecast.GIB)
+
+
+def test_the_unit_is_measured_once() -> None:
+    first = forecast.unit_seconds(torch.device("cpu"))
+    assert 0 < first < 1e-3 and forecast.unit_seconds(torch.device("cpu")) == first

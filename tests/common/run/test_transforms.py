@@ -291,6 +291,19 @@ def test_pack_under_another_name() -> None:
     assert packed["label"].flatten(1).mean(1).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("asked, there", [(None, True), (True, True), (False, False)])
+def test_displacement_file_is_an_option(small: dict[str, str], tmp_path: Path, asked: bool | None, there: bool) -> None:
+    """Of a small scan it is written; where it is left out, the report says so, and how long every stage took."""
+    data = {"id": "pair", "moving": small["moving"], "fixed": small["fixed"]}
+    data = Compose([LoadScansd(), AlignAndGridd(1.0, "none", divisor=1, crop=False), PackPaird()])(data)
+    data |= {"pred": torch.zeros(3, *data["image"].shape[1:])}
+    DeliverPaird(str(tmp_path / "out"), displacement=asked)(data)
+    assert (tmp_path / "out" / "pair" / "displacement.nii.gz").exists() == there
+    run = json.loads((tmp_path / "out" / "pair" / "report.json").read_text())["run"]
+    assert ("left_out" in run) != there
+    assert {"loading", "resampling", "warping", "measuring", "writing", "drawing"} <= set(run["stages_cpu_s"])
+
+
 def test_segmentations_are_delivered(small: dict[str, str], tmp_path: Path) -> None:
     """Class numbers on a working grid of half the resolution come back on the fixed grid, as whole numbers."""
     data = {"id": "pair", "moving": small["moving"], "fixed": small["fixed"]}

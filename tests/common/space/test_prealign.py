@@ -6,7 +6,10 @@ import pytest
 from grids import GRIDS
 
 from common import phantom
+from common.space import prealign as module
 from common.space.prealign import prealign
+
+SOME = phantom.Deformation(0)
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +73,17 @@ def test_prealign_rejects(brains: dict) -> None:
     for words, (array, space) in faults.items():
         with pytest.raises(ValueError, match=f"'moving.*{words}"):
             prealign(scan, affine, array, space)
+
+
+def test_the_sieve_of_starts_keeps_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few samples leave out most of the starts, and the same one comes first as by all samples of all of them."""
+    size, affine = (48, 56, 46), nib.affines.from_matvec(np.diag([3.0, 3, 3]), [-70, -84, -69])
+    scans = [module._Scan(phantom.sample(size, affine, deformation)[0], affine) for deformation in (None, SOME)]
+    metric = module._Information(*(scan.copy(7.0, 0.1) for scan in scans))
+    starts = module._starts(*scans, scaled=True)
+    assert len(metric.points) > 2 * module.SIEVE[0] and len(starts) > 2 * module.SIEVE[1]
+    sieved = metric.rank(starts)
+    monkeypatch.setattr(module, "SIEVE", (1, len(starts)))
+    everything = metric.rank(starts)
+    assert len(sieved) <= 17 < len(everything) == len(starts)
+    np.testing.assert_array_equal(sieved[0], everything[0])

@@ -145,3 +145,16 @@ def test_rejects() -> None:
         augment.MirrorPaird((0.5, 0.5))
     with pytest.raises(ValueError, match=r"RotatePaird\(\) 'degrees' must be >= 0, got -1"):
         augment.RotatePaird(-1)
+
+
+def test_a_scan_is_registered_with_itself_now_and_then() -> None:
+    torch.manual_seed(0)
+    pair = {"moving": torch.rand(1, 2, 2, 2), "fixed": torch.rand(1, 2, 2, 2), "moving_label": torch.ones(1, 2, 2, 2)}
+    pair["fixed_label"] = 2 * pair["moving_label"]
+    always, never = (augment.SamePersond(prob)(pair) for prob in (1.0, 0.0))
+    assert always["fixed"] is pair["moving"] and always["fixed_label"] is pair["moving_label"]
+    assert never["fixed"] is pair["fixed"] and never["fixed_label"] is pair["fixed_label"]
+    often = sum(augment.SamePersond(0.3)(pair)["fixed"] is pair["moving"] for _ in range(400))
+    assert 80 < often < 160
+    with pytest.raises(ValueError, match="'prob' must be from 0 to 1, got 2"):
+        augment.SamePersond(2)

@@ -7,21 +7,11 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.utils import set_determinism
+from networks import Dummy
 from torch import Tensor, nn
 
 from common import InputError
 from common.train import checkpoints
-
-
-class Dummy(nn.Module):
-    """The smallest registration network: a convolution that gives three channels."""
-
-    def __init__(self, channels: int = 3) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(2, channels, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.conv(image)
 
 
 def training(folder: Path, epochs: int, *, write: bool = True) -> tuple[Engine, Dummy, list[float]]:

@@ -10,20 +10,10 @@ import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
+from networks import Dummy
 from torch import Tensor, nn
 
 from common.train import engines
-
-
-class Dummy(nn.Module):
-    """The smallest registration network: a convolution that gives three channels."""
-
-    def __init__(self, channels: int = 3) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(2, channels, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.conv(image)
 
 
 def test_label_dice_value() -> None:
