@@ -9,7 +9,8 @@ import pydicom
 from pydicom.errors import InvalidDicomError
 
 from common import InputError
-from common.space.io import LPS_FROM_RAS, UNEVEN_MM
+from common.space.dicom import UNEVEN_MM
+from common.space.io import LPS_FROM_RAS
 
 
 class Series(NamedTuple):

@@ -102,7 +102,7 @@ class WarpPaird(Transform):
         moving = torch.as_tensor(data["image"]).chunk(2)[0][None].to(disp.device)
         data["warped"] = warp(moving, disp)[0]
         if "moving_label" in data and "fixed_label" in data:
-            label = torch.as_tensor(data["moving_label"])[None].to(disp.device)
+            label = torch.as_tensor(data["moving_label"])[None].to(disp)  # codes of training labels fit into float32
             data["warped_label"] = warp(label, disp, mode="nearest", padding="zeros")[0]
             data["target_label"] = torch.cat([torch.as_tensor(data[key]) for key in ("fixed_label", "moving_label")])
         if "kind" in data:

@@ -51,6 +51,8 @@ def main(output: str, size: tuple = (48, 48, 48), seed: int = 0, count: int = 12
         draw(panels[n // ACROSS][first : first + PANELS], pairs[n])
     figure.subplots_adjust(0, 0, 1, 0.96, 0.03, 0.12)
     figure.savefig(output, dpi=90)
+    lengths = [float(pairs[n]["disp"].norm(dim=0).mean()) for n in range(count)]
+    print(f"{output}: {count} pairs, displacements of {min(lengths):.1f} to {max(lengths):.1f} voxels in the mean")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ SMALL = {
     "bench_contrasts.py": {"--ways": "sacb_net", "--spacing": "9"},
     "bench_sliding.py": {"--steps": "2", "--size": "(32,16,16)", "--pairs": "1", "--seeds": "1"},
     "bench_residual_aligner.py": {"--size": "16,16,16", "--variants": "ran0"},
+    "draw_shapes.py": {"--size": "[32,32,32]", "--count": "3"},
     "draw_methods.py phantom": {"--spacing": "4.5", "--output": "result.png"},
 }
 
@@ -263,7 +264,7 @@ def test_line(path: str, words: tuple[str, ...], files: Path, server, published,
         assert (folder / "D" / "sacb_net" / "models" / "model.pt").is_file()
         return
     told = {
-        "common": "wrote |is as published",
+        "common": "wrote |is as published|Its options, and their defaults",
         "train": "Iter: 1/1 -- train_loss: ",
         "": "pairs? registered",
     }

@@ -110,7 +110,7 @@ REFUSED = {
         "mi",
         "error: --refine_similarity must be one of lncc, mind, features, got mi",
     ),
-    "features": ("--features", "SAM", "error: SAMConvex() 'features' must be 'sam', 'mind' or a module, got 'SAM'"),
+    "features": ("--features", "SAM", "error: --features must be one of sam, mind, got SAM; did you mean sam?"),
     "option": ("--moving_lable", "x", "error: --moving_lable: there is no such option, did you mean --moving_label?"),
     "device": ("--device", "cuda:99", "error: --device cuda:99: "),
 }

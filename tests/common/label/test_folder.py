@@ -39,7 +39,7 @@ def test_init_again_keeps_what_the_server_added(tmp_path: Path) -> None:
         ([], {}, "name the bundles to offer"),
         (["sacb"], {}, "sacb: no such bundle, .*; there are .*sacb_net"),
         (["sacb_net"], {"spacin": 2}, "--spacin: there is no such option, did you mean --spacing?"),
-        (["sacb_net"], {"device": "$exit()"}, "a value must not begin with"),
+        (["sacb_net"], {"device": "$exit()"}, "--device must be cpu or cuda:N, got .exit"),
     ],
 )
 def test_refused(tmp_path: Path, bundles: list[str], options: dict, sentence: str) -> None:
