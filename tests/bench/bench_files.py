@@ -7,7 +7,7 @@ DATA1MM holds scans as they come off the scanner, DATA2MM the same aligned at 2 
 thread, one command after the other, each in a process of its own; CPU seconds, so that other work on the machine
 matters little. "Registrar" is a pair in a process that has registered one before. Greedy (affine, deformable, warped
 scan) and antsRegistrationSyNQuick run on the same files, by a Python that has picsl_greedy and antspyx
-(--tools_python; "" leaves them out).
+(--tools_python; "" leaves them out). Rows of another run in the same file stay, if they are not measured again.
 """
 
 import json
@@ -93,13 +93,16 @@ def stages(folder):
 
 def measure(raw, small, bundles=BUNDLES, cohort=8, tools_python=sys.executable, output=None):
     """All rows, saved after each."""
-    rows, kept = [], tempfile.TemporaryDirectory()
+    kept, rows = tempfile.TemporaryDirectory(), []
+    if output and Path(output).exists():
+        rows = json.loads(Path(output).read_text())["rows"]
     bundles = (bundles,) if isinstance(bundles, str) else bundles
     place = Path(kept.name)
 
     def add(name, found, **more):
-        rows.append({"name": name} | found | more)
-        print(json.dumps(rows[-1]), flush=True)
+        row = {"name": name} | found | more | {"measured": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+        rows[:] = [other for other in rows if other["name"] != name] + [row]
+        print(json.dumps(row), flush=True)
         if output:
             Path(output).write_text(json.dumps({"rows": rows, "hardware": hardware()}, indent=1) + "\n")
 
@@ -137,7 +140,7 @@ def measure(raw, small, bundles=BUNDLES, cohort=8, tools_python=sys.executable, 
         for name, code in (("Greedy", GREEDY), ("antsRegistrationSyNQuick", ANTS)):
             for kind, data in (("1 mm", raw), ("2 mm", small)):
                 (moving, fixed), *_ = files_of(data, 1)
-                out = place / f"{name}{kind}"
+                out = place / f"{name}_{kind[0]}mm"
                 out.mkdir()
                 files = [fixed["image"], moving["image"], str(out)]
                 add(f"{name}, a {kind} pair", run([tools_python, "-c", code, *files])[0])
