@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.fields import compose
 from common.ops import SACB, match, norm_act, warp
+from common.ops.norm_act import conv_before_norm
 
 WIDTHS = ((4, 8, 8), (16, 16), (32, 32), (64, 64), (64, 64))  # channels of the convolutions at scales 1..5
 DIVISOR = 16  # four halvings
@@ -26,8 +27,7 @@ class ConvNormAct(nn.Conv3d):
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        layer = None if self.backend == "triton" else self.backend  # norm_act has no kernel
-        return norm_act(super().forward(x), backend=layer)
+        return norm_act(conv_before_norm(x, self.weight, self.bias), backend=self.backend)
 
 
 class Encoder(nn.Module):
@@ -128,8 +128,15 @@ class SACBNet(nn.Module):
         pair = [apply(self.refine, warp(feats_moving.pop(), disp, padding="zeros", backend=self.backend))]
         pair.insert(0, apply(self.refine, feats_fixed.pop()))
         pair = [torch.cat(pair, dim=1)]
-        delta = apply(self.flow, pair.pop())  # scale 1: convolutions, no matching; nothing else holds the input
+        delta = self.last(apply(self.flow[:-1], pair.pop()))  # scale 1: no matching; nothing else holds the input
         return compose(disp, delta, padding="zeros", backend=self.backend)
+
+    def last(self, x: Tensor) -> Tensor:
+        """The displacement from the last features, in float32 also under autocast: bfloat16 has no half voxel at 300."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.flow[-1](x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.flow[-1](x.float())
 
     @staticmethod
     def both(module: nn.Module, moving: Tensor, fixed: Tensor) -> tuple:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from common.ops import _checks
 from common.ops._dispatch import choose, on_plain_tensors, scripted_as
 from common.ops.kmeans import kmeans
-from common.ops.norm_act import norm_act
+from common.ops.norm_act import conv_before_norm, norm_act
 from common.ops.sacb import reference
 from common.ops.sacb.lean import modulated_conv3d_lean
 from common.ops.sacb.reference import modulated_conv3d_reference
@@ -103,7 +103,6 @@ class SACB(nn.Module):
         super().__init__()
         _checks.require(mean_type in MEAN_TYPES, "SACB", "mean_type", f"be one of {MEAN_TYPES}", repr(mean_type))
         self.clusters, self.mean_type, self.backend = clusters, mean_type, backend
-        self.norm_backend = None if backend == "triton" else backend  # norm_act has no kernel
         self.iterations, self.sample, self.init = iterations, sample, init
         points = {"s": channels, "c": 27, "mix": channels + 27}[mean_type]
         self.proj_in = nn.Conv3d(channels, channels, 3, padding=1)
@@ -113,7 +112,7 @@ class SACB(nn.Module):
 
     def forward(self, x: Tensor, clusters: Clusters | None = None) -> Tensor:
         """(B, C, I, J, K) -> the same shape. `clusters` replaces the k-means (for tests and studies)."""
-        features = norm_act(self.proj_in(x), backend=self.norm_backend)
+        features = norm_act(conv_before_norm(x, self.proj_in.weight, self.proj_in.bias), backend=self.backend)
         labels, centroids = self.cluster(features) if clusters is None else clusters
         bias, modulation = self.bias_mlp(centroids), self.kernel_mlp(centroids)
         sac = modulated_conv3d(features, self.weight, bias, modulation, labels, backend=self.backend)

@@ -68,7 +68,7 @@ def launches(case: str) -> Iterator[Callable[[], object]]:
     channels, out, clusters = {"odd": (5, 3, 4), "half": (16, 24, 7), "ones": (1, 1, 1), "wide": (96, 160, 7)}[case]
     dtype = torch.bfloat16 if case == "half" else torch.float32
     similarity, padding = ("dot", "zeros") if case == "odd" else ("ssd", "border")
-    torch.backends.cudnn.allow_tf32 = case in ("half", "ones")
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if case in ("half", "ones") else "ieee"
 
     def features(number: int = channels) -> Tensor:
         return torch.zeros(batch, number, *size, dtype=dtype, requires_grad=True)
