@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common.fields import compose
 from common.ops import SACB, match, norm_act, warp
 from common.ops.norm_act import conv_before_norm
+from common.ops.scale import double, halve
 
 WIDTHS = ((4, 8, 8), (16, 16), (32, 32), (64, 64), (64, 64))  # channels of the convolutions at scales 1..5
 DIVISOR = 16  # four halvings
@@ -35,7 +36,7 @@ class Encoder(nn.Module):
 
     def __init__(self, channels: int, backend: str | None = None) -> None:
         super().__init__()
-        self.scales = nn.ModuleList()
+        self.scales, self.backend = nn.ModuleList(), backend
         for widths in WIDTHS:
             pairs = zip((channels, *widths[:-1]), widths)
             self.scales.append(nn.Sequential(*[ConvNormAct(a, b, backend) for a, b in pairs]))
@@ -44,7 +45,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         features = [self.scales[0](x)]
         for scale in self.scales[1:]:
-            features.append(scale(halve(features[-1])))
+            features.append(scale(halve(features[-1], backend=self.backend)))
         return features
 
 
@@ -123,7 +124,7 @@ class SACBNet(nn.Module):
                 feat_moving, feat_fixed = self.both(self.sacb[str(scale)], feat_moving, feat_fixed)
             delta = match(feat_fixed, feat_moving, backend=self.backend)  # eq. 8-10
             disp = delta if disp is None else compose(disp, delta, padding="zeros", backend=self.backend)
-            disp = double(disp)
+            disp = double(disp, backend=self.backend)
         del feat_moving, feat_fixed, delta
         pair = [apply(self.refine, warp(feats_moving.pop(), disp, padding="zeros", backend=self.backend))]
         pair.insert(0, apply(self.refine, feats_fixed.pop()))
@@ -156,17 +157,3 @@ def apply(layers: nn.Sequential, x: Tensor) -> Tensor:
     for layer in layers:
         x = layer(x)
     return x
-
-
-def halve(x: Tensor) -> Tensor:
-    """2x2x2 average pooling as three strided sums, which keep channels-last memory fast."""
-    for axis in (2, 3, 4):
-        size = x.shape[axis]
-        index = torch.arange(0, size, 2, device=x.device)
-        x = x.index_select(axis, index) + x.index_select(axis, index + 1)
-    return x * 0.125
-
-
-def double(disp: Tensor) -> Tensor:
-    """up_2x of eq. 11: twice the resolution and twice the values, corner-aligned as in the released code."""
-    return F.interpolate(2 * disp, scale_factor=2, mode="trilinear", align_corners=True)

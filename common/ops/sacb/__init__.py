@@ -13,6 +13,7 @@ from common.ops.norm_act import conv_before_norm, norm_act
 from common.ops.sacb import reference
 from common.ops.sacb.lean import modulated_conv3d_lean
 from common.ops.sacb.reference import modulated_conv3d_reference
+from common.ops.scale import box_mean
 
 MEAN_TYPES = ("s", "c", "mix")
 
@@ -124,7 +125,7 @@ class SACB(nn.Module):
         means: list[Tensor] = []
         with torch.no_grad():
             if self.mean_type != "c":
-                means.append(box_mean(features).permute(0, 2, 3, 4, 1).reshape(batch, -1, channels))
+                means.append(box_mean(features, backend=self.backend).permute(0, 2, 3, 4, 1).reshape(batch, -1, channels))
             if self.mean_type != "s":
                 padded = F.pad(features.mean(1), [1] * 6)
                 means.append(padded.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1).reshape(batch, -1, 27))
@@ -134,20 +135,6 @@ class SACB(nn.Module):
                 points, clusters, self.iterations, self.init, sample=self.sample, backend=self.backend
             )
             return Clusters(labels.view(batch, i, j, k), centroids)
-
-
-def box_mean(x: Tensor) -> Tensor:
-    """Mean over the 3x3x3 patch of each voxel of (B, C, I, J, K), zeros outside counted: separable shifted sums.
-
-    At least float32, since 27 values are summed.
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    for axis in (2, 3, 4):
-        total, size = x.clone(), x.shape[axis]
-        total.narrow(axis, 1, size - 1).add_(x.narrow(axis, 0, size - 1))
-        total.narrow(axis, 0, size - 1).add_(x.narrow(axis, 1, size - 1))
-        x = total
-    return x.mul_(1 / 27)
 
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
