@@ -30,7 +30,7 @@ OPS = "warp", "match", "sacb", "kmeans", "norm_act", "scale"
 LABEL = ["other"]
 TOTAL = collections.defaultdict(lambda: [0, 0])  # (label, op) -> launches, bytes
 LIVE, PEAK = {}, [0, 0]
-FREE = {"aten.empty", "aten.detach", "aten.new_empty", "aten.empty_strided", "aten.empty_like", "aten.lift_fresh", "aten.alias"}
+FREE = {"aten.empty", "aten.detach", "aten.new_empty", "aten.empty_strided", "aten.empty_like", "aten.lift_fresh", "aten.alias"}  # noqa: E501
 
 
 def nbytes(x):
@@ -57,7 +57,7 @@ class Count(TorchDispatchMode):
         for x in outs:
             track(x)
         name = str(func).rsplit(".", 1)[0]
-        views = outs and ins and all(any(o.untyped_storage()._cdata == i.untyped_storage()._cdata for i in ins) for o in outs)
+        views = outs and ins and all(any(o.untyped_storage()._cdata == i.untyped_storage()._cdata for i in ins) for o in outs)  # noqa: E501
         mutable = func._schema.is_mutable
         if name in FREE or (views and not mutable) or not outs and not mutable:
             return out
@@ -156,17 +156,17 @@ def main():
         sys.modules[f"common.ops.{name}"].choose = lambda *args, **kwargs: "triton"
     from common.ops import sacb
 
-    for owner, name, label in ((network, "norm_act", "norm_act"), (network, "halve", "halve"), (network, "double", "double"),
+    for owner, name, label in ((network, "norm_act", "norm_act"), (network, "halve", "halve"), (network, "double", "double"),  # noqa: E501
                                (network, "warp", "warp"), (network, "match", "match"), (network, "compose", "compose"),
-                               (sacb, "norm_act", "norm_act"), (sacb, "kmeans", "kmeans"), (sacb, "box_mean", "box_mean"),
-                               (sacb, "modulated_conv3d", "modulated_conv3d"), (losses, "lncc", "lncc"), (losses, "diffusion", "diffusion"),
+                               (sacb, "norm_act", "norm_act"), (sacb, "kmeans", "kmeans"), (sacb, "box_mean", "box_mean"),  # noqa: E501
+                               (sacb, "modulated_conv3d", "modulated_conv3d"), (losses, "lncc", "lncc"), (losses, "diffusion", "diffusion"),  # noqa: E501
                                (losses, "warp", "loss warp")):
         wrap(owner, name, label)
     net = network.SACBNet().train(what == "train")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         params = {
-            k: torch.empty_strided(p.shape, p.stride(), device=DEVICE).requires_grad_(what == "train") for k, p in net.named_parameters()
+            k: torch.empty_strided(p.shape, p.stride(), device=DEVICE).requires_grad_(what == "train") for k, p in net.named_parameters()  # noqa: E501
         }
         image = torch.empty(1, 2, *size, device=DEVICE)
         base = sum(nbytes(p) for p in params.values())
@@ -184,12 +184,13 @@ def main():
             head = "conv3d" + ("" if label == "other" else " (" + label + ")")
         groups[head][0] += n
         groups[head][1] += size_
-    print(f"{what} {size}: {sum(n for n, _ in TOTAL.values())} launches, {sum(b for _, b in TOTAL.values()) / 1e9:.2f} GB; "
-          f"peak {PEAK[0] / 2**20:.0f} MiB beyond parameters {base / 2**20:.1f}, of which forward {forward / 2**20:.0f}")
+    print(f"{what} {size}: {sum(n for n, _ in TOTAL.values())} launches, {sum(b for _, b in TOTAL.values()) / 1e9:.2f} GB; "  # noqa: E501
+          f"peak {PEAK[0] / 2**20:.0f} MiB beyond parameters {base / 2**20:.1f}, of which forward {forward / 2**20:.0f}")  # noqa: E501
     for name, (n, b) in sorted(groups.items(), key=lambda x: -x[1][1]):
         print(f"  {name:34s}{n:7d} launches {b / 1e9:9.3f} GB  {b / 2.8e12 * 1e3:8.3f} ms at 2.8 TB/s")
     print("-- largest single ops")
     for (label, op), (n, b) in sorted(TOTAL.items(), key=lambda x: -x[1][1])[:45]:
         print(f"  {label[:30]:32s}{op:44s}{n:6d} {b / 1e9:9.3f} GB")
+
 
 main()

@@ -1,6 +1,6 @@
 """k-means in Triton: a launch an iteration, which joins the sums of the one before, and a launch a start point.
 
-Partial sums of a program go to memory of their own: no atomics, no wait for the host, and every run gives the same bits.
+Partial sums of a program go to memory of their own: no atomics, no wait for the host, the same bits in every run.
 The points of a sample are read where they lie, every s-th row.
 """
 
