@@ -256,8 +256,8 @@ def spread_start_triton(points: Tensor, clusters: int, stride: int) -> Tensor:
     for n in range(clusters):
         (before, after), (mass, mass_after) = distances[:: 1 - 2 * (n % 2)], masses[:: 1 - 2 * (n % 2)]
         start_kernel[(tiles, batch)](
-            points, best, which, before, after, mass, mass_after, starts, int((0.6180339887498949 * n) % 1.0 * 2**52), n,
-            *sizes, tiles, FIRST=n == 0, N=clusters, **constants,
+            points, best, which, before, after, mass, mass_after, starts,
+            int((0.6180339887498949 * n) % 1.0 * 2**52), n, *sizes, tiles, FIRST=n == 0, N=clusters, **constants,
         )  # fmt: skip
     return starts
 

@@ -126,7 +126,8 @@ class SACB(nn.Module):
         means: list[Tensor] = []
         with torch.no_grad():
             if self.mean_type != "c":
-                means.append(box_mean(features, backend=self.backend).permute(0, 2, 3, 4, 1).reshape(batch, -1, channels))
+                mean = box_mean(features, backend=self.backend)
+                means.append(mean.permute(0, 2, 3, 4, 1).reshape(batch, -1, channels))
             if self.mean_type != "s":
                 padded = F.pad(features.mean(1), [1] * 6)
                 means.append(padded.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1).reshape(batch, -1, 27))
