@@ -39,17 +39,30 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None, device: tor
         own = network.state_dict()
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
             raise InputError(f"{path}: not a file of weights (a state dict saved by torch.save)")
-        wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+        wrong = sorted(set(own) ^ set(state), key=str) or [k for k in own if own[k].shape != state[k].shape]
         if wrong:
             raise InputError(
                 f"{path}: these weights do not fit the network {type(network).__name__}, first at {wrong[0]!r}"
             )
+        for name, value in state.items():
+            _refuse_numbers(f"{path}: {name!r}", value, own[name])
         network.load_state_dict(state)
         network.weights = {"file": os.path.abspath(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
     try:
         return network.to(device)
     except (RuntimeError, AssertionError) as error:  # no CUDA in this torch, or no such device
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_numbers(where: str, value: Tensor, own: Tensor) -> None:
+    """Stop at numbers that PyTorch would take, or cut, without a word."""
+    if value.layout != torch.strided:
+        raise InputError(f"{where} is sparse, not a plain tensor")
+    if value.is_floating_point() != own.is_floating_point() or value.is_complex():
+        kinds = f"{value.dtype} numbers, the network's are {own.dtype}"
+        raise InputError(f"{where} holds {kinds}".replace("torch.", ""))
+    if value.is_floating_point() and not value.isfinite().all():
+        raise InputError(f"{where} holds NaN or infinite values")
 
 
 class RegistrationInferer(Inferer):

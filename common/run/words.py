@@ -2,8 +2,9 @@
 
 On their way through fire and MONAI's config parser a date in a path becomes a number, "#" becomes "::", and what begins
 with "$", "@" or "%" is code, a reference or another file. So the configs name `take_options` in their "initialize": it
-reads the words anew, checks them by the table, and gives the parser values that it takes as they are. Only what MONAI
-reads before is out of reach: the config files, --bundle_root, and a value that begins with "%" or is an import.
+reads the words anew, checks them by the table, and gives the parser values that it takes as they are. What MONAI
+evaluates before, --bundle_root and imports, is refused by `common.run.first`, which the configs import. Only what it reads
+before even that is out of reach: the config files, and a value that begins with "%", which it takes for one of them.
 """
 
 import ast
@@ -79,6 +80,18 @@ def _parts(word: str) -> tuple[str | None, str, str]:
 
 def _top(name: str | None) -> str | None:
     return name and re.split("::|#", name)[0]
+
+
+def refuse_early() -> None:
+    """End the program at a word of its command line that MONAI would evaluate before `take_options` sees it."""
+    if "run" not in sys.argv[1:3]:
+        return
+    for name, word in split(sys.argv[sys.argv.index("run") + 1 :], OF_MONAI).options.items():
+        text = (word or "").strip()
+        if name == "bundle_root" and not text or name == "bundle_root" and text.startswith(EVALUATED):
+            sys.exit(f"error: --bundle_root: needs the folder of the bundle, got {text or 'an empty word'}")
+        if re.match(r"\$\s*(import|from)\s", text):
+            sys.exit(f"error: --{name}: values of a command line are never evaluated, got {text}")
 
 
 def take_options() -> None:

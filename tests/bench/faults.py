@@ -39,7 +39,7 @@ def labels(seed: int = 0) -> np.ndarray:
 
 
 def nifti(array: np.ndarray, path: Path, affine: np.ndarray = AFFINE, **header: object) -> Path:
-    image = nib.Nifti1Image(array, affine)
+    image = nib.Nifti1Image(array, affine, dtype=array.dtype)
     for name, value in header.items():
         image.header[name] = value
     nib.save(image, path)
