@@ -143,9 +143,11 @@ def _of_command_line() -> dict[str, Any]:
 def check_root(root: str, config: dict, file: str) -> None:
     """Stop where the bundle's own package is not to be found."""
     package = str(config.get("network_def", {}).get("_target_", "monai")).partition(".")[0]
-    if not (Path(root) / package).is_dir() and importlib.util.find_spec(package) is None:
+    if not (Path(root) / package / "__init__.py").is_file() and (
+        (Path(root) / package).is_dir() or importlib.util.find_spec(package) is None
+    ):
         beside = Path(file).parent.parent
-        hint = f"; did you mean {beside}?" if (beside / package).is_dir() else ""
+        hint = f"; did you mean {beside}?" if (beside / package / "__init__.py").is_file() else ""
         raise InputError(f"--bundle_root {root}: is not the folder of this bundle, it holds no {package}{hint}")
 
 
