@@ -18,6 +18,7 @@ import fire
 from machine import peak_gib
 
 SECONDS, GIB = 30, 3.0
+EMPTY_CODE = 3  # of a command whose result is written, and empty
 GOOD = ("refused", "warned", "as it is")
 
 
@@ -61,6 +62,8 @@ def judged(run: Callable[[], None], *, fits: str = "", harmless: bool = False, o
         kind = "traceback"
     elif left := leftovers(out):
         kind, text = "half", f"{text}\nleft: {left}"
+    elif code == EMPTY_CODE and re.search("^warning: .", text, re.M):
+        kind = "warned"
     elif code:
         kind = "refused" if len(re.findall(r"^error: .", text, re.M)) == 1 else "traceback"
     elif fits and re.search(fits, text):
