@@ -75,7 +75,8 @@ class Registrar:
             InputError: what the command line says about an input or an option; other errors as they come.
         """
         paths = {"moving": moving, "fixed": fixed, "output_dir": output_dir}
-        asked = self.options | self._checked(options | {name: os.path.abspath(path) for name, path in paths.items()})
+        whole = {n: os.path.abspath(p) if isinstance(p, (str, os.PathLike)) else p for n, p in paths.items()}
+        asked = self.options | self._checked(options | whole)
         lasting = json.dumps({n: v for n, v in asked.items() if n not in OF_A_PAIR}, sort_keys=True, default=str)
         with _ONE_AT_A_TIME, _own_search_path():
             kept = {"network": self._kept[1]} if self._kept and self._kept[0] == lasting else {}
