@@ -39,7 +39,8 @@ def test_equals_the_command(people: Path, tmp_path: Path, registrar: Registrar) 
     where = ["--config_file", "bundles/sacb_net/configs/inference.json", "--bundle_root", "bundles/sacb_net"]
     line = [sys.executable, "-m", "monai.bundle", "run", *where, *words, "--output_dir", str(tmp_path / "command")]
     subprocess.run(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
-    row, folder = registrar.register(output_dir=tmp_path / "here", **pair, **options)
+    found = registrar.register(output_dir=tmp_path / "here", **pair, **options)
+    row, folder = found.row, found.folder
     assert folder == tmp_path / "here" / "a_to_b" and row["id"] == "a_to_b"
     names = {path.name for path in folder.iterdir()}
     assert names == {path.name for path in (tmp_path / "command" / "a_to_b").iterdir()}
