@@ -16,6 +16,7 @@ CT = -200.0  # Hounsfield units: below, as the 1st percentile, lies air, and no 
 BRAIN = (0.7, 2.2)  # litres of a person's brain with its fluid; a head with its skull has 3 or more
 CROP = 64.0  # mm: the longest side of a scan cut out around a hippocampus
 ALIKE = 0.3  # correlation of bright tissue: 0.39 to 0.81 of pairs of one contrast, at most 0.21 of two
+GROWTH = 4.0  # of volume, by the alignment, beyond that of the foregrounds
 SMALL = 100.0  # mm: a field of view for which 2 mm voxels are too coarse
 MIND = {"features": "mind"}
 
@@ -30,6 +31,7 @@ class Facts(NamedTuple):
     median: tuple[float, float]  # of the foreground, scaled to [0, 1]
     alike: float  # correlation of the bright tissue after a coarse alignment
     codes: tuple[int, ...] = ()  # of the label maps that are given
+    lost: bool = False  # the affine alignment asks for a growth that the sizes of the foregrounds do not explain
 
 
 class Choice(NamedTuple):
@@ -43,6 +45,14 @@ class Choice(NamedTuple):
 
 def choose(pair: Facts) -> Choice:
     """The rule: from what the scans are to a bundle and its options; the first that fits is taken."""
+    choice = _by_content(pair)
+    if not pair.lost:
+        return choice
+    reason = f"{choice.reason}; an affine alignment would lose its way, as they show different parts: a rigid one"
+    return choice._replace(options=choice.options | {"prealign": "rigid"}, reason=reason)
+
+
+def _by_content(pair: Facts) -> Choice:
     steps = {"refine_steps": 50}
     small = {"spacing": 1.0} if max(pair.side_mm) < SMALL else {}
     if all(pair.ct):
@@ -56,7 +66,7 @@ def choose(pair: Facts) -> Choice:
         return Choice("samconvex", steps, "two brains in T1 without skull: what the weights were trained on")
     if max(pair.side_mm) <= CROP and not any(pair.stripped) and _like("hippocampus", pair) and _two_parts(pair.codes):
         reason = "two small scans as cut out around a hippocampus: the weights for these"
-        return Choice("sacb_net", steps, reason, config="hippocampus.json")
+        return Choice("residual_aligner", steps, reason, config="hippocampus.json")
     what = "one contrast, but nothing that weights here were trained on"
     if any(n > BRAIN[1] for n in pair.litres) and all(pair.stripped):
         what = "a head with its skull (removing it, by HD-BET or SynthStrip, would help)"
@@ -100,7 +110,12 @@ def facts_of(
         scans.append((array[0], affine))
     codes = sorted({int(n) for path in labels for n in np.unique(io.read_label(path, header=header)[0])})
     each = [_look(*scan) for scan in scans]
-    return Facts(*zip(*each), alike=_alike(*scans, mode), codes=tuple(codes))
+    matrix = prealign(*scans[1], *scans[0], mode)
+    growth = np.linalg.det(matrix[:3, :3]) * each[1][2] / max(each[0][2], 1e-9)  # beside that of the foregrounds
+    lost = mode == "affine" and not 1 / GROWTH < growth < GROWTH
+    if lost:
+        matrix = prealign(*scans[1], *scans[0], "rigid")
+    return Facts(*zip(*each), alike=_alike(*scans, matrix), codes=tuple(codes), lost=lost)
 
 
 def _look(array: np.ndarray, affine: np.ndarray) -> tuple[bool, bool, float, float, float]:
@@ -116,12 +131,13 @@ def _look(array: np.ndarray, affine: np.ndarray) -> tuple[bool, bool, float, flo
     )
 
 
-def _alike(moving: tuple[np.ndarray, np.ndarray], fixed: tuple[np.ndarray, np.ndarray], mode: str) -> float:
+def _alike(
+    moving: tuple[np.ndarray, np.ndarray], fixed: tuple[np.ndarray, np.ndarray], matrix: np.ndarray
+) -> float:
     """Correlation where both scans are above the darkest fifth of their foreground.
 
     Fluid and background are dark in T1 and FLAIR alike, and would make them correlate; grey and white matter do not.
     """
-    matrix = prealign(*fixed, *moving, mode)
     size = fixed[0].shape
     box = geometry.foreground_box(fixed[0])
     first, last = (np.zeros(3), np.array(size) - 1) if box is None else box

@@ -68,7 +68,7 @@ def _options(words: list[str]) -> dict[str, str | None]:
     options, others = split(words, {*FOR_INFERENCE, *OWN})
     for name in options:
         if "::" in name or "#" in name:
-            raise InputError(f"--{name}: parts of a config are set by `python -m monai.bundle run`, or in --config FILE")
+            raise InputError(f"--{name}: parts of a config are set by `python -m monai.bundle run` or --config FILE")
         refuse_unknown(name, name, {*FOR_INFERENCE, *OWN})
     places = [name for name in PLACES if name not in options]
     if "pairs" in options or "dataset_dir" in options:

@@ -1,6 +1,7 @@
 """One progress bar for a run over pairs, where any step can say what it is doing, and leave notes for the report."""
 
 import contextlib
+import logging
 import sys
 import time
 import warnings
@@ -56,14 +57,22 @@ def telling(**facts: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """No bar and no printed summary of what runs inside; errors and warnings stay what they are."""
+    """No bar, log or printed summary of what runs inside; errors stay what they are."""
     global _silent
     before, _silent = _silent, True
+    logged = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(None):
             yield
     finally:
         _silent = before
+        logging.disable(logged)
+
+
+def quiet() -> bool:
+    """Whether a run is silent."""
+    return _silent
 
 
 def kept(name: str) -> object:
