@@ -15,6 +15,7 @@ from common import InputError, RegistrationWarning
 from common.deploy.command import deploy
 from common.label.command import label
 from common.run.cli import exact_words, printable, sentence_of
+from common.run.door import register
 
 
 class Later:
@@ -295,6 +296,7 @@ def _written(output: str, what: str) -> str:
 
 
 COMMANDS = {
+    "register": register,
     "apply": apply,
     "compose": compose,
     "invert": invert,
@@ -322,6 +324,10 @@ def main() -> None:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
             raise InputError(f"{command}: there is no such command{hint}")
+        if command == "register":  # its options are those of the bundles, and not in a signature
+            if said := register(words):
+                print(said)
+            return
         if {"--help", "-h"} & set(words):
             words = ["--", "--help"]  # behind "--" it is fire's own, which says nothing around it
         else:
@@ -343,6 +349,12 @@ def _run(command: str, words: list[str]) -> bool:
         if issubclass(warning.category, RegistrationWarning):
             print(f"warning: {warning.message}", file=sys.stderr)
     return any(issubclass(warning.category, EmptyResult) for warning in caught)
+
+
+def register_main() -> None:
+    """`monai-register`, which the package installs."""
+    sys.argv.insert(1, "register")
+    main()
 
 
 def _overview() -> str:

@@ -184,7 +184,7 @@ class RegistrationInferer(Inferer):
             text = f"not with {name}, whose grid it does not take; mind or lncc would do"
             raise InputError(f"--refine_similarity features: {text}")
         options = {"similarity": self.similarity, "features": features, "mask": mask} | self.options
-        if quiet:
+        if quiet or progress.quiet():
             options["progress"] = False
         else:
             progress.stage("refining")

@@ -313,6 +313,7 @@ class DeliverPaird(Transform):
             writers["report.json"] = partial(_write_report, report.report(row, details, notes, facts))  # the last
             io.write_folder(self.output_dir / data["id"], writers)
         row["seconds"] = time.time() - float(data["started"])
+        data["delivered"] = pair, warped, notes  # for a `Registrar`
         return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
 
 
