@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from common import InputError, RegistrationWarning
 from common.fields import compose
+from common.holes import fill, spread
 from common.ops import plain, warp
 from common.refine import SIMILARITIES, refine
 from common.run import forecast, progress
@@ -58,8 +59,10 @@ class RegistrationInferer(Inferer):
     Before, time and memory of the two and of the pair as a whole are forecast, shown, and kept for the report; a pair
     that will not fit is stopped, tiled or coarsened. Up to `forecast.SIDE`^3 voxels nothing is forecast unless `memory`
     is given: measuring would be the registration itself, which takes seconds and 0.1 GiB. What network and refinement
-    warn of is kept for the row. The call's `started` (time.time()) and `scan_voxels` (of the fixed scan) are for the
-    forecast of the whole pair; without them it is of network and refinement alone.
+    warn of is kept for the row. What a mask leaves out is filled before the network sees it (`common.holes.fill`), and
+    there the displacement of the network is continued from around it. The call's `started` (time.time()) and
+    `scan_voxels` (of the fixed scan) are for the forecast of the whole pair; without them it is of network and
+    refinement alone.
 
     Args:
         refine_steps: steps of `common.refine.refine`; 0 leaves the network's displacement.
@@ -125,13 +128,11 @@ class RegistrationInferer(Inferer):
             how, size = self._forecast(packed, run, started, scan_voxels)
         progress.stage("network" if how == "whole" else f"network, {how}")
         with progress.noting():
-            if mask is not None and not self.refine_steps:
-                text = "masks act in the refinement only, and --refine_steps is 0"
-                warnings.warn(text, RegistrationWarning, stacklevel=2)
             disp = forecast.run_planned(run(self.refine_steps), packed, how, size)
         return disp
 
     def _register(self, image, network, mask, steps, quiet, args, kwargs) -> Tensor:
+        image = image if mask is None else fill(image, mask)
         moving, fixed = image.chunk(2, dim=1)
         pair, disp = image, None
         for left in reversed(range(self.passes)):
@@ -142,6 +143,9 @@ class RegistrationInferer(Inferer):
             disp = further if disp is None else compose(disp, further)
             if left:
                 pair = torch.cat([warp(moving, disp), fixed], 1)
+        if mask is not None:
+            known = warp(mask[:, :1], disp) * mask[:, 1:]
+            disp = spread(disp, known > 0.5) if (known > 0.5).any() else disp
         if not steps:
             return disp
         features = getattr(network, "features", None) if self.similarity == "features" else None

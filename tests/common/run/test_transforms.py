@@ -235,9 +235,40 @@ def test_masks_come_onto_the_working_grid(small: dict[str, str], tmp_path: Path)
     packed = align(LoadScansd()(small | {"moving_mask": str(tmp_path / "mask.nii.gz")}))["mask"]
     np.testing.assert_array_equal(packed, np.stack([mask > 0, np.ones((12, 12, 12))]))
     assert "mask" not in align(LoadScansd()(small))
-    io.write_label(mask[:6], np.eye(4), tmp_path / "mask.nii.gz")
-    with pytest.raises(InputError, match="the mask has shape"):
-        LoadScansd()(small | {"fixed_mask": str(tmp_path / "mask.nii.gz")})
+    finer = nib.affines.from_matvec(np.eye(3) / 2, [-0.25] * 3)  # voxels of half the size: brought on by the headers
+    io.write_label(mask.repeat(2, 0).repeat(2, 1).repeat(2, 2), finer, tmp_path / "finer.nii.gz")
+    packed = align(LoadScansd()(small | {"fixed_mask": str(tmp_path / "finer.nii.gz")}))["mask"]
+    np.testing.assert_array_equal(packed[1], mask > 0)
+
+
+def test_lesions_are_widened_and_left_out(small: dict[str, str], tmp_path: Path) -> None:
+    lesion = np.zeros((12, 12, 12), np.uint8)
+    lesion[5, 6, 7] = 1
+    io.write_label(lesion, np.eye(4), tmp_path / "lesion.nii.gz")
+    apart = np.linalg.norm(np.moveaxis(np.indices(lesion.shape), 0, -1) - (5, 6, 7), axis=-1)
+    loaded = LoadScansd(lesion_margin=2.0)(small | {"moving_lesion": str(tmp_path / "lesion.nii.gz")})
+    np.testing.assert_array_equal(loaded["moving_mask"][0], apart > 2)
+    assert "moving_lesion" not in loaded and "fixed_mask" not in loaded
+    io.write_label(0 * lesion, np.eye(4), tmp_path / "none.nii.gz")  # a person of the cohort without one
+    assert LoadScansd()(small | {"fixed_lesion": str(tmp_path / "none.nii.gz")})["fixed_mask"].all()
+
+
+MASKS = {
+    "empty": ("mask", 0, 0.0, "the mask leaves nothing of the scan .* to look at; .* is given as --fixed_lesion"),
+    "all of it": ("lesion", 1, 0.0, "the lesion mask leaves nothing of the scan"),
+    "elsewhere": ("mask", 1, 300.0, "the mask lies elsewhere in space than its scan"),
+}
+
+
+@pytest.mark.parametrize("kind, value, shift, words", MASKS.values(), ids=MASKS)
+def test_masks_that_cannot_be_meant(
+    small: dict[str, str], tmp_path: Path, kind: str, value: int, shift: float, words: str
+) -> None:
+    place = nib.affines.from_matvec(np.eye(3), [shift] * 3)
+    io.write_label(np.full((12, 12, 12), value, np.uint8), place, tmp_path / "mask.nii.gz")
+    with pytest.raises(InputError, match=words) as caught:
+        LoadScansd()(small | {f"fixed_{kind}": str(tmp_path / "mask.nii.gz")})
+    assert "\n" not in str(caught.value)
 
 
 def test_align_refuses_modes_and_channels(small: dict[str, str]) -> None:
