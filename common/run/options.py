@@ -58,6 +58,8 @@ INFERENCE = {
     "moving_lesion": _scan("moving", "mask of a lesion, what is left out,"),
     "fixed_lesion": _scan("fixed", "mask of a lesion, what is left out,"),
     "lesion_margin": Option("number", "mm by which lesions are widened", high=1000),
+    "guide": Option("number", "weight with which the landmarks guide the refinement; at 0 they are measured only"),
+    "holdout_points": Option("number", "share of the landmarks that do not guide, and are measured", high=1),
     "pairs": Option("path", "CSV of pairs, or a folder of scans"),
     "header": Option("word", "which header of a NIfTI file says where the scan is", ("sform", "qform"), none=True),
     "series": Option("data", "UID or description of a DICOM series, or a list for both scans", none=True),

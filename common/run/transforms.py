@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -18,7 +19,7 @@ from common.quality import measure, picture, report, verdict
 from common.run import forecast, progress
 from common.space import geometry, io, mapping, points
 from common.space.headers import HEADERS
-from common.space.prealign import prealign
+from common.space.prealign import fit_points, prealign
 from common.space.transform_files import write_transform
 
 WRITTEN = 2**21  # voxels of a fixed scan whose displacement is written without being asked for: some 15 MB
@@ -150,6 +151,9 @@ class AlignAndGridd(Transform):
             view. Instance normalisation sees the share of background, and a share unlike that of the training scans
             costs accuracy: True suits weights for whole organs, False those trained on crops around one.
         grid_size: voxels of the working grid, in closest RAS order, around its middle; None covers the scan.
+        guide: above 0, the landmarks of the pair guide: the alignment starts from them, and "guides" (2, N, 3) are
+            their voxels on the working grid, fixed then moving (aligned).
+        holdout: share of the landmarks, evenly spread over their list, that do not guide, and are measured: "measured".
 
     Raises:
         InputError: unknown `prealign`, different channel counts, scans that do not overlap after the alignment.
@@ -164,12 +168,15 @@ class AlignAndGridd(Transform):
         divisor: int = 16,
         crop: bool = True,
         grid_size: tuple[int, int, int] | None = None,
+        guide: float = 0.0,
+        holdout: float = 0.2,
     ) -> None:
         if prealign not in PREALIGN:
             raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
         self.spacing, self.prealign, self.channels = checked_spacing(spacing), prealign, channels
         self.grid_size = checked_grid_size(grid_size)
         self.divisor, self.crop = divisor, crop
+        self.guide, self.holdout = guide, holdout
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
@@ -190,7 +197,15 @@ class AlignAndGridd(Transform):
         size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, spacing, **options)
         progress.stage("no alignment" if self.prealign == "none" else f"{self.prealign} alignment")
         masks = {name: data[name].numpy()[0] for name in ("moving_mask", "fixed_mask") if name in data}
+        guides = self._guides(data, names[1]) if self.guide else None
+        if guides is not None and self.prealign != "none":
+            masks["start"] = fit_points(*guides, scaled=self.prealign == "affine")
         matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign, **masks)
+        masks.pop("start", None)
+        if guides is not None:
+            back = np.linalg.inv(onto), np.linalg.inv(onto) @ np.linalg.inv(matrix)
+            both = [nib.affines.apply_affine(to_voxel, marks) for to_voxel, marks in zip(back, guides)]
+            data["guides"] = torch.from_numpy(np.stack(both))
         progress.stage("resampling")
         moving_work = geometry.to_working_grid(moving, moving_affine, size, onto, matrix)
         fixed_work = geometry.to_working_grid(fixed, fixed_affine, size, onto)
@@ -214,6 +229,18 @@ class AlignAndGridd(Transform):
         both = zip((moving_work, fixed_work), names)
         data["moving_work"], data["fixed_work"] = (scan_tensor(x, onto, n) for x, n in both)
         return data
+
+    def _guides(self, data: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Fixed and moving landmarks (N, 3) in RAS mm that guide; "measured" says which do not."""
+        marks = _landmarks(data, {role: np.asarray(data[role].affine) for role in ("moving", "fixed")})
+        if len(marks) < 2:
+            raise InputError(f"{name}: --guide needs landmarks of both scans, --moving_points and --fixed_points")
+        number = np.arange(len(marks["fixed_points"].lps))
+        data["measured"] = np.floor((number + 1) * self.holdout + 1e-9) > np.floor(number * self.holdout + 1e-9)
+        if data["measured"].all():
+            raise InputError(f"{name}: with --holdout_points {self.holdout:g} none of its landmarks is left to guide")
+        flip = np.array([-1.0, -1.0, 1.0])
+        return tuple(marks[f"{role}_points"].lps[~data["measured"]] * flip for role in ("fixed", "moving"))
 
 
 class ScaleForegroundd(Transform):
@@ -330,6 +357,7 @@ class DeliverPaird(Transform):
         notes, facts = progress.take()
         notes += verdict.judge_scans(scans, halves, self.trained_on) + verdict.judge(found)
         row = {"id": data["id"]} | names | found
+        row |= {} if pair.measured is None else {"guides": int((~pair.measured).sum())}
         row |= {"warnings": "; ".join(notes), "seconds": time.time() - float(data["started"])}
         peak = forecast.peak_memory(torch.as_tensor(data["pred"]).device)
         facts |= {"seconds": row["seconds"], "peak_memory_mib": None if peak is None else peak / 2**20}
@@ -370,6 +398,7 @@ def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
         work_affine=onto,
         **labels,
         **_landmarks(data, {role: affine for role, (_, affine) in scans.items()}),
+        measured=np.asarray(data["measured"]) if "measured" in data else None,
     )
 
 

@@ -70,6 +70,35 @@ def prealign(
     return metric.rank(tried)[0]
 
 
+def fit_points(fixed: np.ndarray, moving: np.ndarray, *, scaled: bool = False) -> np.ndarray | None:
+    """4x4 rigid map, or similarity, of points (N, 3) onto their counterparts, in RAS mm; None of fewer than three, or
+    of points on a line.
+
+    Least squares by Umeyama's formula, weights min(1, 2 m / r) of the residuals r with the median m, ten times over: a
+    pair that does not belong together hardly counts.
+
+    Source: Umeyama, Least-squares estimation of transformation parameters between two point patterns, PAMI 1991.
+    """
+    fixed, moving = np.asarray(fixed, np.float64), np.asarray(moving, np.float64)
+    if len(fixed) < 3 or np.linalg.matrix_rank(fixed - fixed.mean(0), tol=1e-3 * np.ptp(fixed)) < 2:
+        return None
+    weight = np.ones((len(fixed), 1))
+    for _ in range(10):
+        centres = [(weight * points).sum(0) / weight.sum() for points in (fixed, moving)]
+        one, other = fixed - centres[0], moving - centres[1]
+        left, sizes, right = np.linalg.svd((weight * other).T @ one)
+        signs = np.array([1.0, 1.0, np.sign(np.linalg.det(left @ right))])
+        size = (sizes * signs).sum() / (weight * one**2).sum() if scaled else 1.0
+        linear = size * (left * signs) @ right
+        rest = np.linalg.norm(other - one @ linear.T, axis=1, keepdims=True)
+        weight = np.minimum(1.0, 2 * np.median(rest) / np.maximum(rest, 1e-9))
+        if not weight.any():  # all fit exactly
+            break
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = linear, centres[1] - linear @ centres[0]
+    return matrix
+
+
 def _check(name: str, array: np.ndarray, affine_ras: np.ndarray) -> None:
     if array.ndim != 3 or min(array.shape) < 2:
         raise ValueError(f"prealign() {name!r} must be (I, J, K) with at least 2 voxels each, got {array.shape}")

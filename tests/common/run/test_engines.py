@@ -116,8 +116,9 @@ def test_inferer_tells_what_the_last_pass_warns_of(image: Tensor, monkeypatch: p
 
 def test_network_sees_no_hole_and_its_field_goes_on_across_it(image: Tensor) -> None:
     """Which is then that of the intact pair around it, and smooth inside."""
+    image = 0.1 + 0.9 * image
     mask = torch.ones_like(image)
-    mask[:, 0, 8:16, 8:16, 8:16] = 0
+    mask[:, 1, 8:16, 8:16, 8:16] = 0
     seen = []
 
     def network(pair: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def test_network_sees_no_hole_and_its_field_goes_on_across_it(image: Tensor) -> 
         return disp
 
     disp = engines.RegistrationInferer()(image * mask, network, mask=mask)
-    assert float(seen[0][:, 0, 8:16, 8:16, 8:16].min()) > 0 and torch.equal(seen[0][:, 1], image[:, 1])
+    assert float(seen[0][:, 1, 8:16, 8:16, 8:16].min()) > 0 and torch.equal(seen[0][:, 0], image[:, 0])
     torch.testing.assert_close(disp, torch.ones_like(disp))
 
 
@@ -145,6 +146,11 @@ def test_inferer_rejects_negative_steps() -> None:
         engines.RegistrationInferer(-1)
     with pytest.raises(InputError, match="--refine_steps must be a whole number >= 0, got abc"):
         engines.RegistrationInferer("abc")
+
+
+def test_guide_needs_steps() -> None:
+    with pytest.raises(InputError, match="--guide: points guide the refinement, which needs --refine_steps, as 50"):
+        engines.RegistrationInferer(guide=0.1)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 
 from common import InputError, phantom
+from common.run.example import write_phantom
 from common.run.transforms import AlignAndGridd, DeliverPaird, LoadScansd, PackPaird, ScaleForegroundd
 from common.space import io
 from common.space.points import read_points
@@ -269,6 +270,30 @@ def test_masks_that_cannot_be_meant(
     with pytest.raises(InputError, match=words) as caught:
         LoadScansd()(small | {f"fixed_{kind}": str(tmp_path / "mask.nii.gz")})
     assert "\n" not in str(caught.value)
+
+
+def test_points_guide_or_are_measured(tmp_path: Path) -> None:
+    """Never both: every fifth is measured; the alignment starts from the others; their voxels belong together."""
+    row = write_phantom(tmp_path / "pair")
+    data = LoadScansd()(row)
+    data = AlignAndGridd(spacing=8.0, prealign="rigid", guide=0.1, holdout=0.25)(data)
+    assert data["measured"].tolist() == [n % 4 == 3 for n in range(12)]
+    fixed, moving = data["guides"].numpy()
+    onto = data["fixed_work"].affine.numpy()
+    read = {role: read_points(row[f"{role}_points"]).lps * [-1, -1, 1] for role in ("fixed", "moving")}
+    marks = {role: found[~data["measured"]] for role, found in read.items()}
+    np.testing.assert_allclose(nib.affines.apply_affine(onto, fixed), marks["fixed"], atol=1e-3)
+    there = nib.affines.apply_affine(data["matrix"].numpy() @ onto, moving)
+    np.testing.assert_allclose(there, marks["moving"], atol=1e-3)
+    mm = np.linalg.norm(onto[:3, 0])
+    assert np.linalg.norm(fixed - moving, axis=1).mean() * mm < 5
+    size = data["fixed_work"].shape[1:]
+    data = PackPaird()(ScaleForegroundd(("moving_work", "fixed_work"))(data)) | {"pred": torch.zeros(3, *size)}
+    row = DeliverPaird(str(tmp_path / "out"), save=False)(data)["row"]
+    assert (row["landmarks"], row["guides"]) == (3, 9)
+    bare = {"id": "x"} | {role: str(tmp_path / "pair" / f"{role}.nii.gz") for role in ("moving", "fixed")}
+    with pytest.raises(InputError, match="--guide needs landmarks of both scans"):
+        AlignAndGridd(spacing=8.0, guide=0.1)(LoadScansd()(bare))
 
 
 def test_align_refuses_modes_and_channels(small: dict[str, str]) -> None:
