@@ -3,17 +3,20 @@
 import difflib
 import importlib
 import inspect
+import math
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Literal
 
 import fire
 
-from common import InputError
+from common import InputError, RegistrationWarning
 from common.deploy.command import deploy
 from common.label.command import label
 from common.run.cli import exact_words, printable, sentence_of
+from common.run.door import register
 
 
 class Later:
@@ -28,6 +31,7 @@ class Later:
 
 np, io, mapping = Later("numpy"), Later("common.space.io"), Later("common.space.mapping")
 carry, transform_files = Later("common.space.carry"), Later("common.space.transform_files")
+EMPTY_CODE = 3  # exit code of a command whose result is written, and empty or nearly so
 
 
 def apply(
@@ -38,6 +42,8 @@ def apply(
     matrix: str = "",
 ):
     """Apply a transform to scans, label maps or points: apply FILE [FILE ...] TRANSFORM OUTPUT.
+
+    A result that is empty, or nearly so, is written, said, and ends in exit code 3.
 
     A registration's transform.h5 takes a point of the fixed space to its place in the moving space. So it brings the
     moving scan (or its label map) onto the fixed grid, and FIXED points to the moving scan. For MOVING points to the
@@ -64,7 +70,7 @@ def apply(
     the_map = transform_files.read_transform(transform, matrix=str(matrix), scans=scans)
     only_points = all(file.lower().endswith(carry.POINT_ENDINGS) for file in files)
     back = None if not inverse else the_map if only_points else mapping.invert(the_map)
-    options = {"reference": str(reference), "label": str(label), "back": back}
+    options = {"reference": str(reference), "label": str(label), "back": back, "name": transform}
     if len(files) == 1:
         return _written(output, carry.carry(files[0], the_map, output, **options))
     places = carry.names_in(output, tuple(files))
@@ -144,7 +150,7 @@ def make_report(
         if bool(paths[f"moving_{kind}"]) != bool(paths[f"fixed_{kind}"]):
             has, lacks = sorted((f"moving_{kind}", f"fixed_{kind}"), key=lambda name: not paths[name])
             raise InputError(f"{paths[has]}: with --{has}, --{lacks} is needed as well")
-    if not isinstance(spacing, (int, float)) or spacing < 0:
+    if not isinstance(spacing, (int, float)) or not 0 <= spacing < math.inf:
         raise InputError(f"--spacing must be a size in mm, or 0 for that of the fixed scan, got {spacing}")
     given = {name: str(path) for name, path in paths.items() if path}
     pair = measure.read_registration(str(moving), str(fixed), str(transform), spacing=spacing or None, **given)
@@ -266,6 +272,7 @@ def _written(output: str, what: str) -> str:
 
 
 COMMANDS = {
+    "register": register,
     "apply": apply,
     "compose": compose,
     "invert": invert,
@@ -293,15 +300,37 @@ def main() -> None:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
             raise InputError(f"{command}: there is no such command{hint}")
+        if command == "register":  # its options are those of the bundles, and not in a signature
+            if said := register(words):
+                print(said)
+            return
         if {"--help", "-h"} & set(words):
             words = ["--", "--help"]  # behind "--" it is fire's own, which says nothing around it
         else:
             words = exact_words(command, COMMANDS[command], words)
-        fire.Fire(COMMANDS, command=[command, *words], name="common")
+        if _run(command, words):
+            sys.exit(EMPTY_CODE)
     except (InputError, OSError) as error:
         if (sentence := sentence_of(error)) is None:
             raise
         sys.exit(f"error: {sentence}")
+
+
+def _run(command: str, words: list[str]) -> bool:
+    """Run a command and print its warnings as sentences; whether one of them is an `EmptyResult`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RegistrationWarning)
+        fire.Fire(COMMANDS, command=[command, *words], name="common")
+    for warning in caught:
+        if issubclass(warning.category, RegistrationWarning):
+            print(f"warning: {warning.message}", file=sys.stderr)
+    return any(issubclass(warning.category, carry.EmptyResult) for warning in caught)
+
+
+def register_main() -> None:
+    """`monai-register`, which the package installs."""
+    sys.argv.insert(1, "register")
+    main()
 
 
 def _overview() -> str:

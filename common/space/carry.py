@@ -1,17 +1,23 @@
 """Bring files of any kind, one or many, through one transform: scans, films (4-D), label maps, points."""
 
 import os
+import warnings
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from common import InputError
+from common import InputError, RegistrationWarning
 from common.space import headers, io, mapping, points
 
 POINT_ENDINGS = (".csv", ".fcsv", ".json")
 LABELS = ("no", "nearest", "auto", "linear")
+NEARLY = 0.01  # of what a scan shows: less is nearly nothing
 ALIKE = 0.5  # of neighbouring voxels that both show something: the values of a label map are mostly the same there
+
+
+class EmptyResult(RegistrationWarning):
+    """What a command has written is empty, or nearly so."""
 
 
 def is_label(array: np.ndarray) -> bool:
@@ -73,6 +79,7 @@ def carry(
     reference: str = "",
     label: str = "no",
     back: mapping.Transform | None = None,
+    name: str = "the transform",
 ) -> str:
     """Bring one file through a transform, and say what was written.
 
@@ -81,6 +88,7 @@ def carry(
         reference: scan whose grid the result gets; for points in voxels, the one they belong to.
         label: "no", "nearest", "auto" (nearest for what `is_label`), or "linear" (`mapping.resample`'s "voted").
         back: the inverse, to be applied instead; of points the exact one is sought.
+        name: of the transform, for warnings.
     """
     if file.lower().endswith(POINT_ENDINGS):
         affine = io.read_scan(reference)[1] if reference else None
@@ -88,6 +96,8 @@ def carry(
         there = (mapping.invert_at if back else mapping.map_points)(the_map, given.lps)
         points.write_points(points.Points(there, given.names), output)
         lost = int(np.isnan(there).any(1).sum())
+        if lost == len(there):
+            warnings.warn(f"{output}: no point has an inverse, all are nan", EmptyResult, stacklevel=1)
         return f"{len(there)} points in LPS mm" + (f", {lost} without an inverse (nan)" if lost else "")
     if not reference:
         raise InputError(f"{file}: --reference is needed, a scan whose grid the result gets")
@@ -102,18 +112,31 @@ def carry(
     like, onto = io.read_scan(reference)
     size = like.shape[1:]
     options = {"nearest": label == "nearest", "voted": label == "linear"}
-    warped = []
-    for channel in scan:
-        outside = 0 if label != "no" else io.background(channel)
-        warped.append(mapping.resample(channel, affine, size, onto, back or the_map, outside=outside, **options))
+    outside = [0 if label != "no" else io.background(channel) for channel in scan]
+    through = back or the_map
+    warped = [mapping.resample(c, affine, size, onto, through, outside=o, **options) for c, o in zip(scan, outside)]
     warped = np.stack(warped)
     kind = {"no": "", "nearest": " of labels", "linear": " of labels, by their shares"}[label]
     if film is not None:
         write_film(warped.astype(np.int32) if label != "no" else warped, onto, step, output)
+        _warn_of_nothing(file, output, name, (scan, affine), (warped, onto), outside)
         return f"{' x '.join(map(str, size))} voxels{kind}, {len(warped)} times"
     write = io.write_label if label != "no" else io.write_scan
     io.write_image_file(output, lambda path: write(warped, onto, path))
+    _warn_of_nothing(file, output, name, (scan, affine), (warped, onto), outside)
     return f"{' x '.join(map(str, size))} voxels{kind}"
+
+
+def _warn_of_nothing(file: str, output: str, name: str, before: tuple, after: tuple, outside: list[float]) -> None:
+    """Warn where next to nothing of a scan (array, affine) is left."""
+    (scan, affine), (warped, onto) = before, after
+    shown = [(array != np.reshape(outside, (-1, 1, 1, 1))).mean() for array in (scan, warped)]
+    kept = shown[1] * np.prod(warped.shape[1:]) * abs(np.linalg.det(onto[:3, :3])) if shown[0] else 0.0
+    kept /= max(shown[0] * np.prod(scan.shape[1:]) * abs(np.linalg.det(affine[:3, :3])), 1e-30)
+    if kept < NEARLY and shown[1] < NEARLY:
+        what = "is empty" if not shown[1] else f"holds {100 * kept:.2g} % of what {file} shows"
+        why = f"{file} shows nothing" if not shown[0] else f"{name} leads elsewhere, or --inverse is wanted"
+        warnings.warn(f"{output}: {what}: {why}", EmptyResult, stacklevel=1)
 
 
 def names_in(folder: str, files: tuple[str, ...]) -> list[str]:
