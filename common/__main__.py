@@ -70,7 +70,7 @@ def apply(
     the_map = transform_files.read_transform(transform, matrix=str(matrix), scans=scans)
     only_points = all(file.lower().endswith(carry.POINT_ENDINGS) for file in files)
     back = None if not inverse else the_map if only_points else mapping.invert(the_map)
-    options = {"reference": str(reference), "label": str(label), "back": back, "named": transform}
+    options = {"reference": str(reference), "label": str(label), "back": back, "name": transform}
     if len(files) == 1:
         return _written(output, carry.carry(files[0], the_map, output, **options))
     places = carry.names_in(output, tuple(files))
@@ -324,7 +324,7 @@ def _run(command: str, words: list[str]) -> bool:
     for warning in caught:
         if issubclass(warning.category, RegistrationWarning):
             print(f"warning: {warning.message}", file=sys.stderr)
-    return any(issubclass(warning.category, EmptyResult) for warning in caught)
+    return any(issubclass(warning.category, carry.EmptyResult) for warning in caught)
 
 
 def register_main() -> None:

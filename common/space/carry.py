@@ -16,6 +16,7 @@ NEARLY = 0.01  # of what a scan shows: less is nearly nothing
 ALIKE = 0.5  # of neighbouring voxels that both show something: the values of a label map are mostly the same there
 
 
+
 def is_label(array: np.ndarray) -> bool:
     """Whether (C, I, J, K) looks like a label map: whole numbers, mostly the same in neighbouring voxels."""
     if not (array == np.rint(array)).all():
@@ -75,7 +76,7 @@ def carry(
     reference: str = "",
     label: str = "no",
     back: mapping.Transform | None = None,
-    named: str = "the transform",
+    name: str = "the transform",
 ) -> str:
     """Bring one file through a transform, and say what was written.
 
@@ -84,10 +85,7 @@ def carry(
         reference: scan whose grid the result gets; for points in voxels, the one they belong to.
         label: "no", "nearest", "auto" (nearest for what `is_label`), or "linear" (`mapping.resample`'s "voted").
         back: the inverse, to be applied instead; of points the exact one is sought.
-        named: what a warning calls the transform.
-
-    Warns:
-        EmptyResult: nothing, or nearly nothing, of the file is in the result.
+        name: of the transform, for warnings.
     """
     if file.lower().endswith(POINT_ENDINGS):
         affine = io.read_scan(reference)[1] if reference else None
@@ -96,7 +94,7 @@ def carry(
         points.write_points(points.Points(there, given.names), output)
         lost = int(np.isnan(there).any(1).sum())
         if lost == len(there):
-            warnings.warn(f"{output}: no point has an inverse, all are nan", EmptyResult, stacklevel=2)
+            warnings.warn(f"{output}: no point has an inverse, all are nan", EmptyResult, stacklevel=1)
         return f"{len(there)} points in LPS mm" + (f", {lost} without an inverse (nan)" if lost else "")
     if not reference:
         raise InputError(f"{file}: --reference is needed, a scan whose grid the result gets")
@@ -112,24 +110,30 @@ def carry(
     size = like.shape[1:]
     options = {"nearest": label == "nearest", "voted": label == "linear"}
     outside = [0 if label != "no" else io.background(channel) for channel in scan]
-    warped = np.stack(
-        [mapping.resample(c, affine, size, onto, back or the_map, outside=o, **options) for c, o in zip(scan, outside)]
-    )
+    through = back or the_map
+    warped = [mapping.resample(c, affine, size, onto, through, outside=o, **options) for c, o in zip(scan, outside)]
+    warped = np.stack(warped)
     kind = {"no": "", "nearest": " of labels", "linear": " of labels, by their shares"}[label]
     if film is not None:
         write_film(warped.astype(np.int32) if label != "no" else warped, onto, step, output)
-        kind += f", {len(warped)} times"
-    else:
-        write = io.write_label if label != "no" else io.write_scan
-        io.write_image_file(output, lambda path: write(warped, onto, path))
-    shown = [float((array != np.reshape(outside, (-1, 1, 1, 1))).mean()) for array in (scan, warped)]
-    whole = [np.prod(array.shape[1:]) * abs(np.linalg.det(a[:3, :3])) for array, a in ((scan, affine), (warped, onto))]
-    kept = shown[1] * whole[1] / (shown[0] * whole[0]) if shown[0] else 0.0
+        _warn_of_nothing(file, output, name, (scan, affine), (warped, onto), outside)
+        return f"{' x '.join(map(str, size))} voxels{kind}, {len(warped)} times"
+    write = io.write_label if label != "no" else io.write_scan
+    io.write_image_file(output, lambda path: write(warped, onto, path))
+    _warn_of_nothing(file, output, name, (scan, affine), (warped, onto), outside)
+    return f"{' x '.join(map(str, size))} voxels{kind}"
+
+
+def _warn_of_nothing(file: str, output: str, name: str, before: tuple, after: tuple, outside: list[float]) -> None:
+    """Warn where next to nothing of a scan (array, affine) is left."""
+    (scan, affine), (warped, onto) = before, after
+    shown = [(array != np.reshape(outside, (-1, 1, 1, 1))).mean() for array in (scan, warped)]
+    kept = shown[1] * np.prod(warped.shape[1:]) * abs(np.linalg.det(onto[:3, :3])) if shown[0] else 0.0
+    kept /= max(shown[0] * np.prod(scan.shape[1:]) * abs(np.linalg.det(affine[:3, :3])), 1e-30)
     if kept < NEARLY and shown[1] < NEARLY:
         what = "is empty" if not shown[1] else f"holds {100 * kept:.2g} % of what {file} shows"
-        why = f"{file} shows nothing" if not shown[0] else f"{named} leads elsewhere, or --inverse is wanted"
-        warnings.warn(f"{output}: {what}: {why}", EmptyResult, stacklevel=2)
-    return f"{' x '.join(map(str, size))} voxels{kind}"
+        why = f"{file} shows nothing" if not shown[0] else f"{name} leads elsewhere, or --inverse is wanted"
+        warnings.warn(f"{output}: {what}: {why}", EmptyResult, stacklevel=1)
 
 
 def names_in(folder: str, files: tuple[str, ...]) -> list[str]:

@@ -41,7 +41,7 @@ EXCLUDED = {
     "python -m pytest": "is what runs this test",
     "bash .ci/run": "makes an environment of its own and runs all tests in it",
     "python tests/bench/bench_label.py": "needs MONAI Label; its results are committed",
-    "python tests/bench/bench_masks.py": "needs two sets of real scans in folders of their own; its rows are on the page",
+    "python tests/bench/bench_masks.py": "needs two sets of real scans, in folders of their own",
     "python tests/bench/draw_label.py": "needs MONAI Label; its picture is committed",
     "python tests/bench/draw_deploy.py": "needs the Deploy SDK; its picture is committed",
     "python tests/bench/draw_methods.py real": "needs scans that are not here; its picture is committed",
