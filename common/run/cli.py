@@ -148,4 +148,6 @@ def _quoted(name: str, parameter: inspect.Parameter, word: str | None) -> str:
         return "True" if word is None else word.capitalize()
     if word is None:
         raise InputError(f"--{name}: needs a value")
+    if not word.strip() and parameter.default is parameter.empty:
+        raise InputError(f"{name.upper()}: needs a value, got an empty word")
     return repr(word) if parameter.annotation is str else word

@@ -266,7 +266,7 @@ def test_line(path: str, words: tuple[str, ...], files: Path, server, published,
         return
     told = {
         "common": "wrote |is as published|Its options, and their defaults",
-        "train": "Iter: 1/1 -- train_loss: ",
+        "train": r"epoch \d+ of \d+: loss ",
         "": "pairs? registered",
     }
     kind = "common" if "common" in given else "train" if "train.json" in " ".join(given) else ""
