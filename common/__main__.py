@@ -217,6 +217,22 @@ def pack_bundles(*names: str, output: str = "dist", url: str = ""):
     return _written(output, f"{', '.join(path.name for path in zips)}, .sha256 beside, models/model_info.json")
 
 
+def publish_bundle(name: str, folder: str, *, layout: str = "huggingface"):
+    """Write a bundle as the files of a Hugging Face repository, one repository a bundle.
+
+    Upload the folder, tag the commit with the bundle's version, and move the tag latest_version to it: that is where
+    `monai.bundle download --source huggingface_hub --repo OWNER/NAME` looks.
+
+    Args:
+        name: of a bundle, or its folder.
+        folder: new folder for the files.
+        layout: huggingface.
+    """
+    from common.publish.hub import publish
+
+    return _written(publish(str(name), str(folder), layout=str(layout)), "tag its commit VERSION and latest_version")
+
+
 def verify_zip(file: str, checksum: str = ""):
     """Compare a downloaded bundle with its SHA-256.
 
@@ -281,6 +297,7 @@ COMMANDS = {
     "phantom": make_phantom,
     "datalist": datalist,
     "pack": pack_bundles,
+    "publish": publish_bundle,
     "verify": verify_zip,
     "export": export_network,
     "label": label,

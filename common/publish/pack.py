@@ -84,7 +84,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _contents(bundle: Path) -> Iterator[tuple[str, Path]]:
+def contents(bundle: Path) -> Iterator[tuple[str, Path]]:
     """Names in the zip and their files: what a bundle consists of, without what runs have left in its folder.
 
     Of models/ these are the weights that a config names, so no exported network and no checkpoint.
@@ -105,7 +105,7 @@ def _contents(bundle: Path) -> Iterator[tuple[str, Path]]:
 
 def _write_zip(bundle: Path, path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
-        for name, source in sorted(_contents(bundle)):
+        for name, source in sorted(contents(bundle)):
             info = zipfile.ZipInfo(name, EPOCH)
             info.create_system, info.external_attr = 3, 0o644 << 16
             file.writestr(info, source.read_bytes())
