@@ -341,7 +341,7 @@ def _run(command: str, words: list[str]) -> bool:
     for warning in caught:
         if issubclass(warning.category, RegistrationWarning):
             print(f"warning: {warning.message}", file=sys.stderr)
-    return any(issubclass(warning.category, carry.EmptyResult) for warning in caught)
+    return any(issubclass(warning.category, EmptyResult) for warning in caught)
 
 
 def register_main() -> None:

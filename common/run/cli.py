@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 from common import InputError
 
@@ -148,7 +148,8 @@ def _quoted(name: str, parameter: inspect.Parameter, word: str | None) -> str:
         if word is not None and word.lower() not in ("true", "false"):
             raise InputError(f"--{name}: is True or False, got {word}")
         return "True" if word is None else word.capitalize()
-    if choices := get_args(parameter.annotation):  # alone it is the second, the first is none
+    if get_origin(parameter.annotation) is Literal:  # alone it is the second, the first is none
+        choices = get_args(parameter.annotation)
         word = {"true": choices[1], "false": choices[0]}.get((word or "true").lower(), word)
         if word not in choices:
             raise InputError(f"--{name}: is one of {', '.join(choices)}, got {word}")

@@ -16,7 +16,6 @@ NEARLY = 0.01  # of what a scan shows: less is nearly nothing
 ALIKE = 0.5  # of neighbouring voxels that both show something: the values of a label map are mostly the same there
 
 
-
 def is_label(array: np.ndarray) -> bool:
     """Whether (C, I, J, K) looks like a label map: whole numbers, mostly the same in neighbouring voxels."""
     if not (array == np.rint(array)).all():
