@@ -75,6 +75,8 @@ class Registrar:
             InputError: what the command line says about an input or an option; other errors as they come.
         """
         paths = {"moving": moving, "fixed": fixed, "output_dir": output_dir}
+        if not isinstance(output_dir, (str, os.PathLike)):
+            raise InputError(f"--output_dir must be a path, got {output_dir!r}")
         whole = {n: os.path.abspath(p) if isinstance(p, (str, os.PathLike)) else p for n, p in paths.items()}
         asked = self.options | self._checked(options | whole)
         lasting = json.dumps({n: v for n, v in asked.items() if n not in OF_A_PAIR}, sort_keys=True, default=str)
@@ -102,7 +104,7 @@ class Registrar:
         for name in options:
             refuse_unknown(name, name, self.defaults)
         plain = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in options.items()}
-        known = {n: v for n, v in plain.items() if n in FOR_INFERENCE and (v is not None or self.defaults[n])}
+        known = {n: v for n, v in plain.items() if n in FOR_INFERENCE and (v is not None or self.defaults[n] is not None)}
         return plain | {name: check(name, FOR_INFERENCE[name], value) for name, value in known.items()}
 
 
