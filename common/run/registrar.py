@@ -135,17 +135,12 @@ class Registrar:
         Raises:
             InputError: what the command line says about an input or an option; other errors as they come.
         """
-<<<<<<< HEAD
-        paths = {"moving": moving, "fixed": fixed, "output_dir": output_dir}
-        if not isinstance(output_dir, (str, os.PathLike)):
-            raise InputError(f"--output_dir must be a path, got {output_dir!r}")
-        whole = {n: os.path.abspath(p) if isinstance(p, (str, os.PathLike)) else p for n, p in paths.items()}
-        asked = self.options | self._checked(options | whole)
-=======
         with tempfile.TemporaryDirectory(prefix="registration") as place:
             beside = {name: value for name, value in options.items() if name in IN_MEMORY and value is not None}
             scans = {"moving": moving, "fixed": fixed} | beside
             files = {name: as_file(name, scan, Path(place)) for name, scan in scans.items()}
+            if output_dir is not None and not isinstance(output_dir, (str, os.PathLike)):
+                raise InputError(f"--output_dir must be a path, got {output_dir!r}")
             where = os.path.abspath(output_dir or Path(place) / "out")
             asked = options | files | {"output_dir": where} | ({} if output_dir else {"save": False})
             (row,) = self.run(verbose=verbose, **asked)
@@ -164,7 +159,6 @@ class Registrar:
     def run(self, *, verbose: bool = True, **options: Any) -> list[dict]:
         """Run inference.json with these options, as the command line does: a row a pair."""
         asked = self.options | self._checked(options)
->>>>>>> main
         lasting = json.dumps({n: v for n, v in asked.items() if n not in OF_A_PAIR}, sort_keys=True, default=str)
         with _ONE_AT_A_TIME, _own_search_path(), contextlib.nullcontext() if verbose else progress.silent():
             kept = {"network": self._kept[1]} if self._kept and self._kept[0] == lasting else {}
