@@ -36,7 +36,8 @@ def write_checksums(name: str | os.PathLike) -> Path:
 
 if __name__ == "__main__":
     try:
-        for given in sys.argv[1:] or sorted(path.parents[1] for path in Path("bundles").glob("*/configs/metadata.json")):
+        every = sorted(path.parents[1] for path in Path("bundles").glob("*/configs/metadata.json"))
+        for given in sys.argv[1:] or every:
             print(f"wrote {write_checksums(given)}")
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -139,6 +139,8 @@ class Registrar:
             beside = {name: value for name, value in options.items() if name in IN_MEMORY and value is not None}
             scans = {"moving": moving, "fixed": fixed} | beside
             files = {name: as_file(name, scan, Path(place)) for name, scan in scans.items()}
+            if output_dir is not None and not isinstance(output_dir, (str, os.PathLike)):
+                raise InputError(f"--output_dir must be a path, got {output_dir!r}")
             where = os.path.abspath(output_dir or Path(place) / "out")
             asked = options | files | {"output_dir": where} | ({} if output_dir else {"save": False})
             (row,) = self.run(verbose=verbose, **asked)
@@ -184,7 +186,7 @@ class Registrar:
         for name in options:
             refuse_unknown(name, name, self.defaults)
         plain = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in options.items()}
-        known = {n: v for n, v in plain.items() if n in FOR_INFERENCE and (v is not None or self.defaults[n])}
+        known = {n: v for n, v in plain.items() if n in FOR_INFERENCE and (v is not None or self.defaults[n] is not None)}
         return plain | {name: check(name, FOR_INFERENCE[name], value) for name, value in known.items()}
 
 

@@ -39,7 +39,8 @@ class EpochLine:
         self.losses.append(float(engine.state.output[0]["loss"]))
 
     def _tell(self, engine: Engine) -> None:
-        line = f"epoch {engine.state.epoch} of {engine.state.max_epochs}: loss {sum(self.losses) / len(self.losses):.4f}"
+        loss = sum(self.losses) / len(self.losses)
+        line = f"epoch {engine.state.epoch} of {engine.state.max_epochs}: loss {loss:.4f}"
         value = float(self.validator.state.metrics.get(self.metric, math.nan))
         if math.isfinite(value) and self.validator.state.epoch == engine.state.epoch:
             line += f", {self.metric.replace('_', ' ')} of the validation {value:.4f}"

@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bad_inputs  # noqa: E402
 import outcomes  # noqa: E402
+
 from common.run import words  # noqa: E402
 
 COUNT, SEED = 60, 24

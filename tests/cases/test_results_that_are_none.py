@@ -185,7 +185,8 @@ def applied(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, fold
     scan[3:9, 3:11, 2:8] = 5
     nib.save(nib.Nifti1Image(scan, np.eye(4)), folder / "scan.nii.gz")
     text = f"Parameters: 1 0 0 0 1 0 0 0 1 {shift} 0 0\nFixedParameters: 0 0 0\n"
-    (folder / "t.tfm").write_text(f"#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n{text}")
+    head = "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n"
+    (folder / "t.tfm").write_text(head + text)
     line = [folder / "scan.nii.gz", folder / "t.tfm", folder / "out.nii.gz", "--reference", folder / "scan.nii.gz"]
     monkeypatch.setattr("sys.argv", ["common", "apply", *map(str, line), *words])
     code: object = 0
@@ -202,8 +203,8 @@ def test_apply_says_that_its_result_is_empty(
 ) -> None:
     code, said, result = applied(monkeypatch, capsys, tmp_path, 100, *words)
     assert code == 3 and not result.any()
-    empty = f"warning: {tmp_path / 'out.nii.gz'}: is empty: {tmp_path / 't.tfm'} leads elsewhere, or --inverse is wanted"
-    assert said.splitlines() == [empty]
+    empty = f"{tmp_path / 't.tfm'} leads elsewhere, or --inverse is wanted"
+    assert said == f"warning: {tmp_path / 'out.nii.gz'}: is empty: {empty}\n"
     code, said, result = applied(monkeypatch, capsys, tmp_path, 3, *words)
     assert code == 0 and not said and result.any()
 
