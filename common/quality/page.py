@@ -191,10 +191,10 @@ def _landmarks(pair: Registration, onto: np.ndarray) -> list[dict]:
     flip = np.diag([-1.0, -1, 1, 1])
     to_page = np.linalg.inv(onto) @ flip
     fixed = pair.fixed_points.lps[:MARKS]
-    # To first order: what T(x) misses y by, taken back through the alignment.
-    ends = [mapping.map_points(mapping.invert(pair.start), p) for p in (
-        pair.moving_points.lps[:MARKS], mapping.map_points(pair.whole, fixed))] if mapping.parts(pair.start) else []
-    warped = fixed + (ends[0] - ends[1])
+    back = mapping.invert(pair.start)  # what T(x) misses y by, taken back through the alignment: to first order
+    there = pair.moving_points.lps[:MARKS], mapping.map_points(pair.whole, fixed)
+    wanted, came = (mapping.map_points(back, points) for points in there)
+    warped = fixed + wanted - came
     places = [(points @ to_page[:3, :3].T + to_page[:3, 3]).round(2) for points in (fixed, warped)]
     names = pair.fixed_points.names
     return [
