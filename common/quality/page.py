@@ -106,6 +106,16 @@ def write_page(pair: Registration, content: dict, body: Image.Image, path: Path,
     path.write_text(render("case", values), encoding="utf-8")
 
 
+def write_thumbnail(body: Image.Image, path: Path) -> None:
+    """Fixed, before and after of the first row of the planes, 88 pixels high, for the page of a cohort."""
+    columns = [(picture.EDGE + n * (picture.CELL + picture.GAP), 24) for n in range(3)]
+    strip = Image.new("RGB", (264, 88))
+    for n, (x, y) in enumerate(columns):
+        panel = body.crop((x, y, x + picture.CELL, y + picture.CELL))
+        strip.paste(panel.resize((88, 88), Image.Resampling.BOX), (88 * n, 0))
+    strip.save(path, "WEBP", quality=75, method=0)
+
+
 def render(name: str, values: Mapping[str, object]) -> str:
     """A template of this folder with its script and the style of all; what is put in is escaped."""
     style, script = (_folder().joinpath(file).read_text(encoding="utf-8") for file in ("style.css", f"{name}.js"))
@@ -166,9 +176,9 @@ def _volumes(pair: Registration, step: int, size: tuple[int, ...], onto: np.ndar
             mapping.resample(pair.fixed_label, pair.fixed_affine, size, onto, nearest=True),
             mapping.resample(pair.moving_label, pair.moving_affine, size, onto, pair.whole, nearest=True),
         )
-        codes = np.unique(np.stack(maps).round().astype(np.int64), return_inverse=True)[1].reshape(2, *size)
-        for name, code in zip(("fixed_label", "warped_label"), codes):
-            found[name] = _mosaic((code % 256).astype(np.uint8)[None], "PNG", compress_level=3)
+        for name, label in zip(("fixed_label", "warped_label"), maps):
+            code = label.round().astype(np.int64) % 256  # outlines only: two neighbours of one remainder are rare
+            found[name] = _mosaic(code.astype(np.uint8)[None], "PNG", compress_level=1)
     return found
 
 

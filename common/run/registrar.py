@@ -19,7 +19,7 @@ from common.run.values import check
 # Options that no network depends on: with these the one that is loaded is kept.
 OF_A_PAIR = ("moving", "fixed", "moving_label", "fixed_label", "moving_points", "fixed_points", "moving_mask")
 OF_A_PAIR += ("fixed_mask", "output_dir", "prealign", "passes", "refine_steps", "refine_similarity", "save_inverse")
-OF_A_PAIR += ("surface", "displacement")
+OF_A_PAIR += ("surface", "displacement", "report")
 _ONE_AT_A_TIME = threading.Lock()  # sys.path, the progress bar and its notes belong to the process
 
 
