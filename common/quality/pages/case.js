@@ -224,7 +224,7 @@
   }
 
   function letters(context, canvas, u, v) {
-    const size = Math.round(canvas.height / 16), [left, right] = flipped(u) ? ENDS[u].slice().reverse() : ENDS[u];
+    const size = Math.round(canvas.width / 20), [left, right] = flipped(u) ? ENDS[u].slice().reverse() : ENDS[u];
     context.font = `bold ${size}px system-ui, sans-serif`, context.textAlign = "center", context.textBaseline = "middle";
     const { width: w, height: h } = canvas;
     for (const [letter, a, b] of [[left, size * 0.7, h / 2], [right, w - size * 0.7, h / 2], [ENDS[v][0], w / 2, h - size * 0.7], [ENDS[v][1], w / 2, size * 0.7]]) {
@@ -235,7 +235,7 @@
 
   function ruler(context, canvas, scale) {
     const mm = [100, 50, 20, 10, 5, 2, 1].find((length) => length / data.mm * scale < canvas.width / 3) || 1;
-    const length = mm / data.mm * scale, y = canvas.height - scale * 2.5, size = Math.round(canvas.height / 22);
+    const length = mm / data.mm * scale, y = canvas.height - scale * 2.5, size = Math.round(canvas.width / 26);
     segments(context, [[scale * 2, y, scale * 2 + length, y]], "#000", 6), segments(context, [[scale * 2, y, scale * 2 + length, y]], "#fff", 3);
     context.font = `${size}px system-ui, sans-serif`, context.textAlign = "left";
     context.lineWidth = 3, context.strokeStyle = "#000", context.fillStyle = "#fff";
