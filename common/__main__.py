@@ -3,16 +3,19 @@
 import difflib
 import importlib
 import inspect
+import math
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import fire
 
-from common import InputError
+from common import InputError, RegistrationWarning
 from common.deploy.command import deploy
 from common.label.command import label
 from common.run.cli import exact_words, printable, sentence_of
+from common.run.door import register
 
 
 class Later:
@@ -28,6 +31,12 @@ class Later:
 np, io, mapping = Later("numpy"), Later("common.space.io"), Later("common.space.mapping")
 points, transform_files = Later("common.space.points"), Later("common.space.transform_files")
 POINT_ENDINGS = (".csv", ".fcsv", ".json")
+NEARLY = 0.01  # of what a scan shows: less is nearly nothing
+EMPTY_CODE = 3  # exit code of a command whose result is written, and empty or nearly so
+
+
+class EmptyResult(RegistrationWarning):
+    """What a command has written is empty, or nearly so."""
 
 
 def apply(
@@ -41,6 +50,8 @@ def apply(
     matrix: str = "",
 ):
     """Apply a transform to a scan, a label map or points.
+
+    A result that is empty, or nearly so, is written, said, and ends in exit code 3.
 
     A registration's transform.h5 takes a point of the fixed space to its place in the moving space. So it brings the
     moving scan (or its label map) onto the fixed grid, and FIXED points to the moving scan. For MOVING points to the
@@ -65,6 +76,8 @@ def apply(
         there = (mapping.invert_at if inverse else mapping.map_points)(the_map, given.lps)
         points.write_points(points.Points(there, given.names), str(output))
         lost = int(np.isnan(there).any(1).sum())
+        if lost == len(there):
+            warnings.warn(f"{output}: no point has an inverse, all are nan", EmptyResult, stacklevel=1)
         return _written(
             output, f"{len(there)} points in LPS mm" + (f", {lost} without an inverse (nan)" if lost else "")
         )
@@ -80,6 +93,13 @@ def apply(
     )
     write = io.write_label if label else io.write_scan
     io.write_image_file(output, lambda path: write(warped, onto, path))
+    shown = [(array != np.reshape(outside, (-1, 1, 1, 1))).mean() for array in (scan, warped)]
+    kept = shown[1] * np.prod(size) * abs(np.linalg.det(onto[:3, :3])) if shown[0] else 0.0
+    kept /= max(shown[0] * np.prod(scan.shape[1:]) * abs(np.linalg.det(affine[:3, :3])), 1e-30)
+    if kept < NEARLY and shown[1] < NEARLY:
+        what = "is empty" if not shown[1] else f"holds {100 * kept:.2g} % of what {file} shows"
+        why = f"{file} shows nothing" if not shown[0] else f"{transform} leads elsewhere, or --inverse is wanted"
+        warnings.warn(f"{output}: {what}: {why}", EmptyResult, stacklevel=1)
     return _written(output, f"{' x '.join(map(str, size))} voxels")
 
 
@@ -156,7 +176,7 @@ def make_report(
         if bool(paths[f"moving_{kind}"]) != bool(paths[f"fixed_{kind}"]):
             has, lacks = sorted((f"moving_{kind}", f"fixed_{kind}"), key=lambda name: not paths[name])
             raise InputError(f"{paths[has]}: with --{has}, --{lacks} is needed as well")
-    if not isinstance(spacing, (int, float)) or spacing < 0:
+    if not isinstance(spacing, (int, float)) or not 0 <= spacing < math.inf:
         raise InputError(f"--spacing must be a size in mm, or 0 for that of the fixed scan, got {spacing}")
     given = {name: str(path) for name, path in paths.items() if path}
     pair = measure.read_registration(str(moving), str(fixed), str(transform), spacing=spacing or None, **given)
@@ -294,6 +314,7 @@ def _written(output: str, what: str) -> str:
 
 
 COMMANDS = {
+    "register": register,
     "apply": apply,
     "compose": compose,
     "invert": invert,
@@ -322,15 +343,37 @@ def main() -> None:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
             raise InputError(f"{command}: there is no such command{hint}")
+        if command == "register":  # its options are those of the bundles, and not in a signature
+            if said := register(words):
+                print(said)
+            return
         if {"--help", "-h"} & set(words):
             words = ["--", "--help"]  # behind "--" it is fire's own, which says nothing around it
         else:
             words = exact_words(command, COMMANDS[command], words)
-        fire.Fire(COMMANDS, command=[command, *words], name="common")
+        if _run(command, words):
+            sys.exit(EMPTY_CODE)
     except (InputError, OSError) as error:
         if (sentence := sentence_of(error)) is None:
             raise
         sys.exit(f"error: {sentence}")
+
+
+def _run(command: str, words: list[str]) -> bool:
+    """Run a command and print its warnings as sentences; whether one of them is an `EmptyResult`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RegistrationWarning)
+        fire.Fire(COMMANDS, command=[command, *words], name="common")
+    for warning in caught:
+        if issubclass(warning.category, RegistrationWarning):
+            print(f"warning: {warning.message}", file=sys.stderr)
+    return any(issubclass(warning.category, EmptyResult) for warning in caught)
+
+
+def register_main() -> None:
+    """`monai-register`, which the package installs."""
+    sys.argv.insert(1, "register")
+    main()
 
 
 def _overview() -> str:

@@ -221,8 +221,9 @@ def label_dice(disp: Tensor, moving: Tensor, fixed: Tensor, *, eps: float = 1e-5
 
 
 def _label_dice(disp: Tensor, moving: Tensor, fixed: Tensor, eps: float) -> Tensor:
-    number = 1 + max(int(moving.max()), int(fixed.max()))
-    if number < 2 or moving.max() < 0 or fixed.max() < 0:
+    largest = torch.stack([moving.max(), fixed.max()]).tolist()  # the one wait for a GPU
+    number = 1 + max(largest)
+    if number < 2 or min(largest) < 0:
         return disp.new_zeros(())
     disp, size = disp.to(torch.promote_types(disp.dtype, torch.float32)), moving.shape
     low, part = [], []  # of each axis: the lower corner and how far beyond it x + disp(x) lies

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -99,12 +99,14 @@ def arrange(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.fixture
-def kernel_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def kernel_device() -> Iterator[torch.device]:
     """Where Triton kernels are tested, float32 multiplied in full: a GPU, else the CPU in Triton's interpreter."""
     if not HAS_TRITON:
         pytest.skip("Triton is not installed")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    return torch.device(KERNEL_DEVICE)
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield torch.device(KERNEL_DEVICE)
+    torch.backends.cudnn.conv.fp32_precision = before
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STARTS = ("python", "torchrun", "bash", "srun", "antsApplyTransforms", "pip", "monailabel", "curl")
+STARTS = ("python", "torchrun", "bash", "srun", "antsApplyTransforms", "pip", "monailabel", "curl", "monai-register")
 
 
 def lines_of(path: Path) -> Iterator[tuple[str, ...]]:

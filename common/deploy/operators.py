@@ -66,7 +66,7 @@ class RegisterOperator(Operator):
                 files.append(Path(place, role, f"{name}.nrrd"))  # holds the affine in double precision
                 files[-1].parent.mkdir()
                 io.write_scan(*scan_of(op_input.receive(role), self.affines.get(role)), files[-1])
-            _, folder = self.registrar.register(*files, self.output_dir, **self.bundle_options)
+            folder = self.registrar.register(*files, self.output_dir, verbose=True, **self.bundle_options).folder
         op_output.emit(folder, "folder")
 
 

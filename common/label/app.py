@@ -83,7 +83,8 @@ class RegistrationTask(InferTask):
         options |= {"save_inverse": True} if returned in ("inverse", "all") else {}
         options |= {"displacement": True} if returned in ("displacement", "all") else {}
         with tempfile.TemporaryDirectory(prefix=TEMPORARY) as place:
-            row, files = self.registrar.register(pair.moving, pair.fixed, place, **options)
+            found = self.registrar.register(pair.moving, pair.fixed, place, verbose=True, **options)
+            row, files = found.row, found.folder
             result = {"registration": requests.plain(row)}
             if self.propagate:
                 file = files / "warped_label.nii.gz"

@@ -54,5 +54,8 @@ def on_device(op: Callable) -> Callable:
 
 
 def precision() -> str:
-    """How the kernels multiply float32 tiles: as torch's convolutions do on this machine."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    """How the kernels multiply float32 tiles: as torch is told to convolve, by its new switch or by allow_tf32.
+
+    What cuDNN then does is its own affair: some versions of torch keep 3-D convolutions from TF32.
+    """
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"

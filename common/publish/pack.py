@@ -97,6 +97,7 @@ def _contents(bundle: Path) -> Iterator[tuple[str, Path]]:
             for path in [top] if top.is_file() else sorted(top.rglob("*")):
                 inside = path.relative_to(root)
                 hidden = any(part == "__pycache__" or part.startswith(".") for part in inside.parts)
+                hidden |= inside.parts[:2] == ("common", "bundles")  # of an installed package: the bundles themselves
                 stray = name == "models" and f"/models/{path.name}'" not in configs
                 if path.is_file() and not hidden and not stray:
                     yield f"{bundle.name}/{inside.as_posix()}", path

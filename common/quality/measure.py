@@ -229,8 +229,8 @@ def _overlap(
         for kind in next(iter(scores[name].values()), {}):
             row[f"{kind}_{name}"] = mean_over_labels(scores[name], kind, beside=scores[other])
         if groups:
-            table = group_table(groups, int(max(f.max(), b.max(), a.max(), m.max())))
-            row[f"dice_coarse_{name}"] = mean_over_labels(label_overlap(table[f], table[label], table[m]), "dice")
+            coarse = (grouped(x, groups) for x in (f, label, m))
+            row[f"dice_coarse_{name}"] = mean_over_labels(label_overlap(*coarse), "dice")
     each = {
         str(n): {f"{kind}_{name}": scores[name][n][kind] for kind in scores[name][n] for name in ("before", "after")}
         for n in scores["after"]
@@ -255,13 +255,13 @@ def _landmarks(pair: Registration) -> tuple[dict[str, float], dict]:
     return row, each
 
 
-def group_table(groups: dict, largest: int) -> Tensor:
-    """Look-up table label -> number of its group (from 1), 0 for labels of no group."""
-    members = [int(n) for group in groups.values() for n in group["members"]]
-    table = torch.zeros(max(largest, *members) + 1, dtype=torch.long)
-    for number, group in enumerate(groups.values(), 1):
-        table[torch.tensor([int(n) for n in group["members"]])] = number
-    return table
+def grouped(labels: Tensor, groups: dict) -> Tensor:
+    """The number of its group (from 1) for every label, 0 for one of no group; labels may be of any size."""
+    numbers = {int(n): k for k, group in enumerate(groups.values(), 1) for n in group["members"]}
+    members = torch.tensor(sorted(numbers), dtype=torch.long)
+    at = torch.searchsorted(members, labels).clamp(max=len(members) - 1)
+    group = torch.tensor([numbers[n] for n in members.tolist()], dtype=torch.long)
+    return torch.where(members[at] == labels, group[at], 0)
 
 
 def _scaled(scan: Tensor) -> Tensor:

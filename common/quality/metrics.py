@@ -136,7 +136,7 @@ def structure(scans: Tensor, fixed: Tensor, mask: Tensor) -> list[float]:
     """How well the structure of scans agrees with that of the fixed one, whatever the contrast of either.
 
     Lin's concordance of their MIND-SSC F and G (blocks of 2^3 voxels, all channels as one) inside `mask`:
-    1 - mean |F - G|^2 / (var F + var G + |mean F - mean G|^2), which is 1 for one structure and 0 for what chance gives.
+    1 - mean |F - G|^2 / (var F + var G + |mean F - mean G|^2), 1 for one structure, 0 for what chance gives.
 
     Args:
         scans: (N, 1, I, J, K) on the grid of `fixed`.

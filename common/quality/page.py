@@ -130,7 +130,8 @@ def _folder() -> Path:
 def _template(name: str):
     from jinja2 import Environment, FileSystemLoader  # takes a tenth of a second to load
 
-    return Environment(loader=FileSystemLoader(_folder()), autoescape=True, trim_blocks=True).get_template(f"{name}.html")
+    templates = Environment(loader=FileSystemLoader(_folder()), autoescape=True, trim_blocks=True)
+    return templates.get_template(f"{name}.html")
 
 
 def _safe(text: str) -> str:

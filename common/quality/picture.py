@@ -14,7 +14,7 @@ from common.space.geometry import length_mm
 
 PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
 ORANGE, BLUE, YELLOW, GREY = "#E69F00", "#0072B2", "#F0E442", "#999999"  # Okabe and Ito: told apart by everybody
-ENDS = (("L", "R", "P", "A"), ("L", "R", "I", "S"), ("P", "A", "I", "S"))  # of a plane: low and high across, low, high up
+ENDS = (("L", "R", "P", "A"), ("L", "R", "I", "S"), ("P", "A", "I", "S"))  # low, high across; low, high up
 TITLES = ("fixed", "before, fixed contours", "after, fixed contours", "checkerboard", "deformed grid", "volume change")
 TITLES += ("displacement",)
 LENGTHS = ("#FFFFFF", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B")  # nothing to the longest displacement
@@ -32,7 +32,9 @@ MEASURES = {  # name in a row -> words, wanted direction
 }
 
 
-def draw_report(pair: Registration, row: dict, warnings: list[str], path: Path, *, body: Image.Image | None = None) -> None:
+def draw_report(
+    pair: Registration, row: dict, warnings: list[str], path: Path, *, body: Image.Image | None = None
+) -> None:
     """The planes of `draw_planes` (or `body`, if they are drawn) under the verdict in large letters."""
     body = body or draw_planes(pair)
     head = _headline(body.width, row, warnings)
@@ -63,8 +65,8 @@ def draw_planes(pair: Registration, *, neurological: bool = False) -> Image.Imag
 
     Columns: fixed scan; pre-aligned moving and warped scan with contours of the fixed one (they should follow edges);
     checkerboard of warped and fixed scan (edges should go on across tiles); deformed grid; Jacobian determinant on a
-    logarithmic scale (white 1, orange growth, purple shrinkage, yellow folds) with the outline of the fixed scan; length
-    of the displacement. Radiological: the patient's right, and the front, on the left.
+    logarithmic scale (white 1, orange growth, purple shrinkage, yellow folds) with the outline of the fixed scan; the
+    displacement's length. Radiological: the patient's right, and the front, on the left.
     """
     moving, fixed = (half[:1] for half in pair.work.float().chunk(2))
     warped = warp(moving[None], pair.disp[None])[0]

@@ -46,17 +46,19 @@ def write_review(folder: Path, rows: list[dict], path: Path) -> None:
         }
         files = {kind: folder / str(row["id"]) / file for kind, file in (
             ("thumbnail", "thumbnail.webp"), ("page", "report.html"), ("picture", "report.png"))}
-        there = {kind: f"{quote(str(row['id']))}/{file.name}" for kind, file in files.items() if not error and file.is_file()}
+        here = {} if error else {kind: file for kind, file in files.items() if file.is_file()}
+        there = {kind: f"{quote(str(row['id']))}/{file.name}" for kind, file in here.items()}
         lines.append(
             {"id": row["id"], "verdict": verdict, "reason": error or warnings, "suspicion": suspicion, "cells": cells}
             | {"thumbnail": there.get("thumbnail"), "page": there.get("page", there.get("picture"))}
         )
+    words = ("plausible", "doubtful", "failed")
     lines.sort(key=lambda line: -line["suspicion"])
     values = {
         "rows": lines,
         "columns": [(name, COLUMNS[name][0]) for name in numbers],
         "plots": [_plot(name, numbers[name], fences[name], rows) for name in numbers],
-        "counts": {word: sum(line["verdict"] == word for line in lines) for word in ("plausible", "doubtful", "failed")},
+        "counts": {word: sum(line["verdict"] == word for line in lines) for word in words},
         "date": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         "maker": f"monai-registration-bundles {common.__version__}",
     }
@@ -82,7 +84,7 @@ def _text(value: float | None, digits: int) -> str:
 
 
 def _fences(values: list[float | None], good: int) -> tuple[float, float]:
-    """Beyond which a value lies far from the rest, on the bad side: 1.5 interquartile ranges off the quartiles (Tukey)."""
+    """Beyond which a value lies far from the rest, on the bad side: 1.5 quartile ranges off (Tukey)."""
     known = [v for v in values if v is not None]
     low, high = np.percentile(known, [25, 75])
     reach = 1.5 * (high - low)
@@ -103,8 +105,7 @@ def _plot(name: str, values: list[float | None], fences: tuple[float, float], ro
             continue
         x = round(12 + 276 * (value - low) / (high - low or 1), 1)
         level = heights[round(x / 6)] = heights.get(round(x / 6), -1) + 1
-        dots.append(
-            {"id": row["id"], "x": x, "y": 46 - 4 * (level % 11), "value": _text(value, 3), "odd": _outside(value, fences)}
-        )
+        dot = {"id": row["id"], "x": x, "y": 46 - 4 * (level % 11), "value": _text(value, 3)}
+        dots.append(dot | {"odd": _outside(value, fences)})
     digits = COLUMNS[name][1]
     return {"words": COLUMNS[name][0], "dots": dots, "low": _text(low, digits), "high": _text(high, digits)}

@@ -76,17 +76,18 @@ def refuse_unknown(option: str, name: str, known: Iterable[str], elsewhere: str 
 
 
 def bundle_folder(name: str | os.PathLike) -> Path:
-    """The folder of a bundle: given as such, or a name in bundles/ here, or beside this package.
+    """The folder of a bundle: given as such, or a name in bundles/ here, beside this package, or installed in it.
 
     Raises:
         InputError: there is none.
     """
     beside = Path(__file__).parents[2]
-    places = [Path(name), Path("bundles") / name, beside / "bundles" / name, *([beside] if beside.name == name else [])]
+    homes = [Path("bundles"), beside / "bundles", Path(__file__).parents[1] / "bundles"]
+    places = [Path(name), *(home / name for home in homes), *([beside] if beside.name == name else [])]
     for place in places:
         if (place / "configs" / "inference.json").is_file():
             return place.resolve()
-    known = sorted(path.parents[1].name for path in beside.glob("bundles/*/configs/inference.json"))
+    known = sorted({path.parents[1].name for home in homes for path in home.glob("*/configs/inference.json")})
     there = f"; there are {', '.join(known)}" if known else ""
     raise InputError(f"{name}: no such bundle, nor a folder with configs/inference.json{there}")
 
@@ -147,4 +148,6 @@ def _quoted(name: str, parameter: inspect.Parameter, word: str | None) -> str:
         return "True" if word is None else word.capitalize()
     if word is None:
         raise InputError(f"--{name}: needs a value")
+    if not word.strip() and parameter.default is parameter.empty:
+        raise InputError(f"{name.upper()}: needs a value, got an empty word")
     return repr(word) if parameter.annotation is str else word

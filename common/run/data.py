@@ -169,9 +169,18 @@ def read_pairs(path: str, same: dict[str, str] | None = None) -> list[dict[str, 
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a CSV in UTF-8") from error
+    try:
+        return _rows(path, text, same, needed, role)
+    except csv.Error as error:
+        raise InputError(f"{path}: not a CSV that can be read ({error})") from error
+
+
+def _rows(path: str, text: str, same: dict[str, str], needed: list[str], role: str) -> list[dict[str, str]]:
     with io.StringIO(text, newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         columns = [name.strip() for name in reader.fieldnames or []]
+        if twice := [name for name in columns if columns.count(name) > 1]:
+            raise InputError(f"{path}: the column {twice[0]!r} is there twice")
         reader.fieldnames = columns
         if missing := [name for name in needed if name not in columns]:
             raise InputError(
@@ -183,6 +192,8 @@ def read_pairs(path: str, same: dict[str, str] | None = None) -> list[dict[str, 
             raise InputError(f"{path}: has a column {twice[0]}, but --{role} is given for all pairs")
         rows = []
         for line in reader:
+            if None in line:
+                raise InputError(f"{path}: line {reader.line_num} has more cells than there are columns")
             row = {name: (line[name] or "").strip() for name in columns if (line[name] or "").strip()}
             if not row:
                 continue
@@ -213,15 +224,28 @@ def read_dataset(dataset_dir: str) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: not a data list, its JSON is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not a data list, which is an object with a list named training")
+    for part in ("training", "validation", "test", "registration_pairs"):
+        if not isinstance(found.get(part, []), list):
+            raise InputError(f"{path}: {part!r} must be a list")
     for part in ("training", "validation", "test"):
         cases = [{"image": case} if isinstance(case, str) else case for case in found.get(part, [])]
-        if any("image" not in case for case in cases):
+        if not all(isinstance(case, dict) and _names_files(case.get("image")) for case in cases):
             raise InputError(f"{path}: a case of {part!r} has no image")
         found[part] = [{"id": stem(_joined(case["image"]))} | case for case in cases]
     if not found["validation"] and len(found["training"]) >= 4:
         kept = held_out(len(found["training"]))
         found["training"], found["validation"] = found["training"][:-kept], found["training"][-kept:]
     return found
+
+
+def _names_files(image: object) -> bool:
+    """Whether a case's image is the name of a file, or of several."""
+    names = image if isinstance(image, list) else [image]
+    return bool(names) and all(isinstance(name, str) and name.strip(" ;") for name in names)
 
 
 def held_out(count: int) -> int:
@@ -241,8 +265,10 @@ def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> li
     cases = {case["id"]: case for part in ("training", "validation", "test") for case in found[part]}
     rows = []
     pairs = found.get("registration_pairs", [])
-    tested = [pair for pair in pairs if pair.get("part") == "test"]
+    tested = [pair for pair in pairs if isinstance(pair, dict) and pair.get("part") == "test"]
     for pair in tested or pairs:
+        if not (isinstance(pair, dict) and all(isinstance(pair.get(role), str) for role in ("moving", "fixed"))):
+            raise InputError(f"{root / 'dataset.json'}: a pair of registration_pairs needs fixed and moving, as ids")
         if kind is not None and pair.get("kind", kind) != kind:
             continue
         row = {}

@@ -1,7 +1,9 @@
 """Glue between the pair transforms and MONAI's engines: weights, inferer, metric, tables, one-sentence errors."""
 
 import hashlib
+import json
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -25,6 +27,9 @@ __all__ = ["PairTable", "run"]  # which the configs name as part of this module
 def load_weights(network: nn.Module, path: str | os.PathLike | None, device: torch.device | str = "cpu") -> nn.Module:
     """Load a plain state dict into `network`, strictly, and move it to `device`; `path` None or "" leaves it untrained.
 
+    `network.weights`, for the report, says which file it was, its SHA-256, and whether that is the one of metadata.json
+    ("weights_sha256"): None for a file that the bundle does not ship. One that should be and is not is said.
+
     Raises:
         InputError: missing file, not a state dict, weights of another network, or a device that is not there.
     """
@@ -39,17 +44,44 @@ def load_weights(network: nn.Module, path: str | os.PathLike | None, device: tor
         own = network.state_dict()
         if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
             raise InputError(f"{path}: not a file of weights (a state dict saved by torch.save)")
-        wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+        wrong = sorted(set(own) ^ set(state), key=str) or [k for k in own if own[k].shape != state[k].shape]
         if wrong:
             raise InputError(
                 f"{path}: these weights do not fit the network {type(network).__name__}, first at {wrong[0]!r}"
             )
+        for name, value in state.items():
+            _refuse_numbers(f"{path}: {name!r}", value, own[name])
         network.load_state_dict(state)
-        network.weights = {"file": os.path.abspath(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        network.weights = {"file": os.path.abspath(path), "sha256": digest, "as_published": _as_published(path, digest)}
     try:
         return network.to(device)
     except (RuntimeError, AssertionError) as error:  # no CUDA in this torch, or no such device
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def _as_published(path: str | os.PathLike, digest: str) -> bool | None:
+    file = Path(path).absolute()
+    try:
+        meta = json.loads((file.parents[1] / "configs" / "metadata.json").read_text(encoding="utf-8"))
+        published = meta["weights_sha256"][f"{file.parent.name}/{file.name}"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):  # no bundle, or no file that it ships
+        return None
+    if digest != published:
+        text = f"{path}: not the file that the bundle's metadata.json names; the report says so"
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+    return digest == published
+
+
+def _refuse_numbers(where: str, value: Tensor, own: Tensor) -> None:
+    """Stop at numbers that PyTorch would take, or cut, without a word."""
+    if value.layout != torch.strided:
+        raise InputError(f"{where} is sparse, not a plain tensor")
+    if value.is_floating_point() != own.is_floating_point() or value.is_complex():
+        kinds = f"{value.dtype} numbers, the network's are {own.dtype}"
+        raise InputError(f"{where} holds {kinds}".replace("torch.", ""))
+    if value.is_floating_point() and not value.isfinite().all():
+        raise InputError(f"{where} holds NaN or infinite values")
 
 
 class RegistrationInferer(Inferer):
@@ -152,7 +184,7 @@ class RegistrationInferer(Inferer):
             text = f"not with {name}, whose grid it does not take; mind or lncc would do"
             raise InputError(f"--refine_similarity features: {text}")
         options = {"similarity": self.similarity, "features": features, "mask": mask} | self.options
-        if quiet:
+        if quiet or progress.quiet():
             options["progress"] = False
         else:
             progress.stage("refining")

@@ -50,7 +50,7 @@ UNIT_SIDE, UNIT_CHANNELS = 40, 8  # of the convolution that is the unit
 
 # Of warping, measuring, drawing and writing, without labels, a voxel of the fixed scan; always on the CPU. Held against
 # whole runs by tests/bench/bench_forecast.py pairs.
-DELIVERY = Cost(1.0e-6, 100.0)
+DELIVERY = Cost(0.4e-6, 100.0)
 
 
 @functools.cache

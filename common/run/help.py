@@ -45,10 +45,30 @@ def help_of_bundle(bundle: str, *, training: bool = False) -> str:
     return help_of(os.path.relpath(file), config, FOR_TRAINING if training else FOR_INFERENCE)
 
 
+def help_of_register() -> str:
+    """What the front door takes; the defaults are those of samconvex."""
+    lines = ["monai-register MOVING FIXED OUT [--method METHOD] [--OPTION VALUE ...]", ""]
+    lines += ["Registers two scans; `python -m common register` is the same. --pairs TABLE OUT registers many.", ""]
+    own = {
+        "method": "auto looks at the scans and chooses; or the name or folder of a bundle: sacb_net, samconvex, "
+        "dual_flownet, residual_aligner; default auto",
+        "config": "one more config of the bundle, laid over its inference.json, as hippocampus.json",
+    }
+    lines += [line for name, text in own.items() for line in _wrapped(name, text)]
+    config = json.loads((bundle_folder("samconvex") / "configs" / "inference.json").read_text(encoding="utf-8"))
+    for name, option in FOR_INFERENCE.items():
+        lines += _explained(name, option, config.get(name))
+    return "\n".join([*lines, "", "Where bundles differ, defaults are those of samconvex. More: common/run/README.md."])
+
+
 def _explained(name: str, option: Option, default: object) -> list[str]:
     takes = "" if option.kind == "path" else f" ({wanted(option)})"
     default = "" if "by default" in option.text else _default(default)
     text = f"{option.text}{takes}" + (f"; {default}" if default else "")
+    return _wrapped(name, text)
+
+
+def _wrapped(name: str, text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=f"  --{name:18} ", subsequent_indent=" " * 23)
 
 

@@ -1,6 +1,7 @@
 """One progress bar for a run over pairs, where any step can say what it is doing, and leave notes for the report."""
 
 import contextlib
+import logging
 import sys
 import time
 import warnings
@@ -11,8 +12,10 @@ from tqdm import tqdm
 from common import RegistrationWarning
 
 _bar: tqdm | None = None
+_silent = False
 _notes: list[str] = []
 _facts: dict[str, object] = {}
+_of_all: dict[str, object] = {}
 _stages: dict[str, float] = {}  # CPU seconds of this process in each stage of the present pair
 _now: tuple[str, float] | None = None  # the present stage, and the CPU time when it began
 
@@ -41,6 +44,37 @@ def put(**facts: object) -> None:
     _facts.update(facts)
 
 
+@contextlib.contextmanager
+def telling(**facts: object) -> Iterator[None]:
+    """Facts for the report of every pair that is registered inside."""
+    _of_all.update(facts)
+    try:
+        yield
+    finally:
+        for name in facts:
+            del _of_all[name]
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """No bar, log or printed summary of what runs inside; errors stay what they are."""
+    global _silent
+    before, _silent = _silent, True
+    logged = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(None):
+            yield
+    finally:
+        _silent = before
+        logging.disable(logged)
+
+
+def quiet() -> bool:
+    """Whether a run is silent."""
+    return _silent
+
+
 def kept(name: str) -> object:
     """A fact about the present pair, None if it has not been put."""
     return _facts.get(name)
@@ -49,7 +83,7 @@ def kept(name: str) -> object:
 def take() -> tuple[list[str], dict[str, object]]:
     """The warnings and the facts kept since the last call, among them the CPU seconds of each stage so far."""
     _clock(None)
-    taken = list(_notes), dict(_facts) | ({"stages_cpu_s": dict(_stages)} if _stages else {})
+    taken = list(_notes), dict(_of_all) | dict(_facts) | ({"stages_cpu_s": dict(_stages)} if _stages else {})
     _notes.clear()
     _facts.clear()
     _stages.clear()
@@ -73,14 +107,14 @@ def stage(text: str) -> None:
 
 def say(text: str) -> None:
     """Write a line above the running bar; nothing happens without one."""
-    if _bar is not None:
+    if _bar is not None and not _silent:
         _bar.write(text, file=sys.stderr)
 
 
 def start(total: int, name: str) -> None:
     """Open the bar for `total` pairs."""
     global _bar
-    _bar = tqdm(total=total, desc=name, unit="pair", file=sys.stderr)
+    _bar = tqdm(total=total, desc=name, unit="pair", file=sys.stderr, disable=_silent)
 
 
 def advance() -> None:

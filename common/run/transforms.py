@@ -293,6 +293,8 @@ class DeliverPaird(Transform):
         warped = measure.warp_pair(pair, **({"lattice": pair.fixed[0].size} if self.surface else {}))
         progress.stage("measuring")
         found, details = measure.measure(pair, warped, surface=self.surface, minimum=self.minimum, groups=self.groups)
+        if self.groups and math.isnan(found.get("dice_coarse_after", 0.0)):
+            progress.note("--groups: no label of theirs is in both label maps")
         small = pair.fixed[0].size <= WRITTEN
         writers = _writers(pair, warped, small if self.displacement is None else self.displacement)
         for name in ("warped_segmentation", "fixed_segmentation"):
@@ -318,6 +320,7 @@ class DeliverPaird(Transform):
             writers["report.json"] = partial(_write_report, content)  # the last
             io.write_folder(self.output_dir / data["id"], writers)
         row["seconds"] = time.time() - float(data["started"])
+        data["delivered"] = pair, warped, notes  # for a `Registrar`
         return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
 
 

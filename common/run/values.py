@@ -16,12 +16,12 @@ import torch
 
 from common import InputError
 from common.run.options import Option, wanted
+from common.space.mapping import LARGEST
 
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 NONE = ("none", "null")
 WHOLE = re.compile(r"[+-]?\d{1,18}")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-LARGEST = 2**31  # voxels of a grid that anybody could mean
 
 
 def read(name: str, option: Option, word: str) -> Any:
@@ -174,6 +174,7 @@ def _data(name: str, option: Option, value: Any) -> Any:
     if name == "groups" and not (
         isinstance(value, dict)
         and all(isinstance(v, dict) and isinstance(v.get("members"), list) and v["members"] for v in value.values())
+        and all(type(n) is int and 0 < n < 2**63 for v in value.values() for n in v["members"])
     ):
         raise InputError(f'--{name} must be groups of labels as {{"NAME": {{"members": [1, 2]}}}}, got {value}')
     return value

@@ -2,8 +2,9 @@
 
 On their way through fire and MONAI's config parser a date in a path becomes a number, "#" becomes "::", and what begins
 with "$", "@" or "%" is code, a reference or another file. So the configs name `take_options` in their "initialize": it
-reads the words anew, checks them by the table, and gives the parser values that it takes as they are. Only what MONAI
-reads before is out of reach: the config files, --bundle_root, and a value that begins with "%" or is an import.
+reads the words anew, checks them by the table, and gives the parser values that it takes as they are. What MONAI
+evaluates before, --bundle_root and imports, is refused by `common.run.first`, which the configs import. Only what it reads
+before even that is out of reach: the config files, and a value that begins with "%", which it takes for one of them.
 """
 
 import ast
@@ -81,6 +82,18 @@ def _top(name: str | None) -> str | None:
     return name and re.split("::|#", name)[0]
 
 
+def refuse_early() -> None:
+    """End the program at a word of its command line that MONAI would evaluate before `take_options` sees it."""
+    if "run" not in sys.argv[1:3]:
+        return
+    for name, word in split(sys.argv[sys.argv.index("run") + 1 :], OF_MONAI).options.items():
+        text = (word or "").strip()
+        if name == "bundle_root" and not text or name == "bundle_root" and text.startswith(EVALUATED):
+            sys.exit(f"error: --bundle_root: needs the folder of the bundle, got {text or 'an empty word'}")
+        if re.match(r"\$\s*(import|from)\s", text):
+            sys.exit(f"error: --{name}: values of a command line are never evaluated, got {text}")
+
+
 def take_options() -> None:
     """Put the options of the command line, or of a `Registrar`, into the config that names this in "initialize".
 
@@ -130,9 +143,11 @@ def _of_command_line() -> dict[str, Any]:
 def check_root(root: str, config: dict, file: str) -> None:
     """Stop where the bundle's own package is not to be found."""
     package = str(config.get("network_def", {}).get("_target_", "monai")).partition(".")[0]
-    if not (Path(root) / package).is_dir() and importlib.util.find_spec(package) is None:
+    if not (Path(root) / package / "__init__.py").is_file() and (
+        (Path(root) / package).is_dir() or importlib.util.find_spec(package) is None
+    ):
         beside = Path(file).parent.parent
-        hint = f"; did you mean {beside}?" if (beside / package).is_dir() else ""
+        hint = f"; did you mean {beside}?" if (beside / package / "__init__.py").is_file() else ""
         raise InputError(f"--bundle_root {root}: is not the folder of this bundle, it holds no {package}{hint}")
 
 

@@ -145,6 +145,8 @@ def _refuse_faults(path: Path, header: nib.Nifti1Header) -> None:
         told["the qform's quaternion"] = np.array([header[f"quatern_{part}"] for part in "bcd"])
         told["the qform's origin"] = np.array([header[f"qoffset_{axis}"] for axis in "xyz"])
     for what, numbers in told.items():
+        if "quaternion" in what and np.square(numbers).sum() > 1.01:
+            raise InputError(f"{path}: {what} is no rotation, it is longer than 1: {_listed(numbers)}")
         if not np.isfinite(numbers).all():
             raise InputError(f"{path}: {what} holds NaN or infinite values: {_listed(numbers)}")
     if not (np.asarray(header["pixdim"][1:4]) != 0).all():

@@ -7,6 +7,7 @@ NIfTI files is read, warped and written without itk.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import nibabel as nib
 import numpy as np
 from isal import igzip
 
-from common import InputError
+from common import InputError, RegistrationWarning
 from common.space import headers
 from common.space.files import output_folder, remove_leftovers, replaced, write_folder, write_table
 
@@ -123,7 +124,7 @@ def read_beside(
     """Read a label map or mask (its `kind`) of a scan: (1, I, J, K), whole numbers as `read_label` has them.
 
     Raises:
-        InputError: what `read_label` refuses, several channels, another place or shape than its scan.
+        InputError: what `read_label` refuses, several channels, another place or shape than its scan, an empty mask.
     """
     label, affine = read_label(path, kind=kind, header=header)
     if len(label) > 1:
@@ -134,6 +135,10 @@ def read_beside(
         raise InputError(f"{path}: the {kind} has {sizes}")
     if not np.allclose(affine, scan_affine, atol=1e-2):
         raise InputError(f"{path}: the {kind} lies elsewhere in space than its scan {scan_path}")
+    if not label.any():
+        if kind == "mask":
+            raise InputError(f"{path}: the mask is empty, every voxel is 0")
+        warnings.warn(f"{path}: holds no labels, every voxel is 0", RegistrationWarning, stacklevel=2)
     return label
 
 
@@ -148,6 +153,8 @@ def _read_one(
 ) -> tuple[np.ndarray, np.ndarray]:
     if not path.exists():
         raise InputError(f"{path}: no such file")
+    if not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: is neither a file nor a folder")
     if header and header not in headers.HEADERS:
         raise InputError(f"--header must be one of {', '.join(headers.HEADERS)}, got {header}")
     if path.is_dir() or is_dicom(path):
@@ -287,6 +294,9 @@ def read_vectors(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     """
     import itk
 
+    # ITK reads NaN as 0, and the end of a file that was cut off as well.
+    if headers.is_nifti(Path(path)) and not headers.read_nifti(Path(path)).finite:
+        raise InputError(f"{path}: holds NaN or infinite values")
     try:
         source = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
         source.SetFileName(str(path))

@@ -5,6 +5,7 @@ a row of parts that a point goes through: affine maps, displacement fields, and 
 grids and arrays are RAS mm, as everywhere here; points are LPS mm, as in files. Files: `transform_files`.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from common.space.io import LPS_FROM_RAS
 
 Grid = tuple[tuple[int, int, int], np.ndarray]  # size and affine_ras
 CONVERGED_MM = 1e-3  # a point counts as inverted when its image is this close to the target
+LARGEST = 2**31  # voxels of a grid that anybody could mean
 SLAB = 2**18  # voxels worked on at a time, so that their coordinates stay in the cache of a CPU
 
 
@@ -163,6 +165,8 @@ def resample(
         (I', J', K') float32, or with `nearest` in the type of `array`.
     """
     size = tuple(int(n) for n in size)
+    if math.prod(size) > LARGEST:
+        raise InputError(f"a grid of {' x '.join(map(str, size))} voxels is too large")
     source = torch.from_numpy(np.ascontiguousarray(array, dtype=None if nearest else np.float32))
     out = torch.empty(size, dtype=source.dtype)
     to_voxel = np.linalg.inv(affine_ras)

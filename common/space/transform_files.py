@@ -108,10 +108,22 @@ def read_transform(path: str | os.PathLike, *, matrix: str = "", scans: tuple[st
         matrix, scans: for a plain 4 x 4 matrix, see `foreign.read`.
 
     Raises:
-        InputError: the file is missing, not a transform, or an image that does not have three values a voxel.
+        InputError: the file is missing, not a transform, one with NaN or without an inverse, or an image that does not
+            have three values a voxel.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
+    found = _read(path, matrix, scans)
+    for part in found.parts:
+        numbers = {Affine: "matrix", Field: "disp"}.get(type(part))
+        if numbers and not np.isfinite(getattr(part, numbers)).all():
+            raise InputError(f"{path}: holds NaN or infinite values")
+        if numbers == "matrix" and abs(np.linalg.det(part.matrix[:3, :3])) < 1e-9:
+            raise InputError(f"{path}: its matrix is singular, it brings all of space onto a plane")
+    return found
+
+
+def _read(path: str | os.PathLike, matrix: str, scans: tuple[str, str] | None) -> Transform:
     if str(path).lower().endswith(TRANSFORM_ENDINGS[:2]) and (found := _read_h5(path)) is not None:
         return found
     from common.space import foreign

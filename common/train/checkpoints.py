@@ -48,7 +48,10 @@ class LastCheckpoint:
         anew = "give another --output_dir to begin anew"
         if engine.state.max_epochs is not None and engine.state.max_epochs < epoch:
             raise InputError(f"{path}: --max_epochs {engine.state.max_epochs} ends before this epoch; {anew}")
-        print(f"going on from {path}, with its learning rate", flush=True)
+        if engine.state.max_epochs == epoch:
+            print(f"{path}: all {epoch} epochs are done; a larger --max_epochs goes on", flush=True)
+        else:
+            print(f"going on from {path}, with its learning rate", flush=True)
 
         def check(engine: Engine) -> None:
             if asked["length"] not in (None, engine.state.epoch_length):

@@ -4,6 +4,7 @@ import atexit
 import copy
 import ctypes
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -132,12 +133,14 @@ def warped_image(output: list[dict]) -> list[Tensor]:
 
 
 class EpochBar:
-    """Progress bar over the iterations of an epoch, in training with the loss."""
+    """Progress bar over the iterations of an epoch, in training with the loss; in a terminal only, not in a log."""
 
     def __init__(self, name: str = "train") -> None:
         self.name = name
 
     def attach(self, engine: Engine) -> None:
+        if not sys.stderr.isatty():
+            return
         bar = ProgressBar(desc=self.name, persist=False)
         bar.attach(engine, output_transform=self._shown)
 

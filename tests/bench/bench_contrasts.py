@@ -54,7 +54,7 @@ def main(ways=None, spacing=2.0, output=None):
             pair = turned_over(f"{folder}/in")
             marks = {kind: pair[kind] for kind in ("moving_points", "fixed_points")}
             registrar = Registrar(ROOT / "bundles" / bundle, device="cpu", spacing=spacing, **options)
-            found, _ = registrar.register(pair["moving"], pair["fixed"], f"{folder}/out", **marks)
+            found = registrar.register(pair["moving"], pair["fixed"], **marks).row
         row = {"way": name, "before": found["tre_mm_before"], "after": found["tre_mm_after"]}
         row |= {"largest": found["tre_max_mm_after"], "warnings": found["warnings"]}
         rows.append(row)

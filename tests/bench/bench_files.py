@@ -1,7 +1,7 @@
 """Whole commands, from the shell to their last file: CPU and wall seconds, peak memory, and where the time goes.
 
     python tests/bench/bench_files.py measure DATA1MM DATA2MM --output tests/bench/results/files.json
-    python tests/bench/bench_files.py table
+    python tests/bench/bench_files.py table --write True
 
 DATA1MM holds scans as they come off the scanner, DATA2MM the same aligned at 2 mm; each with a dataset.json. One
 thread, one command after the other, each in a process of its own; CPU seconds, so that other work on the machine
@@ -164,11 +164,42 @@ def cohort_rows(add, pairs, place, bundles):
         add(f"{bundle}, a cohort with nothing left to do", again)
 
 
-def table(path=RESULTS):
-    """The rows as Markdown."""
-    print("| command | CPU-s | wall s | peak GiB |\n| --- | --- | --- | --- |")
-    for row in json.loads(Path(path).read_text())["rows"]:
-        print(f"| {row['name']} | {row['cpu_s']:.1f} | {row.get('wall_s', '')} | {row.get('gib', '')} |")
+JOBS = {  # of a bundle: what the table says, and how the row is named
+    "one pair of 1 mm scans": "{}, a pair of 1 mm scans",
+    "a further one, `Registrar`": "{}, Registrar, a further 1 mm pair",
+    "one pair of 2 mm scans": "{}, a 2 mm pair",
+    "a further one of a cohort": "{}, a further 2 mm pair of a cohort",
+    "a cohort with nothing left to do": "{}, a cohort with nothing left to do",
+}
+PEERS = {"one pair of 1 mm scans": "{}, a 1 mm pair", "one pair of 2 mm scans": "{}, a 2 mm pair"}
+OTHERS = ("import monai.bundle", "a wrong path", "python -m common --help", "apply, a label map at 1 mm")
+OTHERS += ("apply, 12 points", "report, 1 mm")
+BEGIN, END = "<!-- made by tests/bench/bench_files.py table -->\n", "<!-- end of the table of files -->"
+
+
+def table(path=RESULTS, write=False):
+    """The rows as two tables in Markdown, CPU seconds; `write` puts them into common/run/README.md."""
+    rows = {row["name"]: row for row in json.loads(Path(path).read_text())["rows"]}
+    tools = ("Greedy", "antsRegistrationSyNQuick")
+
+    def cell(name):
+        return f"{rows[name]['cpu_s']:.1f}" if name in rows else ""
+
+    lines = ["| files to files, CPU-s | " + " | ".join(f"`{name}`" for name in BUNDLES) + " | Greedy | SyNQuick |"]
+    lines.append("| --- " * (1 + len(BUNDLES) + len(tools)) + "|")
+    for job, name in JOBS.items():
+        cells = [cell(name.format(bundle)) for bundle in BUNDLES]
+        cells += [cell(PEERS[job].format(tool)) if job in PEERS else "" for tool in tools]
+        lines.append(f"| {job} | " + " | ".join(cells) + " |")
+    lines += ["", "| other commands | CPU-s | peak GiB |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {cell(name)} | {rows[name].get('gib', '')} |" for name in OTHERS if name in rows]
+    text = "\n".join(lines) + "\n"
+    if not write:
+        print(text, end="")
+        return
+    page = ROOT / "common" / "run" / "README.md"
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    page.write_text(before + BEGIN + text + END + rest.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ forecast that users see is in wall seconds. `ratio` is forecast / measured.
 import csv
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import fire
 from machine import ROOT, hardware, one_thread
 
 sys.path.insert(0, str(ROOT))
+ROUNDS = 5  # of calibrate
 SIZES = ((64, 64, 64), (80, 96, 80), (96, 112, 96))
 STEPS = {"sacb_net": (0, 20), "samconvex": (0, 20)}
 BUNDLES = ("sacb_net", "samconvex", "dual_flownet", "residual_aligner")
@@ -92,13 +94,19 @@ def calibrate(bundles=BUNDLES, size=(80, 96, 80), output=None):
     rows, cpu, image = [], torch.device("cpu"), phantom_image(size)
     voxels = image[0, 0].numel()
 
+    def unit():
+        forecast.unit_seconds.cache_clear()
+        return forecast.unit_seconds(cpu)
+
     def measured(work):
+        """The machine's speed changes from second to second: the unit is timed before and after each of ROUNDS."""
         with torch.no_grad():
-            work()
-            forecast.unit_seconds.cache_clear()
-            unit = forecast.unit_seconds(cpu)
-            seconds, held = forecast._timed(work, cpu)
-        return {"units": seconds / voxels / unit, "bytes": held / forecast.HEAP / voxels}
+            _, held = forecast._timed(work, cpu)
+            ratios = []
+            for _ in range(ROUNDS):
+                before, seconds, after = unit(), forecast._seconds(work), unit()
+                ratios.append(2 * seconds / voxels / (before + after))
+        return {"units": statistics.median(ratios), "spread": ratios, "bytes": held / forecast.HEAP / voxels}
 
     for bundle in [bundles] if isinstance(bundles, str) else bundles:
         run = registration(bundle, 0)
@@ -108,7 +116,8 @@ def calibrate(bundles=BUNDLES, size=(80, 96, 80), output=None):
     for similarity in forecast.STEP:
         still = torch.zeros(1, 3, *size)
         found = measured(lambda: refine(still, image, 10, similarity=similarity, progress=False))
-        rows.append({"of": similarity, "units": found["units"] / 10, "bytes": found["bytes"]})
+        found["units"], found["spread"] = found["units"] / 10, [ratio / 10 for ratio in found["spread"]]
+        rows.append({"of": similarity} | found)
         print(json.dumps(rows[-1]), flush=True)
         save(rows, output)
 

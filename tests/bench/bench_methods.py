@@ -122,12 +122,11 @@ def run_tool(tool, data):
     from bench_samconvex import load, pairs_of
 
     from common.ops import warp
-    from common.quality.measure import group_table
+    from common.quality.measure import grouped
     from common.quality.metrics import label_overlap, mean_over_labels, regularity
     from common.run.data import label_groups
 
-    named, rows = label_groups(data), []
-    groups = group_table(named, 0) if named else None
+    groups, rows = label_groups(data), []
     for pair in pairs_of(data):
         (moving, moving_label), (fixed, fixed_label) = map(load, pair)
         with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +138,7 @@ def run_tool(tool, data):
         maps = [x[0, 0].round().long() for x in maps]
         row = {"dice": mean_over_labels(label_overlap(*maps, minimum=100), "dice")}
         if groups is not None:
-            row["dice_coarse"] = mean_over_labels(label_overlap(*[groups[x] for x in maps]), "dice")
+            row["dice_coarse"] = mean_over_labels(label_overlap(*[grouped(x, groups) for x in maps]), "dice")
         rows.append(row | regularity(disp, fixed[0, 0] > 0) | {"cpu_s": seconds})
     means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
     return means | {"pairs": len(rows)} | ({"version": version(TOOLS[tool])} if TOOLS[tool] else {})

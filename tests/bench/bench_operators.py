@@ -128,7 +128,7 @@ def run_child(job: dict) -> dict:
 def child(job: dict) -> dict:
     """Measure one row, or the machine's rates."""
     torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # plain products as ours and convolutions
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision  # plain products as ours and convolutions
     if "rates" in job:
         return measure_rates(job["device"])
     case = next(case for case in CASES if case.name == job["case"])
@@ -193,7 +193,7 @@ def measure_rates(device: str) -> dict:
         for kind in kinds:
             a = torch.randn(side, side).to(getattr(torch, kind))
             rates[kind] = 2 * side**3 / measure(lambda a=a: a @ a, 5)["seconds"]
-        torch.backends.cuda.matmul.allow_tf32 = False  # sums that no matrix unit can take
+        torch.backends.cuda.matmul.fp32_precision = "ieee"  # sums that no matrix unit can take
         a = torch.randn(side, side)
         rates["vector"] = 2 * side**3 / measure(lambda: a @ a, 5)["seconds"]
     return rates

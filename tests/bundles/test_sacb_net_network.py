@@ -121,7 +121,7 @@ def released_order(one_thread: None, official: Callable, monkeypatch: pytest.Mon
         monkeypatch.setattr(module, "warp", sample)
     for module in (network, import_module("common.ops.sacb")):
         monkeypatch.setattr(module, "norm_act", instance_norm_act)
-    monkeypatch.setattr(network, "halve", lambda x: F.avg_pool3d(x, 2))
+    monkeypatch.setattr(network, "halve", lambda x, **_: F.avg_pool3d(x, 2))
     monkeypatch.setattr(network, "STACK_VOXELS", 0)
     return net
 

@@ -10,6 +10,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from common import InputError, RegistrationWarning
+from common import __main__ as program
 from common.space import io, itk_maps, mapping, points
 
 SHAPE = (12, 14, 10)
@@ -173,3 +174,59 @@ def test_a_hundred_thousand_points_take_seconds(deforming, tmp_path: Path) -> No
     back = mapping.invert_at(whole, there)
     points.write_points(points.Points(back, given.names), tmp_path / "back.csv")
     assert np.linalg.norm(back - given.lps, axis=1).max() < 0.01
+
+
+# ---- results of apply -----------------------------------------------------------------------------------------------
+
+
+def applied(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, folder: Path, shift: int, *words: str):
+    """Exit code and what was said of `apply` with a shift in mm, and what it has written."""
+    scan = np.zeros(SHAPE, np.int16)
+    scan[3:9, 3:11, 2:8] = 5
+    nib.save(nib.Nifti1Image(scan, np.eye(4)), folder / "scan.nii.gz")
+    text = f"Parameters: 1 0 0 0 1 0 0 0 1 {shift} 0 0\nFixedParameters: 0 0 0\n"
+    (folder / "t.tfm").write_text(f"#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n{text}")
+    line = [folder / "scan.nii.gz", folder / "t.tfm", folder / "out.nii.gz", "--reference", folder / "scan.nii.gz"]
+    monkeypatch.setattr("sys.argv", ["common", "apply", *map(str, line), *words])
+    code: object = 0
+    try:
+        program.main()
+    except SystemExit as end:
+        code = end.code
+    return code, capsys.readouterr().err, np.asarray(nib.load(folder / "out.nii.gz").dataobj)
+
+
+@pytest.mark.parametrize("words", [(), ("--label",)])
+def test_apply_says_that_its_result_is_empty(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    code, said, result = applied(monkeypatch, capsys, tmp_path, 100, *words)
+    assert code == 3 and not result.any()
+    empty = f"warning: {tmp_path / 'out.nii.gz'}: is empty: {tmp_path / 't.tfm'} leads elsewhere, or --inverse is wanted"
+    assert said.splitlines() == [empty]
+    code, said, result = applied(monkeypatch, capsys, tmp_path, 3, *words)
+    assert code == 0 and not said and result.any()
+
+
+def test_a_small_part_of_a_scan_is_no_empty_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """One row of voxels is left of a scan of 288: little of it, but the reference is not empty there."""
+    code, said, result = applied(monkeypatch, capsys, tmp_path, 5)
+    assert code == 0 and not said and result.any()
+
+
+def test_points_without_any_inverse(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """A field that brings all points of its grid to one: no point but that has an inverse."""
+    places = np.stack(np.meshgrid(*[np.arange(n) for n in SHAPE], indexing="ij")).astype(np.float64)
+    from common.space.transform_files import write_transform
+
+    write_transform(mapping.displacement_transform(5 - places, np.eye(4)), tmp_path / "all_to_one.h5")
+    (tmp_path / "p.csv").write_text("x,y,z\n-3,-3,3\n-7,-4,6\n")
+    line = [tmp_path / "p.csv", tmp_path / "all_to_one.h5", tmp_path / "out.csv", "--inverse"]
+    monkeypatch.setattr("sys.argv", ["common", "apply", *map(str, line)])
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    assert end.value.code == 3 and "no point has an inverse, all are nan" in capsys.readouterr().err

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from common.fields import compose
 from common.ops import SACB, match, norm_act, warp
+from common.ops.norm_act import conv_before_norm
+from common.ops.scale import double, halve
 
 WIDTHS = ((4, 8, 8), (16, 16), (32, 32), (64, 64), (64, 64))  # channels of the convolutions at scales 1..5
 DIVISOR = 16  # four halvings
@@ -26,8 +28,7 @@ class ConvNormAct(nn.Conv3d):
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        layer = None if self.backend == "triton" else self.backend  # norm_act has no kernel
-        return norm_act(super().forward(x), backend=layer)
+        return norm_act(conv_before_norm(x, self.weight, self.bias), backend=self.backend)
 
 
 class Encoder(nn.Module):
@@ -35,7 +36,7 @@ class Encoder(nn.Module):
 
     def __init__(self, channels: int, backend: str | None = None) -> None:
         super().__init__()
-        self.scales = nn.ModuleList()
+        self.scales, self.backend = nn.ModuleList(), backend
         for widths in WIDTHS:
             pairs = zip((channels, *widths[:-1]), widths)
             self.scales.append(nn.Sequential(*[ConvNormAct(a, b, backend) for a, b in pairs]))
@@ -44,7 +45,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         features = [self.scales[0](x)]
         for scale in self.scales[1:]:
-            features.append(scale(halve(features[-1])))
+            features.append(scale(halve(features[-1], backend=self.backend)))
         return features
 
 
@@ -123,13 +124,20 @@ class SACBNet(nn.Module):
                 feat_moving, feat_fixed = self.both(self.sacb[str(scale)], feat_moving, feat_fixed)
             delta = match(feat_fixed, feat_moving, backend=self.backend)  # eq. 8-10
             disp = delta if disp is None else compose(disp, delta, padding="zeros", backend=self.backend)
-            disp = double(disp)
+            disp = double(disp, backend=self.backend)
         del feat_moving, feat_fixed, delta
         pair = [apply(self.refine, warp(feats_moving.pop(), disp, padding="zeros", backend=self.backend))]
         pair.insert(0, apply(self.refine, feats_fixed.pop()))
         pair = [torch.cat(pair, dim=1)]
-        delta = apply(self.flow, pair.pop())  # scale 1: convolutions, no matching; nothing else holds the input
+        delta = self.last(apply(self.flow[:-1], pair.pop()))  # scale 1: no matching; nothing else holds the input
         return compose(disp, delta, padding="zeros", backend=self.backend)
+
+    def last(self, x: Tensor) -> Tensor:
+        """The displacement from the last features, in float32 also under autocast: bfloat16 has no half voxel at 300."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.flow[-1](x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.flow[-1](x.float())
 
     @staticmethod
     def both(module: nn.Module, moving: Tensor, fixed: Tensor) -> tuple:
@@ -149,17 +157,3 @@ def apply(layers: nn.Sequential, x: Tensor) -> Tensor:
     for layer in layers:
         x = layer(x)
     return x
-
-
-def halve(x: Tensor) -> Tensor:
-    """2x2x2 average pooling as three strided sums, which keep channels-last memory fast."""
-    for axis in (2, 3, 4):
-        size = x.shape[axis]
-        index = torch.arange(0, size, 2, device=x.device)
-        x = x.index_select(axis, index) + x.index_select(axis, index + 1)
-    return x * 0.125
-
-
-def double(disp: Tensor) -> Tensor:
-    """up_2x of eq. 11: twice the resolution and twice the values, corner-aligned as in the released code."""
-    return F.interpolate(2 * disp, scale_factor=2, mode="trilinear", align_corners=True)

@@ -165,7 +165,8 @@ def _lookup(fixed: Tensor, moving: Tensor, disp: Tensor, radius: int, similarity
     out = None if grad else fixed.new_empty(fixed.shape[0], width, *fixed.shape[2:])
     slabs = []
     for begin in range(0, fixed.shape[2], planes):
-        start = disp[:, :, begin : begin + planes] + disp.new_tensor([begin, 0, 0]).view(1, 3, 1, 1, 1)
+        start = disp[:, :, begin : begin + planes].clone()
+        start[:, 0] += begin  # no new tensor of [begin, 0, 0], which a GPU would wait for
         arguments = fixed[:, :, begin : begin + planes], moving, start, radius, similarity, padding
         if out is None:
             slabs.append(checkpoint(_lookup_slab, *arguments, use_reentrant=False))

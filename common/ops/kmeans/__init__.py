@@ -53,27 +53,24 @@ def kmeans(
     _check(points, clusters, iterations, init, sample)
     if torch.jit.is_tracing() and isinstance(init, str):  # a trace would keep the stride of the size that it has seen
         return torch.jit.script(reference.kmeans)(points, clusters, iterations, init, sample)
-    assign = _assignment(choose("kmeans", points, backend))
+    layer = choose("kmeans", points, backend)
     work = points.float() if points.dtype in (torch.float16, torch.bfloat16) else points
     stride = 1 if sample is None or iterations is None else max(work.shape[1] // sample, 1)
+    start = init.to(work.dtype) if isinstance(init, Tensor) else None
+    if start is None and init == "even":
+        start = even_start(work, clusters)
+    if layer == "triton":
+        from common.ops.kmeans.kernel import kmeans_triton
+
+        labels, centroids = kmeans_triton(work, clusters, iterations, start, stride)
+        return labels, centroids.to(points.dtype)
+    assign: Assign = assign_reference if layer == "reference" else assign_lean
     subset = work[:, ::stride]
-    if isinstance(init, Tensor):
-        start = init.to(work.dtype)
-    else:
-        start = spread_start(subset, clusters) if init == "spread" else even_start(work, clusters)
+    start = spread_start(subset, clusters) if start is None else start
     labels, centroids = lloyd(subset, start, iterations, assign)
     if stride > 1:
         labels, centroids = lloyd(work, centroids, FULL_PASSES, assign)
     return labels, centroids.to(points.dtype)
-
-
-def _assignment(layer: str) -> Assign:
-    """The assignment pass of a layer; all else is plain torch."""
-    if layer == "triton":
-        from common.ops.kmeans.kernel import assign_triton
-
-        return assign_triton
-    return assign_reference if layer == "reference" else assign_lean
 
 
 def _check(points: Tensor, clusters: int, iterations: int | None, init: str | Tensor, sample: int | None) -> None:

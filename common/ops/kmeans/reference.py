@@ -62,9 +62,11 @@ def spread_start(points: Tensor, clusters: int) -> Tensor:
     starts = [points[rows, nearest]]
     distance = (points - starts[0].unsqueeze(1)).square().sum(2)
     for n in range(1, clusters):
-        mass = distance.double().cumsum(1)
-        target = mass[:, -1:] * ((0.6180339887498949 * n) % 1.0)
-        index = (mass <= target).sum(1).clamp(max=points.shape[1] - 1)  # searchsorted, which ONNX lacks
+        # In whole numbers, whose sums are the same in any order: torch has no repeatable cumsum of floats on CUDA.
+        unit = distance.double() / distance.amax(1, keepdim=True).double().clamp(min=1e-300)
+        mass = (unit * 68719476736.0).long().cumsum(1)  # 2^36
+        target = mass[:, -1:].double() * ((0.6180339887498949 * n) % 1.0)
+        index = (mass.double() <= target).sum(1).clamp(max=points.shape[1] - 1)  # searchsorted, which ONNX lacks
         starts.append(points[rows, index])
         distance = torch.minimum(distance, (points - starts[-1].unsqueeze(1)).square().sum(2))
     return torch.stack(starts, 1)

@@ -1,5 +1,7 @@
 """Instance normalisation followed by LeakyReLU, as after nearly every convolution of a registration pyramid."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.ops import _checks
@@ -7,6 +9,19 @@ from common.ops._dispatch import choose, on_plain_tensors, scripted_as
 from common.ops.norm_act import reference
 from common.ops.norm_act.lean import norm_act_lean
 from common.ops.norm_act.reference import norm_act_reference
+
+
+def conv_before_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """3x3x3 convolution whose result goes into `norm_act`, which takes any bias away again.
+
+    So on a GPU, where adding it is a pass over the result and its gradient another, it is left out; its gradient is the
+    zero that it is without rounding. On a CPU the bias costs nothing, and the rounding stays as it was.
+    """
+    if not x.is_cuda:
+        return F.conv3d(x, weight, bias, padding=1)
+    if torch.is_grad_enabled():
+        weight = weight + 0 * bias.view(-1, 1, 1, 1, 1)
+    return F.conv3d(x, weight, None, padding=1)
 
 
 @scripted_as(reference.norm_act)
@@ -32,6 +47,11 @@ def norm_act(x: Tensor, slope: float = 0.1, eps: float = 1e-5, *, backend: str |
     """
     _checks.volume("norm_act", "x", x)
     _checks.require(slope > 0, "norm_act", "slope", "be > 0", slope)
-    if choose("norm_act", x, backend) == "reference":
+    layer = choose("norm_act", x, backend)
+    if layer == "reference":
         return norm_act_reference(x, slope, eps)
+    if layer == "triton":
+        from common.ops.norm_act.kernel import norm_act_triton
+
+        return norm_act_triton(x, slope, eps)
     return norm_act_lean(x, slope, eps)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from common.ops._patches import channels_last
 
-# Voxels summed at a time in float64, so that the sums are exact and no buffer holds all squares; few launches on a GPU.
-SLAB, SLAB_GPU = 1 << 14, 1 << 20
+# Values worked on at a time: on a CPU as many as its cache holds, also in float64; on a GPU without Triton, few launches.
+SLAB, SLAB_GPU = 1 << 17, 1 << 23
 
 
 def norm_act_lean(x: Tensor, slope: float, eps: float) -> Tensor:
@@ -25,12 +25,15 @@ def _norm_act(x: Tensor, slope: float, eps: float) -> tuple[Tensor, Tensor]:
     """Output, and 1 / sqrt(var + eps) as (B, 1, C)."""
     last = channels_last(x)
     rows = last.flatten(1, 3)  # (B, V, C)
-    slab = SLAB_GPU if x.is_cuda else SLAB
-    mean = sum(part.sum(1, keepdim=True, dtype=torch.float64) for part in rows.split(slab, dim=1)) / rows.shape[1]
-    centred = rows - mean.to(x.dtype)
-    squares = sum(part.double().square().sum(1, keepdim=True) for part in centred.split(slab, dim=1))
-    rstd = (squares / rows.shape[1] + eps).rsqrt_().to(x.dtype)
-    out = F.leaky_relu_(centred.mul_(rstd), slope)
+    slab = max((SLAB_GPU if x.is_cuda else SLAB) // rows.shape[2], 1)
+    out, rstd = torch.empty_like(rows), rows.new_empty(len(rows), 1, rows.shape[2])
+    for x_b, out_b, rstd_b in zip(rows, out, rstd):
+        parts = x_b.split(slab)
+        mean = (sum(part.sum(0, dtype=torch.float64) for part in parts) / len(x_b)).to(x.dtype)
+        squares = sum((part - mean).double().square_().sum(0) for part in parts)  # exact: no digits cancel
+        rstd_b[:] = (squares / len(x_b) + eps).rsqrt_().to(x.dtype)
+        for part, into in zip(parts, out_b.split(slab)):
+            F.leaky_relu_(torch.sub(part, mean, out=into).mul_(rstd_b), slope)
     return out.view(last.shape).permute(0, 4, 1, 2, 3), rstd
 
 

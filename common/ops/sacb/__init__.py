@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from common.ops import _checks
 from common.ops._dispatch import choose, on_plain_tensors, scripted_as
 from common.ops.kmeans import kmeans
-from common.ops.norm_act import norm_act
+from common.ops.norm_act import conv_before_norm, norm_act
 from common.ops.sacb import reference
 from common.ops.sacb.lean import modulated_conv3d_lean
 from common.ops.sacb.reference import modulated_conv3d_reference
+from common.ops.scale import box_mean
 
 MEAN_TYPES = ("s", "c", "mix")
 
@@ -103,7 +104,6 @@ class SACB(nn.Module):
         super().__init__()
         _checks.require(mean_type in MEAN_TYPES, "SACB", "mean_type", f"be one of {MEAN_TYPES}", repr(mean_type))
         self.clusters, self.mean_type, self.backend = clusters, mean_type, backend
-        self.norm_backend = None if backend == "triton" else backend  # norm_act has no kernel
         self.iterations, self.sample, self.init = iterations, sample, init
         points = {"s": channels, "c": 27, "mix": channels + 27}[mean_type]
         self.proj_in = nn.Conv3d(channels, channels, 3, padding=1)
@@ -113,7 +113,7 @@ class SACB(nn.Module):
 
     def forward(self, x: Tensor, clusters: Clusters | None = None) -> Tensor:
         """(B, C, I, J, K) -> the same shape. `clusters` replaces the k-means (for tests and studies)."""
-        features = norm_act(self.proj_in(x), backend=self.norm_backend)
+        features = norm_act(conv_before_norm(x, self.proj_in.weight, self.proj_in.bias), backend=self.backend)
         labels, centroids = self.cluster(features) if clusters is None else clusters
         bias, modulation = self.bias_mlp(centroids), self.kernel_mlp(centroids)
         sac = modulated_conv3d(features, self.weight, bias, modulation, labels, backend=self.backend)
@@ -125,7 +125,7 @@ class SACB(nn.Module):
         means: list[Tensor] = []
         with torch.no_grad():
             if self.mean_type != "c":
-                means.append(box_mean(features).permute(0, 2, 3, 4, 1).reshape(batch, -1, channels))
+                means.append(box_mean(features, backend=self.backend).permute(0, 2, 3, 4, 1).reshape(batch, -1, channels))
             if self.mean_type != "s":
                 padded = F.pad(features.mean(1), [1] * 6)
                 means.append(padded.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1).reshape(batch, -1, 27))
@@ -135,20 +135,6 @@ class SACB(nn.Module):
                 points, clusters, self.iterations, self.init, sample=self.sample, backend=self.backend
             )
             return Clusters(labels.view(batch, i, j, k), centroids)
-
-
-def box_mean(x: Tensor) -> Tensor:
-    """Mean over the 3x3x3 patch of each voxel of (B, C, I, J, K), zeros outside counted: separable shifted sums.
-
-    At least float32, since 27 values are summed.
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    for axis in (2, 3, 4):
-        total, size = x.clone(), x.shape[axis]
-        total.narrow(axis, 1, size - 1).add_(x.narrow(axis, 0, size - 1))
-        total.narrow(axis, 0, size - 1).add_(x.narrow(axis, 1, size - 1))
-        x = total
-    return x.mul_(1 / 27)
 
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

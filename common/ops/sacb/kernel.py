@@ -63,11 +63,12 @@ def modulated_conv3d_kernel(
 
 @triton.jit
 def modulated_conv3d_weight_kernel(
-    p_x, p_grad, p_weight, p_modulation, p_labels, p_grad_weight, p_grad_modulation, voxels, steps, I, J, K, N, BN,  # noqa: E741,E501
+    p_x, p_grad, p_weight, p_modulation, p_labels, p_grad_weight, p_grad_modulation, p_grad_bias,
+    voxels, steps, I, J, K, N, BN,  # noqa: E741
     C: tl.constexpr, O: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
     C_PAD: tl.constexpr, O_PAD: tl.constexpr, BN_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, tap, tile of dW_t): partial dW_t (C, O) and partial da (B N) over `steps` tiles of voxels."""
+    """Program (chunk, tap, tile of dW_t): partial dW_t (C, O), da (B N), db (B N, O) over `steps` tiles of voxels."""
     chunk, t, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     parts: tl.constexpr = (O + O_PAD - 1) // O_PAD
     c, o = part // parts * C_PAD + tl.arange(0, C_PAD), part % parts * O_PAD + tl.arange(0, O_PAD)
@@ -76,6 +77,8 @@ def modulated_conv3d_weight_kernel(
     kernel = tl.load(p_weight + (t * C + c[:, None]) * O + o[None, :], mask=in_kernel, other=0.0).to(tl.float32)
     grad_weight = tl.zeros([C_PAD, O_PAD], tl.float32)
     grad_modulation = tl.zeros([BN_PAD], tl.float32)
+    grad_bias = tl.zeros([BN_PAD, O_PAD], tl.float32)
+    with_bias = (t == 13) & (part < parts)  # once for each tile of outputs
     for tile in range(steps):
         v = (chunk * steps + tile) * BLOCK + tl.arange(0, BLOCK)
         valid = v < voxels
@@ -93,10 +96,15 @@ def modulated_conv3d_weight_kernel(
         share = tl.sum(patch * pulled, 1)
         member = (cluster[:, None] == n[None, :]) & valid[:, None]
         grad_modulation += tl.sum(tl.where(member, share[:, None], 0.0), 0)
+        if with_bias:
+            grad_bias = tl.dot(tl.trans(member.to(tl.float32)), grad, grad_bias, input_precision="ieee")
     into = (chunk * 27 + t) * C * O + c[:, None] * O + o[None, :]
     tl.store(p_grad_weight + into, grad_weight, mask=in_kernel)
     row = (chunk * 27 + t) * tl.num_programs(2) + part
     tl.store(p_grad_modulation + row * BN + n, grad_modulation, mask=n < BN)
+    if with_bias:
+        at = (chunk * BN + n[:, None]) * O + o[None, :]
+        tl.store(p_grad_bias + at, grad_bias, mask=(n < BN)[:, None] & (o < O)[None, :])
 
 
 def modulated_conv3d_triton(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor) -> Tensor:
@@ -144,8 +152,6 @@ def _modulated_conv3d_backward(
     outputs, clusters = weight.shape[0], modulation.shape[1]
     matrix = weight.permute(2, 3, 4, 1, 0).reshape(27, channels, outputs)
     grad_x = _convolve(g, matrix.transpose(1, 2), None, modulation, labels, to_data=True).to(x.dtype)
-    member = torch.nn.functional.one_hot(labels.flatten(1), clusters).transpose(1, 2).float()
-    grad_bias = member @ g.flatten(1, 3).float()
 
     c_pad, o_pad = min(padded(channels, 16), WIDEST), min(padded(outputs, 16), WIDEST)
     block = block_of(2 * max(c_pad, o_pad))
@@ -154,17 +160,18 @@ def _modulated_conv3d_backward(
     chunks = triton.cdiv(labels.numel(), block * steps)
     grad_weight = torch.empty(chunks, 27, channels, outputs, device=x.device)
     grad_modulation = torch.empty(chunks, 27, tiles, batch * clusters, device=x.device)
+    grad_bias = torch.empty(chunks, batch * clusters, outputs, device=x.device)
     modulated_conv3d_weight_kernel[(chunks, 27, tiles)](
-        last, g, matrix.contiguous(), modulation.contiguous(), labels.contiguous(), grad_weight, grad_modulation,
+        last, g, matrix.contiguous(), modulation.contiguous(), labels.contiguous(), grad_weight, grad_modulation, grad_bias,
         labels.numel(), steps, *size, clusters, batch * clusters, C=channels, O=outputs, PRECISION=precision(),
-        C_PAD=c_pad, O_PAD=o_pad, BN_PAD=padded(batch * clusters), BLOCK=block,
+        C_PAD=c_pad, O_PAD=o_pad, BN_PAD=padded(batch * clusters, 16), BLOCK=block,
     )  # fmt: skip
     grad_weight = grad_weight.sum(0).view(3, 3, 3, channels, outputs).permute(4, 3, 0, 1, 2).contiguous()
     grad_modulation = grad_modulation.sum((0, 2)).t().contiguous().view(batch, clusters, 27)
     return (
         volume(grad_x),
         grad_weight.to(weight.dtype),
-        grad_bias.to(bias.dtype),
+        grad_bias.sum(0).view(batch, clusters, outputs).to(bias.dtype),
         grad_modulation.to(modulation.dtype),
     )
 

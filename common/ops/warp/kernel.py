@@ -104,7 +104,8 @@ def warp_bwd_kernel(
         grad_y += (2 * e - 1) * wx * wz * value
         grad_z += (2 * d - 1) * wx * wy * value
         if TO_IMAGE:
-            tl.atomic_add(p_grad_image + row[:, None] * C + c, (wx * wy * wz)[:, None] * grad, mask=mask)
+            share = (wx * wy * wz)[:, None] * grad
+            tl.atomic_add(p_grad_image + row[:, None] * C + c, share, mask=mask, sem="relaxed")  # else: a fence each
     tl.store(p_grad_disp + v * 3, tl.where(free_x, grad_x, 0.0), mask=valid)
     tl.store(p_grad_disp + v * 3 + 1, tl.where(free_y, grad_y, 0.0), mask=valid)
     tl.store(p_grad_disp + v * 3 + 2, tl.where(free_z, grad_z, 0.0), mask=valid)
@@ -140,10 +141,10 @@ def _(image, disp, nearest, border):
 def _warp_backward(
     grad: Tensor, image: Tensor, disp: Tensor, nearest: bool, border: bool, to_image: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to image and displacement; zeros to the displacement of "nearest", and to the image unless asked."""
+    """Gradients to image (without voxels unless asked) and displacement (zeros for "nearest")."""
     source, step, g = rows(image), rows(disp), rows(grad)
     batch, *grid, _ = step.shape
-    grad_image = torch.zeros(source.shape, device=source.device)
+    grad_image = torch.zeros(source.shape if to_image else (0,) * 5, device=source.device)
     grad_disp = torch.zeros(step.shape, device=step.device)
     by_sorting = to_image and (nearest or torch.are_deterministic_algorithms_enabled())
     if not nearest:
@@ -178,7 +179,8 @@ def _add_by_sorting(total: Tensor, grad: Tensor, disp: Tensor, nearest: bool, bo
 
 @_warp_backward.register_fake
 def _(grad, image, disp, nearest, border, to_image):
-    return volume(torch.empty_like(rows(image))), volume(torch.empty_like(rows(disp)))
+    like = rows(image) if to_image else image.new_empty((0,) * 5)
+    return volume(torch.empty_like(like)), volume(torch.empty_like(rows(disp)))
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -74,7 +74,8 @@ def made(series: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pair(series: Path, made: Path, tmp_path: Path) -> None:
     """The same result as the bundle gives for the two folders."""
     registrar = Registrar(bundle_folder("sacb_net"), device="cpu", spacing=SPACING)
-    row, expected = registrar.register(series / "moving", series / "fixed", tmp_path / "expected")
+    found = registrar.register(series / "moving", series / "fixed", tmp_path / "expected")
+    row, expected = found.row, found.folder
     assert row["ncc_before"] > 0.8
     assert {p.name for p in made.iterdir()} == {p.name for p in expected.iterdir()} | {"registration.dcm"}
     (mine, affine), (theirs, _) = (io.read_scan(folder / "warped.nii.gz") for folder in (made, expected))

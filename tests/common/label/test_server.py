@@ -101,7 +101,7 @@ def by_bundle(studies: Path, moving: str, fixed: str, output: Path) -> Path:
     """The folder that the bundle writes for the same pair."""
     registrar = Registrar(bundle_folder("sacb_net"), device="cpu", spacing=SPACING)
     scans = (studies / f"{name}.nii.gz" for name in (moving, fixed))
-    return registrar.register(*scans, output, moving_label=label_of(studies, moving))[1]
+    return registrar.register(*scans, output, moving_label=label_of(studies, moving)).folder
 
 
 def assert_same_image(found: str | Path, expected: Path, like: Path) -> None:

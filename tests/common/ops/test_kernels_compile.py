@@ -59,16 +59,18 @@ def test_compiles(case: str, target: int, tmp_path: Path) -> None:
 def launches(case: str) -> Iterator[Callable[[], object]]:
     """Every operator, forward and backward; its constants differ from case to case, so that each of them occurs."""
     from common.ops.cost_volume.kernel import cost_volume_triton
-    from common.ops.kmeans.kernel import assign_triton
+    from common.ops.kmeans.kernel import kmeans_triton
     from common.ops.match.kernel import match_triton
+    from common.ops.norm_act.kernel import norm_act_triton
     from common.ops.sacb.kernel import modulated_conv3d_triton
+    from common.ops.scale.kernel import box_mean_triton, double_triton, halve_triton
     from common.ops.warp.kernel import warp_triton
 
     batch, *size = (1, 1, 1, 1) if case == "ones" else (2, 5, 6, 7)
     channels, out, clusters = {"odd": (5, 3, 4), "half": (16, 24, 7), "ones": (1, 1, 1), "wide": (96, 160, 7)}[case]
     dtype = torch.bfloat16 if case == "half" else torch.float32
     similarity, padding = ("dot", "zeros") if case == "odd" else ("ssd", "border")
-    torch.backends.cudnn.allow_tf32 = case in ("half", "ones")
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if case in ("half", "ones") else "ieee"
 
     def features(number: int = channels) -> Tensor:
         return torch.zeros(batch, number, *size, dtype=dtype, requires_grad=True)
@@ -89,7 +91,13 @@ def launches(case: str) -> Iterator[Callable[[], object]]:
         pair = features().detach(), features().detach()
         yield lambda: cost_volume_triton(*pair, 1, disp, similarity, padding)
     points = torch.zeros(batch, size[0] * size[1] * size[2], channels)
-    yield lambda: assign_triton(points, points[:, :1].expand(-1, clusters, -1))
+    yield lambda: kmeans_triton(points, clusters, 2, None, 3)
+    yield lambda: kmeans_triton(points, clusters, 1, points[:, :1].expand(-1, clusters, -1), 1)
+    even = torch.zeros(batch, channels, *(2 * n for n in size), dtype=dtype, requires_grad=True)
+    yield lambda: halve_triton(even).sum().backward()
+    yield lambda: double_triton(features(3)).sum().backward()
+    yield lambda: box_mean_triton(features().detach())
+    yield lambda: norm_act_triton(features(), 0.1, 1e-5).sum().backward()
 
 
 class Launcher:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.ops import kmeans
 from common.ops.kmeans import lean
+from common.ops.kmeans.reference import spread_start
 
 BACKENDS = ("reference", "lean")
 STARTS = ("spread", "even")
@@ -188,10 +189,50 @@ def test_kernel_half(dtype: torch.dtype, kernel_device: torch.device) -> None:
     assert torch.equal(labels, expected[0]) and torch.equal(centroids, expected[1].to(dtype))
 
 
+@pytest.mark.parametrize("layer", ("lean", "triton"))
+def test_kernel_labels_of_nan(layer: str, kernel_device: torch.device) -> None:
+    """A point that is NaN has a label in range all the same: on a GPU argmax of NaN alone is the last of 16 columns."""
+    points = torch.randn(1, 40, 3, device=kernel_device)
+    points[0, 7] = float("nan")
+    labels, _ = kmeans(points, 5, 3, backend=layer)
+    assert labels.min() >= 0 and labels.max() <= 4
+
+
+@pytest.mark.parametrize("number", (3, 7))
+def test_kernel_starts(number: int, kernel_device: torch.device) -> None:
+    """The same points as the reference starts from, also across tiles and of a sample."""
+    kernel = importlib.import_module("common.ops.kmeans.kernel")
+    points = torch.randn(2, 700, 4)
+    found = kernel.spread_start_triton(points.to(kernel_device), number, 3)
+    assert torch.equal(found.cpu(), spread_start(points[:, ::3], number))
+
+
+def test_reads_sample_in_place(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch an iteration, one for the labels, and no copy of the points."""
+    kernel = importlib.import_module("common.ops.kmeans.kernel")
+    launches = []
+
+    class Counted:
+        def __getitem__(self, grid: tuple) -> Callable:
+            def launch(points: Tensor, *rest: object, **options: object) -> None:
+                launches.append(points.data_ptr())
+                inner[grid](points, *rest, **options)
+
+            return launch
+
+    inner = kernel.assign_kernel
+    monkeypatch.setattr(kernel, "assign_kernel", Counted())
+    points = torch.randn(1, 300, 3, device=kernel_device)
+    kmeans(points, 4, 5, sample=100, backend="triton")
+    assert launches == [points.data_ptr()] * (5 + 2 + 1)
+
+
 def test_kernel_opcheck(kernel_device: torch.device) -> None:
     importlib.import_module("common.ops.kmeans.kernel")  # registers the operator
     points, centroids = torch.randn(2, 20, 3, device=kernel_device), torch.randn(2, 4, 3, device=kernel_device)
     torch.library.opcheck(torch.ops.monai_registration.kmeans_assign_triton.default, (points, centroids))
+    torch.library.opcheck(torch.ops.monai_registration.kmeans_lloyd_triton.default, (points, centroids, 2, 2))
+    torch.library.opcheck(torch.ops.monai_registration.kmeans_start_triton.default, (points, 3, 2))
 
 
 def sacb_points(kind: str) -> Tensor:

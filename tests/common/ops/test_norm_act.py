@@ -1,5 +1,6 @@
 """norm_act against torch's instance norm and its own reference."""
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -48,6 +49,56 @@ def test_lean_matches_reference(slope: float, arrange: Callable, assert_backends
     assert_backends_agree(lambda **kw: norm_act(**kw, slope=slope), inputs, arrange)
 
 
+@pytest.mark.parametrize("joined", (2048, 8))
+def test_kernel_matches_reference(
+    joined: int, arrange: Callable, assert_backends_agree: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One stretch and tile a program, and several of each; the last ones not full."""
+    kernel = importlib.import_module("common.ops.norm_act.kernel")
+    monkeypatch.setattr(kernel, "JOINED", joined)
+    monkeypatch.setattr(kernel, "PROGRAMS", joined)
+    monkeypatch.setattr(kernel, "TILE", 128)
+    assert_backends_agree(norm_act, {"x": 2 + 3 * torch.randn(2, 3, 7, 5, 9)}, arrange, backend="triton")
+
+
+def test_kernel_large_mean(kernel_device: torch.device) -> None:
+    x = 1000 + torch.randn(1, 2, 8, 8, 9)
+    expected = norm_act(x.double(), backend="reference").float()
+    found = norm_act(x.to(kernel_device), backend="triton").cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_kernel_constant_channel(kernel_device: torch.device) -> None:
+    x = torch.full((1, 1, 2, 2, 2), 5.0, requires_grad=True, device=kernel_device)
+    out = norm_act(x, backend="triton")
+    out.sum().backward()
+    assert out.abs().max() == 0 and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_kernel_half(dtype: torch.dtype, kernel_device: torch.device) -> None:
+    """Computed in float32: only the result, and the output that the gradient is made from, are rounded."""
+    x = torch.randn(2, 3, 4, 5, 6).to(kernel_device, dtype).requires_grad_()
+    single = x.detach().float().requires_grad_()
+    out, expected = norm_act(x, backend="triton"), norm_act(single, backend="triton")
+    eps = torch.finfo(dtype).eps
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, rtol=eps, atol=1e-5)
+    grad = torch.randn(out.shape).to(kernel_device, dtype)
+    (found,), (wanted,) = torch.autograd.grad(out, x, grad), torch.autograd.grad(expected, single, grad.float())
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), wanted, rtol=eps, atol=2 * eps)
+
+
+def test_kernel_opcheck(kernel_device: torch.device) -> None:
+    importlib.import_module("common.ops.norm_act.kernel")  # registers the operator
+    x = torch.randn(2, 3, 3, 4, 5, device=kernel_device, requires_grad=True)
+    torch.library.opcheck(torch.ops.monai_registration.norm_act_triton.default, (x, 0.1, 1e-5))
+    out, rstd = torch.ops.monai_registration.norm_act_triton(x.detach(), 0.1, 1e-5)
+    arguments = (torch.randn(2, 3, 3, 4, 5, device=kernel_device), out, rstd, 0.1)
+    torch.library.opcheck(torch.ops.monai_registration.norm_act_triton_backward.default, arguments)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend: str) -> None:
     x = torch.randn(2, 2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
@@ -90,4 +141,4 @@ def test_rejects(change: dict, text: str) -> None:
 
 
 def test_rejects_backend(refused: Callable) -> None:
-    refused(norm_act, {"x": X}, has_kernel=False)
+    refused(norm_act, {"x": X})
