@@ -5,7 +5,8 @@
 
 DATA is the folder with dev and dev_small. Every registration runs on a 2 mm grid (hippocampus 1 mm, chest 3 mm), in one
 process. The error of a registration is known: in mm where one scan of a person was moved by a known field (across
-contrasts too, the phantom among them), as Dice of labels that the verdict does not see where two people were registered.
+contrasts too, the phantom among them), as Dice of labels that the verdict does not see where two people were
+registered.
 "Good": the error fell by a fifth at least, or Dice rose by 0.02, and nothing was done to it. "Spoilt": something was
 done to it (KINDS), or it ended no better than it began. What lies between is left out of both rates, and counted.
 People are split: no one is in both halves.
