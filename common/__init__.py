@@ -37,3 +37,7 @@ def require(minimum: str, below: str) -> None:
     if not key(minimum) <= key(__version__) < key(below):
         found = f"version {__version__} is loaded from {Path(__file__).parent}"
         raise ImportError(f"this bundle needs `common` >= {minimum}, < {below}, but {found}")
+
+
+class EmptyResult(RegistrationWarning):
+    """What a command has written is empty, or nearly so."""

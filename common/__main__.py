@@ -8,10 +8,11 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import fire
 
-from common import InputError, RegistrationWarning
+from common import EmptyResult, InputError, RegistrationWarning
 from common.deploy.command import deploy
 from common.label.command import label
 from common.run.cli import exact_words, printable, sentence_of
@@ -29,27 +30,18 @@ class Later:
 
 
 np, io, mapping = Later("numpy"), Later("common.space.io"), Later("common.space.mapping")
-points, transform_files = Later("common.space.points"), Later("common.space.transform_files")
-POINT_ENDINGS = (".csv", ".fcsv", ".json")
-NEARLY = 0.01  # of what a scan shows: less is nearly nothing
+carry, transform_files = Later("common.space.carry"), Later("common.space.transform_files")
 EMPTY_CODE = 3  # exit code of a command whose result is written, and empty or nearly so
 
 
-class EmptyResult(RegistrationWarning):
-    """What a command has written is empty, or nearly so."""
-
-
 def apply(
-    file: str,
-    transform: str,
-    output: str,
-    *,
+    *files: str,
     reference: str = "",
-    label: bool = False,
+    label: Literal["no", "nearest", "auto", "linear"] = "no",
     inverse: bool = False,
     matrix: str = "",
 ):
-    """Apply a transform to a scan, a label map or points.
+    """Apply a transform to scans, label maps or points: apply FILE [FILE ...] TRANSFORM OUTPUT.
 
     A result that is empty, or nearly so, is written, said, and ends in exit code 3.
 
@@ -58,49 +50,33 @@ def apply(
     fixed scan, or the fixed scan onto the moving grid, add --inverse.
 
     Args:
-        file: scan or label map (NIfTI, MetaImage, NRRD, DICOM folder), or points: .csv with columns x,y,z (LPS mm, as
-            ANTs) or i,j,k (voxels), .fcsv or .mrk.json of 3-D Slicer.
-        transform: .h5, .tfm, .txt, .mat, .lta, elastix's parameters, or a displacement image (.nii.gz, LPS mm).
-        output: file to write; points as .csv or .fcsv, in LPS mm.
+        files: one or more files, then the transform, then the output. A file is a scan or label map (NIfTI, also 4-D,
+            MetaImage, NRRD, DICOM folder), or points: .csv with columns x,y,z (LPS mm, as ANTs) or i,j,k (voxels),
+            .fcsv or .mrk.json of 3-D Slicer. The transform is .h5, .tfm, .txt, .mat, .lta, elastix's parameters, or a
+            displacement image (.nii.gz, LPS mm). The output is a file, points as .csv or .fcsv in LPS mm; of several
+            files it is a folder.
         reference: scan whose grid the result gets, as the fixed one; for points in voxels, the scan they belong to.
-        label: take the nearest label instead of interpolating.
+        label: how labels are brought along: "nearest" (also --label alone), "linear" (each label's share linearly, the
+            largest wins: smoother borders), "auto" (nearest for what looks like a label map), "no".
         inverse: apply the inverse, computed here: for points to 0.001 mm, for scans on the transform's grid.
         matrix: what a plain 4 x 4 matrix is: "ras" (c3d_affine_tool, Greedy, NiftyReg) or "flirt" (FSL's, for which
             FILE is the moving scan and --reference the fixed one).
     """
-    scans = (str(file), str(reference)) if matrix == "flirt" and reference else None
-    the_map = transform_files.read_transform(str(transform), matrix=str(matrix), scans=scans)
-    if str(file).lower().endswith(POINT_ENDINGS):
-        affine = io.read_scan(str(reference))[1] if reference else None
-        given = points.read_points(str(file), affine)
-        there = (mapping.invert_at if inverse else mapping.map_points)(the_map, given.lps)
-        points.write_points(points.Points(there, given.names), str(output))
-        lost = int(np.isnan(there).any(1).sum())
-        if lost == len(there):
-            warnings.warn(f"{output}: no point has an inverse, all are nan", EmptyResult, stacklevel=1)
-        return _written(
-            output, f"{len(there)} points in LPS mm" + (f", {lost} without an inverse (nan)" if lost else "")
-        )
-    if not reference:
-        raise InputError(f"{file}: --reference is needed, a scan whose grid the result gets")
-    scan, affine = io.read_label(str(file)) if label else io.read_scan(str(file))
-    like, onto = io.read_scan(str(reference))
-    size = like.shape[1:]
-    the_map = mapping.invert(the_map) if inverse else the_map
-    outside = [0 if label else io.background(channel) for channel in scan]
-    warped = np.stack(
-        [mapping.resample(c, affine, size, onto, the_map, nearest=label, outside=o) for c, o in zip(scan, outside)]
-    )
-    write = io.write_label if label else io.write_scan
-    io.write_image_file(output, lambda path: write(warped, onto, path))
-    shown = [(array != np.reshape(outside, (-1, 1, 1, 1))).mean() for array in (scan, warped)]
-    kept = shown[1] * np.prod(size) * abs(np.linalg.det(onto[:3, :3])) if shown[0] else 0.0
-    kept /= max(shown[0] * np.prod(scan.shape[1:]) * abs(np.linalg.det(affine[:3, :3])), 1e-30)
-    if kept < NEARLY and shown[1] < NEARLY:
-        what = "is empty" if not shown[1] else f"holds {100 * kept:.2g} % of what {file} shows"
-        why = f"{file} shows nothing" if not shown[0] else f"{transform} leads elsewhere, or --inverse is wanted"
-        warnings.warn(f"{output}: {what}: {why}", EmptyResult, stacklevel=1)
-    return _written(output, f"{' x '.join(map(str, size))} voxels")
+    if len(files) < 3:
+        lacks = ("FILE", "TRANSFORM", "OUTPUT")[len(files) :]
+        raise InputError(f"apply needs {' and '.join(lacks)} as well; python -m common apply --help")
+    *files, transform, output = map(str, files)
+    scans = (files[0], str(reference)) if matrix == "flirt" and reference else None
+    the_map = transform_files.read_transform(transform, matrix=str(matrix), scans=scans)
+    only_points = all(file.lower().endswith(carry.POINT_ENDINGS) for file in files)
+    back = None if not inverse else the_map if only_points else mapping.invert(the_map)
+    options = {"reference": str(reference), "label": str(label), "back": back, "named": transform}
+    if len(files) == 1:
+        return _written(output, carry.carry(files[0], the_map, output, **options))
+    places = carry.names_in(output, tuple(files))
+    io.output_folder(output)
+    told = [carry.carry(file, the_map, place, **options) for file, place in zip(files, places)]
+    return "\n".join(_written(place, text) for place, text in zip(places, told))
 
 
 def compose(output: str, *transforms: str, reference: str = ""):

@@ -82,21 +82,21 @@ def round_trip(disp: Tensor, points: Tensor, *, iterations: int = 60, tolerance:
     Returns:
         (3, N) in voxels; 0 up to the tolerance where T is one-to-one, beyond half a voxel where it folds.
     """
-    there = points + _sample(disp, points)
+    there = points + sample_at(disp, points)
     return there + _invert_at(disp, there, iterations, tolerance) - points
 
 
 def _invert_at(field: Tensor, points: Tensor, iterations: int, tolerance: float) -> Tensor:
     """v (3, N) with v + field(points + v) = 0; only the points that are not there yet are worked on."""
-    flat = -_sample(field, points)
-    rest = flat + _sample(field, points + flat)
+    flat = -sample_at(field, points)
+    rest = flat + sample_at(field, points + flat)
     size, step = rest.square().sum(0), torch.ones_like(rest[0])
     for _ in range(iterations):
         active = (size > tolerance**2).nonzero()[:, 0]
         if not len(active):
             break
         trial = flat[:, active] - step[active] * rest[:, active]
-        new = trial + _sample(field, points[:, active] + trial)
+        new = trial + sample_at(field, points[:, active] + trial)
         new_size = new.square().sum(0)
         better = new_size < size[active]
         flat[:, active] = torch.where(better, trial, flat[:, active])
@@ -106,7 +106,7 @@ def _invert_at(field: Tensor, points: Tensor, iterations: int, tolerance: float)
     return flat
 
 
-def _sample(field: Tensor, points: Tensor) -> Tensor:
+def sample_at(field: Tensor, points: Tensor) -> Tensor:
     """Values (3, N) of a displacement (3, I, J, K) at points (3, N) in voxels, the border repeated outside."""
     largest = points.new_tensor(field.shape[1:])[:, None] - 1
     unit = (2 * points / largest.clamp(min=1) - 1).flip(0).T  # grid_sample has the last axis first

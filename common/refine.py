@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 from tqdm import trange
 
 from common import RegistrationWarning
-from common.fields import pool_disp, resize_disp, unfold, unpool_disp
+from common.fields import pool_disp, resize_disp, sample_at, unfold, unpool_disp
 from common.losses import box_sum, diffusion, lncc
 from common.mind import mind_features
 from common.ops import plain, warp
@@ -24,8 +25,19 @@ def smooth(disp: Tensor, *, times: int = 2) -> Tensor:
 
 
 SIMILARITIES = ("lncc", "mind", "features")
+HUBER = 2.0  # mm: up to so far apart a pair of points counts by its square, beyond in proportion
+LATTICES = (16, 8, 4)  # voxels from knot to knot of the grids on which points first draw the displacement
 POOLED = 2  # voxels along each axis of the blocks that MIND-SSC is averaged over
 SMOOTHNESS = {"lncc": 0.5, "mind": 0.5, "features": 0.5}  # weights of the diffusion term, chosen on training pairs
+
+
+class Guide(NamedTuple):
+    """Pairs of points that belong together, on the grid of the scans."""
+
+    fixed: Tensor  # (N, 3) in voxels
+    moving: Tensor  # (N, 3) in voxels: where x + disp(x) should lead
+    to_mm: Tensor  # (3, 3), mm of a step of a voxel along each axis
+    weight: float
 
 
 @torch.enable_grad()
@@ -37,6 +49,7 @@ def refine(
     similarity: str = "lncc",
     features: Callable[[Tensor], Tensor] | None = None,
     mask: Tensor | None = None,
+    guide: Guide | None = None,
     window: int = 7,
     smoothness: float | None = None,
     learning_rate: float = 0.5,
@@ -59,6 +72,10 @@ def refine(
       "features"  mean squared distance of what `features` makes of either scan, on its own grid.
     With features, they are taken once and warped, and the update lives on their grid.
 
+    With a guide, guide.weight * mean_n huber(|to_mm (fixed_n + disp(fixed_n) - moving_n)|) is added, of which a pair
+    that does not belong together draws with a limited force; before the first step the points alone draw the
+    displacement, on three coarse grids.
+
     Args:
         disp: (B, 3, I, J, K) displacement to start from, in voxels.
         image: (B, 2C, I, J, K) moving and fixed scan, intensities near [0, 1].
@@ -68,6 +85,7 @@ def refine(
         mask: (B, 2, I, J, K) weights >= 0 of the voxels of the moving and of the fixed scan in the similarity; the
             moving ones are carried along by the given `disp`. Without any weight left, a warning says that the mask is
             ignored.
+        guide: points of the one pair of the batch.
         window: of the LNCC, in voxels.
         smoothness: weight of the diffusion term; None takes SMOOTHNESS[similarity].
         learning_rate: of Adam, in voxels of the grid of the update.
@@ -113,14 +131,58 @@ def refine(
         stages = [(_lncc_fit(_resize(image, at), _resize(weight, at), window), at, n) for at, n in counts if n]
     else:
         stages = [(*_feature_fit(image, weight, features), steps)]
+    if guide is not None:
+        pulls = [_pull(guide, size, at, pooled=similarity == "mind") for _, at, _ in stages]
+        stages = [(_both(fit, pull, guide.weight), at, n) for (fit, at, n), pull in zip(stages, pulls)]
     bar = trange(steps, desc="refine", unit="step", file=sys.stderr, leave=False, disable=not progress)
     start, result = result, smooth(result, times=start_means)
+    result = result if guide is None else _drawn(guide, result, smoothness)
     for fit, at, count in stages:
         result = result + to_scan(_descend(fit, to_grid(result, at), count, smoothness, learning_rate, bar))
     bar.close()
     with torch.no_grad():
         before, after = (fit(d) + smoothness * diffusion(d) for d in (to_grid(d, at) for d in (start, result)))
     return unfold(result if after <= before else start)
+
+
+def _both(fit: Callable[[Tensor], Tensor], pull: Callable[[Tensor], Tensor], weight: float) -> Callable:
+    return lambda disp: fit(disp) + weight * pull(disp)
+
+
+def _pull(
+    guide: Guide, size: tuple[int, ...], at: tuple[int, ...], *, pooled: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Mean Huber distance of the points in mm, under a displacement on a grid of the size `at`, in its voxels."""
+    if pooled:
+        scale = guide.fixed.new_full((3,), float(POOLED))
+        where = (guide.fixed + 0.5) / POOLED - 0.5
+    else:
+        scale = guide.fixed.new_tensor([(n - 1) / max(m - 1, 1) for n, m in zip(size, at)])
+        where = guide.fixed / scale
+    goal = guide.moving - guide.fixed
+
+    def pull(disp: Tensor) -> Tensor:
+        rest = (goal - sample_at(disp[0], where.T).T * scale) @ guide.to_mm.T
+        length = (rest.square().sum(1) + 1e-6).sqrt()
+        return torch.where(length < HUBER, length.square() / (2 * HUBER), length - HUBER / 2).mean()
+
+    return pull
+
+
+def _drawn(guide: Guide, disp: Tensor, smoothness: float) -> Tensor:
+    """`disp` as the points alone draw it, from coarse to fine."""
+    size = tuple(disp.shape[2:])
+    for knots in LATTICES:
+        at = tuple(max(-(-n // knots), 4) for n in size)
+        left = guide._replace(moving=guide.moving - sample_at(disp[0], guide.fixed.T).T)
+        update = torch.zeros((1, 3, *at), device=disp.device, requires_grad=True)
+        pull, optimizer = _pull(left, size, at), torch.optim.Adam([update], lr=0.1)
+        for _ in range(60):
+            optimizer.zero_grad()
+            (pull(update) + smoothness * diffusion(update)).backward()
+            optimizer.step()
+        disp = disp + resize_disp(update.detach(), size)
+    return disp
 
 
 def _weight(mask: Tensor, disp: Tensor) -> Tensor | None:

@@ -218,7 +218,7 @@ def test_runs_without_triton() -> None:
     assert run.returncode == 0, run.stderr
     installed = [line for line in run.stdout.splitlines() if line.endswith("'triton': Triton is not installed")]
     named = {line.partition("()")[0] for line in installed}
-    assert named == {"warp", "match", "cost_volume", "modulated_conv3d", "kmeans"}, run.stdout
+    assert named == {"warp", "match", "cost_volume", "modulated_conv3d", "kmeans", "norm_act"}, run.stdout
 
 
 WITHOUT_HOSTS = """

@@ -37,6 +37,7 @@ class Registration:
     fixed_label: np.ndarray | None = None
     moving_points: Points | None = None
     fixed_points: Points | None = None
+    measured: np.ndarray | None = None  # (N,) which of the points are measured; the others have guided
 
     @property
     def inside(self) -> Tensor:
@@ -150,7 +151,8 @@ def measure(
     if warped.label_after is not None and pair.fixed_label is not None:
         found, details["labels"] = _overlap(pair, warped, surface, minimum, groups)
         row |= found
-    if pair.fixed_points is not None and pair.moving_points is not None:
+    some = pair.measured is None or pair.measured.any()
+    if pair.fixed_points is not None and pair.moving_points is not None and some:
         found, details["landmarks"] = _landmarks(pair)
         row |= found
     length = geometry.length_mm(pair.disp.numpy(), pair.work_affine)[pair.inside.numpy()]
@@ -240,17 +242,19 @@ def _overlap(
 
 def _landmarks(pair: Registration) -> tuple[dict[str, float], dict]:
     """Target registration error |T(x) - y| in mm of fixed landmarks x and moving landmarks y, in moving space."""
+    some = np.ones(len(pair.fixed_points.lps), bool) if pair.measured is None else pair.measured
+    fixed, moving = pair.fixed_points.lps[some], pair.moving_points.lps[some]
     errors = {
-        name: np.linalg.norm(mapping.map_points(transform, pair.fixed_points.lps) - pair.moving_points.lps, axis=1)
+        name: np.linalg.norm(mapping.map_points(transform, fixed) - moving, axis=1)
         for name, transform in (("before", pair.start), ("after", pair.whole))
     }
-    row = {"landmarks": len(pair.fixed_points.lps)}
+    row = {"landmarks": len(fixed)}
     for name, error in errors.items():
         row |= {f"tre_mm_{name}": float(error.mean())}
     row["tre_max_mm_after"] = float(errors["after"].max())
     each = [
-        {"name": name, "tre_mm_before": float(before), "tre_mm_after": float(after)}
-        for name, before, after in zip(pair.fixed_points.names, errors["before"], errors["after"])
+        {"name": str(name), "tre_mm_before": float(before), "tre_mm_after": float(after)}
+        for name, before, after in zip(np.array(pair.fixed_points.names)[some], errors["before"], errors["after"])
     ]
     return row, each
 

@@ -23,7 +23,7 @@ VERSIONS = {
 SECTIONS = {
     "similarity": ("ncc", "nmi", "ssim", "structure"),
     "overlap": ("overlap", "dice", "hd", "assd", "labels"),
-    "landmarks": ("tre", "landmarks"),
+    "landmarks": ("tre", "landmarks", "guides"),
     "deformation": ("disp", "folding", "sdlogj", "inverse"),
 }
 

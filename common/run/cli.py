@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import get_args
 
 from common import InputError
 
@@ -114,7 +115,8 @@ def exact_words(name: str, command: Callable[..., str], words: list[str]) -> lis
             if option in given:
                 raise InputError(f"--{option}: is given twice")
             parameter = parameters[option]
-            value = value if equals else _next(rest, switch=parameter.annotation is bool)
+            choices = get_args(parameter.annotation)
+            value = value if equals else _next(rest, switch=parameter.annotation is bool or choices, choices=choices)
             quoted.append(f"--{option}={_quoted(option, parameter, value)}")
         else:
             if count >= len(places) and not several:
@@ -134,9 +136,9 @@ def _whole_name(option: str, parameters: Mapping[str, inspect.Parameter]) -> str
     return long[0] if len(long) == 1 else option
 
 
-def _next(rest: list[str], *, switch: bool = False) -> str | None:
-    """Take the value that follows an option, if there is one; None of a switch that is alone."""
-    if not rest or rest[0].startswith("--") or (switch and rest[0].lower() not in ("true", "false")):
+def _next(rest: list[str], *, switch: object = False, choices: tuple[str, ...] = ()) -> str | None:
+    """Take the value that follows an option, if there is one; None of a switch, or a choice, that is alone."""
+    if not rest or rest[0].startswith("--") or (switch and rest[0].lower() not in ("true", "false", *choices)):
         return None
     return rest.pop(0)
 
@@ -146,6 +148,11 @@ def _quoted(name: str, parameter: inspect.Parameter, word: str | None) -> str:
         if word is not None and word.lower() not in ("true", "false"):
             raise InputError(f"--{name}: is True or False, got {word}")
         return "True" if word is None else word.capitalize()
+    if choices := get_args(parameter.annotation):  # alone it is the second, the first is none
+        word = {"true": choices[1], "false": choices[0]}.get((word or "true").lower(), word)
+        if word not in choices:
+            raise InputError(f"--{name}: is one of {', '.join(choices)}, got {word}")
+        return repr(word)
     if word is None:
         raise InputError(f"--{name}: needs a value")
     if not word.strip() and parameter.default is parameter.empty:

@@ -24,7 +24,10 @@ PAIR_COLUMNS = (
     "moving_points",
     "fixed_mask",
     "moving_mask",
+    "fixed_lesion",
+    "moving_lesion",
 )
+BESIDE = ("label", "points", "mask", "lesion")  # what a case of a data list may have beside its image
 LONGEST = 200  # bytes of an id: a file name has 255 at most
 SCAN_ENDINGS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
 
@@ -39,6 +42,8 @@ def list_pairs(
     fixed_points: str | None = None,
     moving_mask: str | None = None,
     fixed_mask: str | None = None,
+    moving_lesion: str | None = None,
+    fixed_lesion: str | None = None,
     pairs: str | None = None,
     dataset_dir: str | None = None,
     output_dir: str = ".",
@@ -46,8 +51,8 @@ def list_pairs(
     """The pairs to register: of a CSV, two paths, a dataset's `registration_pairs` or the phantom, in that order.
 
     Args:
-        moving, fixed, moving_label, ..., fixed_mask: paths of one pair; labels, landmarks and masks are optional. A
-            scan of several contrasts is a list of paths, or they are joined by ";".
+        moving, fixed, moving_label, ..., fixed_lesion: paths of one pair; labels, landmarks and masks are optional.
+            A scan of several contrasts is a list of paths, or they are joined by ";".
         pairs: CSV with columns fixed, moving and optionally id, fixed_label, ... ; paths relative to the CSV. With the
             options of one scan alone (an atlas) the table has only the other, or is a folder of scans.
         dataset_dir: folder with a dataset.json.
@@ -62,6 +67,7 @@ def list_pairs(
     row = {"moving": moving, "fixed": fixed, "moving_label": moving_label, "fixed_label": fixed_label}
     row |= {"moving_points": moving_points, "fixed_points": fixed_points}
     row |= {"moving_mask": moving_mask, "fixed_mask": fixed_mask}
+    row |= {"moving_lesion": moving_lesion, "fixed_lesion": fixed_lesion}
     row = {name: absolute(value) for name, value in row.items() if value}
     roles = {name.partition("_")[0] for name in row}
     atlas = bool(pairs) and len(roles) == 1 and roles <= set(row)  # one scan for every pair of the table
@@ -279,7 +285,7 @@ def dataset_pairs(dataset_dir: str, *, kind: str | None = "inter-subject") -> li
                     f"{root / 'dataset.json'}: the pair's {role} scan {pair[role]!r} is not among the cases"
                 )
             row[role] = absolute(case["image"], root)
-            row |= {f"{role}_{name}": str(root / case[name]) for name in ("label", "points", "mask") if name in case}
+            row |= {f"{role}_{name}": str(root / case[name]) for name in BESIDE if name in case}
         rows.append(row)
     if not rows:
         raise InputError(f"{root / 'dataset.json'}: holds no registration_pairs")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from common import InputError, RegistrationWarning
 from common.fields import compose
+from common.holes import fill, spread
 from common.ops import plain, warp
-from common.refine import SIMILARITIES, refine
+from common.refine import SIMILARITIES, Guide, refine
 from common.run import forecast, progress
 from common.run.cohort import PairTable, run
 
@@ -90,8 +91,10 @@ class RegistrationInferer(Inferer):
     Before, time and memory of the two and of the pair as a whole are forecast, shown, and kept for the report; a pair
     that will not fit is stopped, tiled or coarsened. Up to `forecast.SIDE`^3 voxels nothing is forecast unless `memory`
     is given: measuring would be the registration itself, which takes seconds and 0.1 GiB. What network and refinement
-    warn of is kept for the row. The call's `started` (time.time()) and `scan_voxels` (of the fixed scan) are for the
-    forecast of the whole pair; without them it is of network and refinement alone.
+    warn of is kept for the row. What a mask leaves out is filled before the network sees it (`common.holes.fill`), and
+    there the displacement of the network is continued from around it. The call's `started` (time.time()) and
+    `scan_voxels` (of the fixed scan) are for the forecast of the whole pair; without them it is of network and
+    refinement alone.
 
     Args:
         refine_steps: steps of `common.refine.refine`; 0 leaves the network's displacement.
@@ -102,6 +105,7 @@ class RegistrationInferer(Inferer):
         too_large: what to do with a pair that needs more: "stop", "tile" or "coarsen".
         cost: {"units": ..., "bytes": ...} that the network takes a voxel, as `forecast.Work` says; without, and with a
             refinement of which nothing is known, it is measured on a crop of the first pair that is large enough.
+        guide: weight with which the points of a call guide the refinement, in mm.
         options: further keyword arguments of `refine`.
     """
 
@@ -114,6 +118,7 @@ class RegistrationInferer(Inferer):
         memory: float | None = None,
         too_large: str = "stop",
         cost: dict[str, float] | None = None,
+        guide: float = 0.0,
         **options: Any,
     ) -> None:
         if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
@@ -127,7 +132,9 @@ class RegistrationInferer(Inferer):
         if too_large not in forecast.POLICIES:
             raise InputError(f"--too_large must be one of {', '.join(forecast.POLICIES)}, got {too_large}")
         self.passes, self.refine_steps, self.similarity, self.options = passes, refine_steps, similarity, options
-        self.memory, self.too_large = memory, too_large
+        if guide and not refine_steps:
+            raise InputError("--guide: points guide the refinement, which needs --refine_steps, as 50")
+        self.memory, self.too_large, self.guide = memory, too_large, guide
         self._work = None if cost is None else forecast.Work(**cost)
         self._cost: forecast.Cost | None = None  # once measured
 
@@ -137,6 +144,7 @@ class RegistrationInferer(Inferer):
         network: Callable[..., Tensor],
         *args: Any,
         mask: Tensor | None = None,
+        points: tuple[Tensor, Tensor, Tensor] | None = None,
         started: float | None = None,
         scan_voxels: int = 0,
         **kwargs: Any,
@@ -149,21 +157,30 @@ class RegistrationInferer(Inferer):
             def registered(part: Tensor) -> Tensor:
                 own = part[:, : image.shape[1]]
                 weight = None if mask is None else part[:, image.shape[1] :]
-                return self._register(own, network, weight, steps, quiet, args, kwargs)
+                guide = self._guide(points, tuple(image.shape[2:]), tuple(part.shape[2:]), how)
+                return self._register(own, network, weight, guide, steps, quiet, args, kwargs)
 
             return registered
 
+        how = "forecast"
         with warnings.catch_warnings(record=True):
             how, size = self._forecast(packed, run, started, scan_voxels)
         progress.stage("network" if how == "whole" else f"network, {how}")
+        if how == "tile" and points is not None:
+            progress.note("registered in tiles, where points do not guide")
         with progress.noting():
-            if mask is not None and not self.refine_steps:
-                text = "masks act in the refinement only, and --refine_steps is 0"
-                warnings.warn(text, RegistrationWarning, stacklevel=2)
             disp = forecast.run_planned(run(self.refine_steps), packed, how, size)
         return disp
 
-    def _register(self, image, network, mask, steps, quiet, args, kwargs) -> Tensor:
+    def _guide(self, points: tuple | None, size: tuple[int, ...], part: tuple[int, ...], how: str) -> Guide | None:
+        """`points` on the grid of `part`, a coarser one of the same field of view; none in a tile or a crop."""
+        if points is None or not self.guide or (how != "coarsen" and size != part):
+            return None
+        scale = points[0].new_tensor([(m - 1) / (n - 1) for n, m in zip(size, part)])
+        return Guide(points[0] * scale, points[1] * scale, points[2] / scale, self.guide)
+
+    def _register(self, image, network, mask, guide, steps, quiet, args, kwargs) -> Tensor:
+        image = image if mask is None else fill(image, mask)
         moving, fixed = image.chunk(2, dim=1)
         pair, disp = image, None
         for left in reversed(range(self.passes)):
@@ -174,6 +191,9 @@ class RegistrationInferer(Inferer):
             disp = further if disp is None else compose(disp, further)
             if left:
                 pair = torch.cat([warp(moving, disp), fixed], 1)
+        if mask is not None:
+            known = warp(mask[:, :1], disp) * mask[:, 1:]
+            disp = spread(disp, known > 0.5) if (known > 0.5).any() else disp
         if not steps:
             return disp
         features = getattr(network, "features", None) if self.similarity == "features" else None
@@ -183,7 +203,7 @@ class RegistrationInferer(Inferer):
             name = type(features).__name__
             text = f"not with {name}, whose grid it does not take; mind or lncc would do"
             raise InputError(f"--refine_similarity features: {text}")
-        options = {"similarity": self.similarity, "features": features, "mask": mask} | self.options
+        options = {"similarity": self.similarity, "features": features, "mask": mask, "guide": guide} | self.options
         if quiet or progress.quiet():
             options["progress"] = False
         else:
@@ -234,6 +254,10 @@ def prepare_masked(batch: dict, device: torch.device, non_blocking: bool = False
     known = {"started": float(batch["started"]), "scan_voxels": batch["fixed"][0, 0].numel()}
     if "mask" in batch:
         known["mask"] = torch.as_tensor(batch["mask"]).to(device, non_blocking=non_blocking, **kwargs)
+    if "guides" in batch:  # of one pair: fixed, then moving points in voxels
+        fixed, moving = torch.as_tensor(batch["guides"])[0].float().to(device)
+        to_mm = torch.as_tensor(batch["image"].affine).reshape(-1, 4, 4)[0, :3, :3]
+        known["points"] = fixed, moving, to_mm.float().to(device)
     return image, None, (), known
 
 

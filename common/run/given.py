@@ -30,7 +30,7 @@ def as_file(name: str, scan: Any, folder: Path) -> str:
         raise InputError(f"{name}: must be (I, J, K) or (C, I, J, K) with a 4 x 4 affine, got {array.shape}")
     array = array if array.ndim == 4 else array[None]
     path = folder / f"{name}.nii"
-    if name.endswith(("_label", "_mask")):
+    if name.endswith(("_label", "_mask", "_lesion")):
         if not np.array_equal(array, np.rint(array)):
             raise InputError(f"{name}: a label map has whole numbers, this one has others")
         io.write_label(np.rint(array).astype(np.int64)[0], affine, path)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -18,7 +19,7 @@ from common.quality import measure, page, picture, report, verdict
 from common.run import forecast, progress
 from common.space import geometry, io, mapping, points
 from common.space.headers import HEADERS
-from common.space.prealign import prealign
+from common.space.prealign import fit_points, prealign
 from common.space.transform_files import write_transform
 
 WRITTEN = 2**21  # voxels of a fixed scan whose displacement is written without being asked for: some 15 MB
@@ -64,16 +65,19 @@ def refuse_huge(size: tuple[int, int, int], spacing: float | None) -> None:
 
 class LoadScansd(Transform):
     """Replace the paths under `keys`, KEY_label and KEY_mask by (C, I, J, K) MetaTensors in their own space; absent
-    keys stay so. Scans are float32, label maps and masks whole numbers.
+    keys stay so. Scans are float32, label maps whole numbers, masks 1 for what counts: what KEY_lesion marks does not,
+    nor what lies within the margin of it. Masks may have another grid than their scan.
 
     Args:
         keys: of the scans.
         label_keys: of their label maps; KEY_label if not given.
         header: where NIfTI scans are: "sform" or "qform"; None is ITK's choice. What is doubtful is noted for the row.
         series: UID or description of the DICOM series, in a folder of several; a list if the scans' differ.
+        lesion_margin: mm by which lesions are widened.
 
     Raises:
-        InputError: what `io.read_scan` refuses, a constant scan, a label map or mask of another shape than its scan.
+        InputError: what `io.read_scan` refuses, a constant scan, a label map of another shape than its scan, a mask
+            elsewhere in space, or one that leaves nothing.
     """
 
     def __init__(
@@ -83,10 +87,12 @@ class LoadScansd(Transform):
         *,
         header: str | None = None,
         series: str | Sequence[str] | None = None,
+        lesion_margin: float = 0.0,
     ) -> None:
         if header and header not in HEADERS:
             raise InputError(f"--header must be one of {', '.join(HEADERS)}, got {header}")
         self.keys, self.header, self.series = tuple(keys), header or "", series or ""
+        self.lesion_margin = lesion_margin
         self.label_keys = tuple(label_keys) if label_keys else tuple(f"{key}_label" for key in keys)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
@@ -102,16 +108,33 @@ class LoadScansd(Transform):
             array, affine = io.read_scan(path, header=self.header, series=self.series)
             io.refuse_constant(array, path)
             data[key] = scan_tensor(array, affine, path)
-            for name, kind in ((label_key, "label map"), (f"{key}_mask", "mask")):
-                if name in data:
-                    beside = io.read_beside(str(data[name]), kind, path, array, affine, self.header)
-                    data[name] = scan_tensor(beside, affine, str(data[name]))
+            if label_key in data:
+                label = io.read_beside(str(data[label_key]), "label map", path, array, affine, self.header)
+                data[label_key] = scan_tensor(label, affine, str(data[label_key]))
+            if (mask := self._mask(data, key, array, affine)) is not None:
+                data[f"{key}_mask"] = scan_tensor(mask, affine, path)
         if len(marks := [str(data[f"{key}_points"]) for key in self.keys if f"{key}_points" in data]) == 2:
             affines = [np.asarray(data[key].affine) for key in self.keys]
             points.read_matching(marks[0], affines[0], marks[1], affines[1])  # refused now, used at the end
         elif marks:
             key = next(key for key in self.keys if f"{key}_points" in data)
             points.read_points(marks[0], np.asarray(data[key].affine))
+
+    def _mask(self, data: dict, key: str, scan: np.ndarray, affine: np.ndarray) -> np.ndarray | None:
+        """(1, I, J, K) uint8, 1 for what counts of a scan: inside its mask and away from its lesion; None without."""
+        found, files = None, {kind: str(data.pop(f"{key}_{kind}", "")) for kind in ("mask", "lesion")}
+        for kind, file in files.items():
+            if file:
+                name = {"mask": "mask", "lesion": "lesion mask"}[kind]
+                inside = io.read_mask(file, name, str(data[key].meta["filename_or_obj"]), scan, affine, self.header) > 0
+                if kind == "lesion":
+                    inside = ~geometry.dilated(inside[0], affine, self.lesion_margin)[None]
+                found = inside if found is None else found & inside
+                if not found.any():
+                    where = data[key].meta["filename_or_obj"]
+                    hint = f"; what is to be left out is given as --{key}_lesion" if kind == "mask" else ""
+                    raise InputError(f"{file}: the {name} leaves nothing of the scan {where} to look at{hint}")
+        return None if found is None else found.astype(np.uint8)
 
 
 class AlignAndGridd(Transform):
@@ -129,6 +152,9 @@ class AlignAndGridd(Transform):
             view. Instance normalisation sees the share of background, and a share unlike that of the training scans
             costs accuracy: True suits weights for whole organs, False those trained on crops around one.
         grid_size: voxels of the working grid, in closest RAS order, around its middle; None covers the scan.
+        guide: above 0, the landmarks of the pair guide: the alignment starts from them, and "guides" (2, N, 3) are
+            their voxels on the working grid, fixed then moving (aligned).
+        holdout: share of the landmarks, evenly spread over their list, that do not guide, and are measured: "measured".
 
     Raises:
         InputError: unknown `prealign`, different channel counts, scans that do not overlap after the alignment.
@@ -143,12 +169,15 @@ class AlignAndGridd(Transform):
         divisor: int = 16,
         crop: bool = True,
         grid_size: tuple[int, int, int] | None = None,
+        guide: float = 0.0,
+        holdout: float = 0.2,
     ) -> None:
         if prealign not in PREALIGN:
             raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
         self.spacing, self.prealign, self.channels = checked_spacing(spacing), prealign, channels
         self.grid_size = checked_grid_size(grid_size)
         self.divisor, self.crop = divisor, crop
+        self.guide, self.holdout = guide, holdout
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
@@ -168,7 +197,16 @@ class AlignAndGridd(Transform):
             progress.note(f"{text}, one of {spacing:g} mm was used; choose another with --spacing")
         size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, spacing, **options)
         progress.stage("no alignment" if self.prealign == "none" else f"{self.prealign} alignment")
-        matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign)
+        masks = {name: data[name].numpy()[0] for name in ("moving_mask", "fixed_mask") if name in data}
+        guides = self._guides(data, names[1]) if self.guide else None
+        if guides is not None and self.prealign != "none":
+            masks["start"] = fit_points(*guides, scaled=self.prealign == "affine")
+        matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign, **masks)
+        masks.pop("start", None)
+        if guides is not None:
+            back = np.linalg.inv(onto), np.linalg.inv(onto) @ np.linalg.inv(matrix)
+            both = [nib.affines.apply_affine(to_voxel, marks) for to_voxel, marks in zip(back, guides)]
+            data["guides"] = torch.from_numpy(np.stack(both))
         progress.stage("resampling")
         moving_work = geometry.to_working_grid(moving, moving_affine, size, onto, matrix)
         fixed_work = geometry.to_working_grid(fixed, fixed_affine, size, onto)
@@ -178,23 +216,39 @@ class AlignAndGridd(Transform):
         if apart:
             hint = "" if self.prealign != "none" else "; try --prealign affine"
             raise InputError(f"{names[0]}: does not overlap the fixed scan {names[1]} at all{hint}")
-        if "moving_mask" in data or "fixed_mask" in data:
-            masks = [np.ones((1, *size), np.float32)] * 2
-            for number, (key, onto_moving) in enumerate((("moving_mask", matrix), ("fixed_mask", None))):
-                if key in data:
-                    mask, mask_affine = plain_scan(data[key])
-                    masks[number] = geometry.to_working_grid(mask, mask_affine, size, onto, onto_moving, nearest=True)
-            data["mask"] = scan_tensor((np.concatenate(masks) > 0).astype(np.float32), onto, names[1])
+        if masks:
+            both = np.ones((2, *size), np.float32)
+            places = ((moving_affine, matrix), (fixed_affine, None))
+            for half, key, (affine, there) in zip(both, ("moving", "fixed"), places):
+                if f"{key}_mask" in masks:
+                    mask = masks[f"{key}_mask"]
+                    faces = np.concatenate([mask.take(end, axis).ravel() for axis in range(3) for end in (0, -1)])
+                    options = {"nearest": True, "outside": float(faces.mean() > 0.5)}  # beyond it, as at its border
+                    half[:] = geometry.to_working_grid(mask[None], affine, size, onto, there, **options)[0]
+            data["mask"] = scan_tensor(both, onto, names[1])
         data["matrix"] = torch.from_numpy(matrix)
         both = zip((moving_work, fixed_work), names)
         data["moving_work"], data["fixed_work"] = (scan_tensor(x, onto, n) for x, n in both)
         return data
 
+    def _guides(self, data: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Fixed and moving landmarks (N, 3) in RAS mm that guide; "measured" says which do not."""
+        marks = _landmarks(data, {role: np.asarray(data[role].affine) for role in ("moving", "fixed")})
+        if len(marks) < 2:
+            raise InputError(f"{name}: --guide needs landmarks of both scans, --moving_points and --fixed_points")
+        number = np.arange(len(marks["fixed_points"].lps))
+        data["measured"] = np.floor((number + 1) * self.holdout + 1e-9) > np.floor(number * self.holdout + 1e-9)
+        if data["measured"].all():
+            raise InputError(f"{name}: with --holdout_points {self.holdout:g} none of its landmarks is left to guide")
+        flip = np.array([-1.0, -1.0, 1.0])
+        return tuple(marks[f"{role}_points"].lps[~data["measured"]] * flip for role in ("fixed", "moving"))
+
 
 class ScaleForegroundd(Transform):
     """Scale each channel to [0, 1]: (x - low) / (high - low), clipped.
 
-    Without a range, it is that of `geometry.foreground_range`: the rule that the shipped weights were trained with.
+    Without a range, it is that of `geometry.foreground_range`: the rule that the shipped weights were trained with; of
+    what the "mask" of a pair does not leave out.
 
     Args:
         keys: scans to scale.
@@ -208,10 +262,11 @@ class ScaleForegroundd(Transform):
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
-        for key in self.keys:
+        for number, key in enumerate(self.keys):
             scan = data[key].float()
+            counts = data["mask"][number].numpy() > 0 if "mask" in data else ...
             for channel in scan:
-                low, high = self.range or geometry.foreground_range(channel.numpy())
+                low, high = self.range or geometry.foreground_range(channel.numpy()[counts])
                 channel.copy_(((channel - low) / max(high - low, 1e-12)).clamp(0, 1))
             data[key] = scan
         return data
@@ -310,6 +365,7 @@ class DeliverPaird(Transform):
         notes, facts = progress.take()
         notes += verdict.judge_scans(scans, halves, self.trained_on) + verdict.judge(found)
         row = {"id": data["id"]} | names | found
+        row |= {} if pair.measured is None else {"guides": int((~pair.measured).sum())}
         row |= {"warnings": "; ".join(notes), "seconds": time.time() - float(data["started"])}
         peak = forecast.peak_memory(torch.as_tensor(data["pred"]).device)
         facts |= {"seconds": row["seconds"], "peak_memory_mib": None if peak is None else peak / 2**20}
@@ -368,6 +424,7 @@ def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
         work_affine=onto,
         **labels,
         **_landmarks(data, {role: affine for role, (_, affine) in scans.items()}),
+        measured=np.asarray(data["measured"]) if "measured" in data else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 import nibabel as nib
 import numpy as np
-from scipy.ndimage import correlate1d
+from scipy.ndimage import correlate1d, distance_transform_edt
 
 from common.space.headers import EXACT, skew, squared
 from common.space.io import background, is_stripped
@@ -125,6 +125,19 @@ def foreground_box(channel: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     return np.array([span[0] for span in spans]), np.array([span[-1] for span in spans])
 
 
+def dilated(mask: np.ndarray, affine_ras: np.ndarray, mm: float) -> np.ndarray:
+    """(I, J, K) voxels within `mm` of one that is above 0."""
+    inside = mask > 0
+    if mm <= 0 or not inside.any():
+        return inside
+    spacing = nib.affines.voxel_sizes(affine_ras)
+    reach = np.ceil(mm / spacing).astype(int)
+    spans = [np.flatnonzero(inside.any(tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    box = tuple(slice(max(span[0] - n, 0), span[-1] + n + 1) for span, n in zip(spans, reach))
+    inside[box] = distance_transform_edt(~inside[box], sampling=spacing) <= mm + 1e-6
+    return inside
+
+
 def smoothed(channel: np.ndarray, variance: np.ndarray) -> np.ndarray:
     """Smooth (I, J, K) by the discrete Gaussian of so many voxels^2 along each axis, the border repeated outside.
 
@@ -153,6 +166,7 @@ def to_working_grid(
     matrix_ras: np.ndarray | None = None,
     *,
     nearest: bool = False,
+    outside: float | None = None,
 ) -> np.ndarray:
     """Resample (C, I, J, K) onto a working grid, smoothed where that grid is coarser.
 
@@ -163,6 +177,7 @@ def to_working_grid(
     Args:
         matrix_ras: 4x4 point map (RAS mm) from the new grid's space to the scan's; None is the identity.
         nearest: for labels; then nothing is smoothed.
+        outside: value where the scan does not reach; None: its background.
     """
     transform = None if matrix_ras is None else affine_transform(matrix_ras)
     old, new = nib.affines.voxel_sizes(affine_ras), nib.affines.voxel_sizes(onto_ras)
@@ -173,9 +188,9 @@ def to_working_grid(
         stripped = (channel > 0).astype(np.float32) if not nearest and is_stripped(channel) else None
         if not nearest:
             channel = smoothed(channel, variance / old**2)
-        outside = 0.0 if nearest else background(channel)
+        beyond = (0.0 if nearest else background(channel)) if outside is None else outside
         channel = channel.astype(np.float32, copy=False)  # of labels too: networks take no other
-        values = resample(channel, affine_ras, size, onto_ras, transform, nearest=nearest, outside=outside)
+        values = resample(channel, affine_ras, size, onto_ras, transform, nearest=nearest, outside=beyond)
         if stripped is not None:
             values *= resample(stripped, affine_ras, size, onto_ras, transform) > 0.5
         channels.append(values)

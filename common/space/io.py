@@ -142,6 +142,28 @@ def read_beside(
     return label
 
 
+def read_mask(
+    path: str | os.PathLike, kind: str, scan_path: str, scan: np.ndarray, scan_affine: np.ndarray, header: str = ""
+) -> np.ndarray:
+    """Read a mask (its `kind`) and bring it onto the grid of its scan by the headers: (1, I, J, K), above 0 inside.
+
+    Raises:
+        InputError: what `read_label` refuses, several channels, no place that the scan has as well.
+    """
+    mask, affine = read_label(path, kind=kind, header=header)
+    if len(mask) > 1:
+        raise InputError(f"{path}: a {kind} has one channel, this one has {len(mask)} channels")
+    if mask.shape[1:] == scan.shape[1:] and np.allclose(affine, scan_affine, atol=1e-2):
+        return mask
+    from common.space.mapping import resample
+
+    options = {"nearest": True, "outside": -1}
+    there = resample((mask[0] > 0).astype(np.int8), affine, scan.shape[1:], scan_affine, **options)
+    if there.max() < 0:
+        raise InputError(f"{path}: the {kind} lies elsewhere in space than its scan {scan_path}")
+    return (there > 0).astype(np.int32)[None]
+
+
 def _onto(channel: np.ndarray, own: np.ndarray, size: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     from common.space.mapping import resample
 

@@ -150,6 +150,7 @@ def resample(
     transform: Transform | None = None,
     *,
     nearest: bool = False,
+    voted: bool = False,
     outside: float = 0.0,
 ) -> np.ndarray:
     """Values of a scan at transform(x) for every voxel x of another grid. One interpolation.
@@ -159,15 +160,17 @@ def resample(
         size, onto_ras: the grid to fill.
         transform: point map from the new grid's space to the scan's; None is the identity.
         nearest: nearest neighbour, for labels, whose type is kept; else linear.
+        voted: for labels too: of the labels at the eight corners, the one whose linear weights have the largest sum,
+            argmax_l sum_c w_c [label_c = l]. That is each label interpolated linearly, and the largest taken.
         outside: value where the scan does not reach: beyond half a voxel outside of it, as in ITK.
 
     Returns:
-        (I', J', K') float32, or with `nearest` in the type of `array`.
+        (I', J', K') float32, or with `nearest` or `voted` in the type of `array`.
     """
     size = tuple(int(n) for n in size)
     if math.prod(size) > LARGEST:
         raise InputError(f"a grid of {' x '.join(map(str, size))} voxels is too large")
-    source = torch.from_numpy(np.ascontiguousarray(array, dtype=None if nearest else np.float32))
+    source = torch.from_numpy(np.ascontiguousarray(array, dtype=None if nearest or voted else np.float32))
     out = torch.empty(size, dtype=source.dtype)
     to_voxel = np.linalg.inv(affine_ras)
     if size == source.shape and (transform is None or transform.linear):
@@ -176,7 +179,7 @@ def resample(
             return source.numpy().copy()  # the same grid: every bit is kept
     for rows, coords, frame in _places(transform, size, onto_ras):
         voxels = _moved(to_voxel @ frame, coords)
-        out[rows] = (_nearest if nearest else _linear)(source, voxels, outside)
+        out[rows] = (_nearest if nearest else _voted if voted else _linear)(source, voxels, outside)
     return out.numpy()
 
 
@@ -275,6 +278,23 @@ def _nearest(source: Tensor, voxels: Tensor, outside: float) -> Tensor:
     for v, n in zip(voxels, source.shape):
         index = index * n + (v + 0.5).floor().long().clamp(0, n - 1)
     return source.flatten()[index].masked_fill_(~inside, outside)
+
+
+def _voted(source: Tensor, voxels: Tensor, outside: float) -> Tensor:
+    labels, weights = [], []
+    at = [v.clamp(0, n - 1) for v, n in zip(voxels, source.shape)]
+    low = [v.floor().long().clamp(0, max(n - 2, 0)) for v, n in zip(at, source.shape)]
+    share = [v - first for v, first in zip(at, low)]
+    for corner in np.ndindex(2, 2, 2):
+        i, j, k = ((first + step).clamp(max=n - 1) for first, step, n in zip(low, corner, source.shape))
+        labels.append(source[i, j, k])
+        parts = [x if step else 1 - x for x, step in zip(share, corner)]
+        weights.append(parts[0] * parts[1] * parts[2])
+    best, found = torch.full_like(weights[0], -1), labels[0]
+    for label in labels:
+        votes = sum(weight * (other == label) for weight, other in zip(weights, labels))
+        found, best = torch.where(votes > best, label, found), torch.maximum(votes, best)
+    return found.masked_fill(~_inside(voxels, source.shape), outside)
 
 
 # ---- inverses -------------------------------------------------------------------------------------------------------

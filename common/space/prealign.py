@@ -22,6 +22,10 @@ def prealign(
     moving: np.ndarray,
     moving_affine_ras: np.ndarray,
     mode: str = "affine",
+    *,
+    fixed_mask: np.ndarray | None = None,
+    moving_mask: np.ndarray | None = None,
+    start: np.ndarray | None = None,
 ) -> np.ndarray:
     """4x4 matrix (RAS, mm) that maps a point of the fixed scan to its place in the moving scan.
 
@@ -32,7 +36,10 @@ def prealign(
     Args:
         fixed, moving: (I, J, K) scans, of any size, spacing, orientation and contrast.
         fixed_affine_ras, moving_affine_ras: (4, 4) voxel -> mm (RAS).
-        mode: "affine" (12 parameters), "rigid" (6) or "none" (the identity).
+        mode: "affine" (12 parameters), "rigid" (6) or "none" (the identity, or `start`).
+        fixed_mask, moving_mask: (I, J, K) on the grids of the scans, above 0 where the mutual information looks: a
+            voxel counts where both say so. Where to begin is found without them.
+        start: (4, 4) to begin from, as of landmarks, instead of what is tried otherwise.
 
     Returns:
         (4, 4) float64.
@@ -46,19 +53,50 @@ def prealign(
     if mode not in ("affine", "rigid", "none"):
         raise ValueError(f"prealign() 'mode' must be 'affine', 'rigid' or 'none', got {mode!r}")
     if mode == "none":
-        return np.eye(4)
+        return np.eye(4) if start is None else np.asarray(start, np.float64)
     _check("fixed", fixed, fixed_affine_ras)
     _check("moving", moving, moving_affine_ras)
     fixed_scan, moving_scan = _Scan(fixed, fixed_affine_ras), _Scan(moving, moving_affine_ras)
-    tried = _starts(fixed_scan, moving_scan, scaled=mode == "affine")
+    tried = _starts(fixed_scan, moving_scan, scaled=mode == "affine") if start is None else [np.asarray(start)]
     for level, side in enumerate(LEVELS):
         mm = min(fixed_scan.side, moving_scan.side) / side
-        metric = _Information(fixed_scan.copy(mm, MARGIN["fixed"]), moving_scan.copy(mm, MARGIN["moving"]))
+        copies = fixed_scan.copy(mm, MARGIN["fixed"]), moving_scan.copy(mm, MARGIN["moving"])
+        masks = ((fixed_mask, fixed_affine_ras), (moving_mask, moving_affine_ras))
+        metric = _Information(*copies, *(_mask_of(copy, *mask) for copy, mask in zip(copies, masks)))
         motion = "rigid" if mode == "rigid" else "similarity" if level == 0 else "affine"
         ranked = metric.rank(tried)
         ends = [_descend(metric, motion, matrix, fixed_scan, mm) for matrix in ranked[: 3 if level == 0 else 1]]
         tried = ranked[:1] + ends  # what a level was given stays in the race: it may win at the next, finer one
     return metric.rank(tried)[0]
+
+
+def fit_points(fixed: np.ndarray, moving: np.ndarray, *, scaled: bool = False) -> np.ndarray | None:
+    """4x4 rigid map, or similarity, of points (N, 3) onto their counterparts, in RAS mm; None of fewer than three, or
+    of points on a line.
+
+    Least squares by Umeyama's formula, weights min(1, 2 m / r) of the residuals r with the median m, ten times over: a
+    pair that does not belong together hardly counts.
+
+    Source: Umeyama, Least-squares estimation of transformation parameters between two point patterns, PAMI 1991.
+    """
+    fixed, moving = np.asarray(fixed, np.float64), np.asarray(moving, np.float64)
+    if len(fixed) < 3 or np.linalg.matrix_rank(fixed - fixed.mean(0), tol=1e-3 * np.ptp(fixed)) < 2:
+        return None
+    weight = np.ones((len(fixed), 1))
+    for _ in range(10):
+        centres = [(weight * points).sum(0) / weight.sum() for points in (fixed, moving)]
+        one, other = fixed - centres[0], moving - centres[1]
+        left, sizes, right = np.linalg.svd((weight * other).T @ one)
+        signs = np.array([1.0, 1.0, np.sign(np.linalg.det(left @ right))])
+        size = (sizes * signs).sum() / (weight * one**2).sum() if scaled else 1.0
+        linear = size * (left * signs) @ right
+        rest = np.linalg.norm(other - one @ linear.T, axis=1, keepdims=True)
+        weight = np.minimum(1.0, 2 * np.median(rest) / np.maximum(rest, 1e-9))
+        if not weight.any():  # all fit exactly
+            break
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = linear, centres[1] - linear @ centres[0]
+    return matrix
 
 
 def _check(name: str, array: np.ndarray, affine_ras: np.ndarray) -> None:
@@ -130,19 +168,39 @@ def _otsu(array: np.ndarray) -> float:
     return float(edges[1 + between.argmax()])
 
 
-class _Information:
-    """Negative mutual information of two small copies under a matrix, and its gradient."""
+def _mask_of(copy: tuple[np.ndarray, np.ndarray], mask: np.ndarray | None, affine: np.ndarray) -> np.ndarray | None:
+    """A mask on the grid of a copy, by nearest neighbour; what lies beyond the mask is as its border."""
+    if mask is None:
+        return None
+    array, onto = copy
+    inner = np.linalg.inv(affine) @ onto
+    voxels = np.indices(array.shape).reshape(3, -1).T @ inner[:3, :3].T + inner[:3, 3]
+    i, j, k = np.clip(np.rint(voxels).astype(np.int64), 0, np.array(mask.shape) - 1).T
+    return (mask[i, j, k] > 0).reshape(array.shape)
 
-    def __init__(self, fixed: tuple[np.ndarray, np.ndarray], moving: tuple[np.ndarray, np.ndarray]) -> None:
+
+class _Information:
+    """Negative mutual information of two small copies under a matrix, where their masks say so, and its gradient."""
+
+    def __init__(
+        self,
+        fixed: tuple[np.ndarray, np.ndarray],
+        moving: tuple[np.ndarray, np.ndarray],
+        fixed_mask: np.ndarray | None = None,
+        moving_mask: np.ndarray | None = None,
+    ) -> None:
         (fixed, affine), (self.moving, moving_affine) = fixed, moving
+        self.mask = moving_mask
         chosen = np.arange(fixed.size)
-        if fixed.size > SAMPLES:
-            chosen = np.sort(np.random.default_rng(0).choice(fixed.size, SAMPLES, replace=False))
+        if fixed_mask is not None and fixed_mask.any():
+            chosen = np.flatnonzero(fixed_mask)
+        if len(chosen) > SAMPLES:
+            chosen = np.sort(np.random.default_rng(0).choice(chosen, SAMPLES, replace=False))
         index = np.stack(np.unravel_index(chosen, fixed.shape), 1)
         self.points = np.append(index @ affine[:3, :3].T + affine[:3, 3], np.ones((len(index), 1)), 1)
         levels = BINS - 4  # two bins at either end for the reach of the cubic window
-        self.bins = np.minimum(_unit(fixed).flat[chosen] * levels, levels - 1).astype(np.int64) + 2
-        self.moving = (_unit(self.moving) * levels + 2).astype(np.float32)
+        self.bins = np.minimum(_unit(fixed, fixed_mask).flat[chosen] * levels, levels - 1).astype(np.int64) + 2
+        self.moving = (_unit(self.moving, moving_mask) * levels + 2).astype(np.float32)
         self.to_voxel = np.linalg.inv(moving_affine)
         self.least = 1
 
@@ -167,7 +225,11 @@ class _Information:
 
     def _inside(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         voxels = (self.points @ (self.to_voxel @ matrix)[:3].T).astype(np.float32)
-        return voxels, ((voxels >= 0) & (voxels <= np.array(self.moving.shape) - 1)).all(1)
+        inside = ((voxels >= 0) & (voxels <= np.array(self.moving.shape) - 1)).all(1)
+        if self.mask is not None:
+            i, j, k = np.rint(voxels[inside]).astype(np.int64).T
+            inside[inside] = self.mask[i, j, k]
+        return voxels, inside
 
     def __call__(self, matrix: np.ndarray, *, slope: bool = True) -> tuple[float, np.ndarray]:
         """Value and its gradient (3, 4) to the rows of the matrix (0 unless `slope`); 0 with too little overlap."""
@@ -195,9 +257,11 @@ class _Information:
         return -float((joint * log).sum()), -self.to_voxel[:3, :3].T @ (slopes * force) @ self.points[inside]
 
 
-def _unit(array: np.ndarray) -> np.ndarray:
-    low, high = array.min(), array.max()
-    return (array - low) / (high - low if high > low else 1)
+def _unit(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Scaled so that what counts is in [0, 1], and cut there."""
+    some = array if mask is None or not mask.any() else array[mask]
+    low, high = some.min(), some.max()
+    return ((array - low) / (high - low if high > low else 1)).clip(0, 1)
 
 
 def _sample(array: np.ndarray, voxels: np.ndarray, slope: bool) -> tuple[np.ndarray, np.ndarray | None]:

@@ -42,7 +42,10 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "moving.nii.gz,fixed.nii.gz,,\n"
     )
     (folder / "empty.csv").write_text("fixed,moving\n")
-    io.write_label(np.zeros((40, 46, 36)), io.read_scan(folder / "fixed.nii.gz")[1], folder / "no_mask.nii.gz")
+    half = np.zeros((40, 46, 36))
+    half[:18] = 1
+    for name, mask in (("left", half), ("right", half[::-1])):
+        io.write_label(mask, io.read_scan(folder / "fixed.nii.gz")[1], folder / f"{name}.nii.gz")
     io.write_scan(np.full((20, 20, 20), 3, np.float32), np.eye(4), folder / "constant.nii.gz")
     torch.save(torch.nn.Conv3d(2, 3, 3).state_dict(), folder / "other.pt")
     colour = np.random.default_rng(0).random((3, 20, 20, 20), dtype=np.float32)

@@ -23,6 +23,8 @@ from printed_lines import lines_of
 from common import phantom
 from common.publish import pack
 from common.space import mapping
+from common.space.carry import write_film
+from common.space.io import write_label
 from common.space.points import Points, write_points
 from common.space.transform_files import write_transform
 from dual_flownet import DualFlowNet
@@ -39,6 +41,7 @@ EXCLUDED = {
     "python -m pytest": "is what runs this test",
     "bash .ci/run": "makes an environment of its own and runs all tests in it",
     "python tests/bench/bench_label.py": "needs MONAI Label; its results are committed",
+    "python tests/bench/bench_masks.py": "needs two sets of real scans in folders of their own; its rows are on the page",
     "python tests/bench/draw_label.py": "needs MONAI Label; its picture is committed",
     "python tests/bench/draw_deploy.py": "needs the Deploy SDK; its picture is committed",
     "python tests/bench/draw_methods.py real": "needs scans that are not here; its picture is committed",
@@ -147,6 +150,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     places = np.array([[10.0, -20, 5], [-30, 12, -8], [4, 4, 4]])
     write_points(Points(places, ["a", "b", "c"]), folder / "fixed_points.csv")
     write_points(Points(places, ["a", "b", "c"]), folder / "moving_points.fcsv")
+    for name in ("m", "f"):
+        spread = np.random.default_rng(0).uniform(-40, 40, (6, 3))
+        write_points(Points(spread, list("abcdef")), folder / f"{name}.csv")
+    ball = np.zeros(size, np.uint8)
+    ball[14:18, 18:22, 14:18] = 1
+    for name in ("tumour", "lesion"):
+        write_label(ball, affine, folder / f"{name}.nii.gz")
+    scan = nib.load(folder / "moving.nii.gz").get_fdata(dtype=np.float32)
+    write_film(np.stack([scan, scan]), affine, 1.0, folder / "film4d.nii.gz")
     turned = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.05, 0.02, -0.04), [6, -4, 3])
     (folder / "out" / "ID").mkdir(parents=True)
     for name in ("out/ID/transform.h5", "a_to_b.h5", "b_to_c.h5", "any_tool.h5"):

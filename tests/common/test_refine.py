@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from common import RegistrationWarning
-from common.fields import identity, jacobian_determinant
+from common.fields import identity, jacobian_determinant, sample_at
 from common.losses import diffusion, lncc
 from common.ops import warp
-from common.refine import refine, smooth
+from common.refine import Guide, refine, smooth
 
 
 def blobs(size: int = 32) -> torch.Tensor:
@@ -161,3 +161,36 @@ def test_mind_keeps_the_scale() -> None:
     image = torch.cat([scan, warp(scan, truth)], 1)
     found = refine(truth, image, 20, similarity="mind", smoothness=1.0, progress=False)
     assert (found - truth)[0, 0, 8:28, 6:-6, 6:-6].mean().abs() < 0.05
+
+
+def breathing(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A lung-like pair: fine vessels that all look alike in a body, 6 voxels of breathing, 80 pairs of points."""
+    torch.manual_seed(2)
+    at = torch.stack(torch.meshgrid(*[torch.arange(float(size))] * 3, indexing="ij")) - (size - 1) / 2
+    vessels = 6 * torch.nn.functional.avg_pool3d((torch.rand(1, 1, *[size] * 3) > 0.97) * 1.0, 3, stride=1, padding=1)
+    lung = (at.square().sum(0) < (0.36 * size) ** 2).float()[None, None]
+    moving = lung * (0.15 + vessels / 2).clamp(0, 1) + 0.6 * (1 - lung)
+    disp = torch.zeros(1, 3, *[size] * 3)
+    disp[0, 2] = 6 * torch.cos(3.14159 * at[2] / size) * torch.exp(-(at[0] ** 2 + at[1] ** 2) / (0.4 * size) ** 2)
+    disp[0, 1] = 2 * torch.cos(3.14159 * at[2] / size)
+    fixed = warp(moving, disp)
+    inside = (warp(lung, disp)[0, 0] > 0.9).nonzero().float()
+    points = inside[torch.randperm(len(inside))[:80]]
+    return torch.cat([moving, fixed], 1), disp, points, points + sample_at(disp[0], points.T).T
+
+
+@pytest.mark.parametrize("similarity, share", [("lncc", 0.3), ("mind", 0.7)])
+def test_points_guide(similarity: str, share: float) -> None:
+    """40 pairs bring 40 others together, better than the scans alone; one pair that is wrong does not spoil that."""
+    image, disp, points, there = breathing(40)
+    wrong = there[:40].clone()
+    wrong[7] += torch.tensor([9.0, 0, 0])
+
+    def apart(guide: Guide | None) -> float:
+        found = refine(torch.zeros_like(disp), image, 15, similarity=similarity, guide=guide, progress=False)
+        assert float(jacobian_determinant(found).min()) > 0
+        return float((points + sample_at(found[0], points.T).T - there)[40:].norm(dim=1).mean())
+
+    alone = apart(None)
+    guided, spoilt = (apart(Guide(points[:40], goal, 1.5 * torch.eye(3), 0.1)) for goal in (there[:40], wrong))
+    assert guided < 0.5 and guided < share * alone and spoilt < 0.8 * alone

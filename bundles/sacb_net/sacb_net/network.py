@@ -133,7 +133,7 @@ class SACBNet(nn.Module):
         return compose(disp, delta, padding="zeros", backend=self.backend)
 
     def last(self, x: Tensor) -> Tensor:
-        """The displacement from the last features, in float32 also under autocast: bfloat16 has no half voxel at 300."""
+        """The displacement from the last features, in float32 under autocast too: three digits of it are too few."""
         if not torch.is_autocast_enabled(x.device.type):
             return self.flow[-1](x)
         with torch.autocast(x.device.type, enabled=False):

@@ -1,6 +1,6 @@
 """k-means in Triton: a launch an iteration, which joins the sums of the one before, and a launch a start point.
 
-Partial sums of a program go to memory of their own: no atomics, no wait for the host, and every run gives the same bits.
+Partial sums of a program go to memory of their own: no atomics, no wait for the host, the same bits in every run.
 The points of a sample are read where they lie, every s-th row.
 """
 
@@ -256,8 +256,8 @@ def spread_start_triton(points: Tensor, clusters: int, stride: int) -> Tensor:
     for n in range(clusters):
         (before, after), (mass, mass_after) = distances[:: 1 - 2 * (n % 2)], masses[:: 1 - 2 * (n % 2)]
         start_kernel[(tiles, batch)](
-            points, best, which, before, after, mass, mass_after, starts, int((0.6180339887498949 * n) % 1.0 * 2**52), n,
-            *sizes, tiles, FIRST=n == 0, N=clusters, **constants,
+            points, best, which, before, after, mass, mass_after, starts,
+            int((0.6180339887498949 * n) % 1.0 * 2**52), n, *sizes, tiles, FIRST=n == 0, N=clusters, **constants,
         )  # fmt: skip
     return starts
 

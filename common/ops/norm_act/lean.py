@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.ops._patches import channels_last
 
-# Values worked on at a time: on a CPU as many as its cache holds, also in float64; on a GPU without Triton, few launches.
+# Values worked on at a time: on a CPU what its cache holds, also in float64; on a GPU without Triton, few launches.
 SLAB, SLAB_GPU = 1 << 17, 1 << 23
 
 

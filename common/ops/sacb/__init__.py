@@ -113,7 +113,8 @@ class SACB(nn.Module):
 
     def forward(self, x: Tensor, clusters: Clusters | None = None) -> Tensor:
         """(B, C, I, J, K) -> the same shape. `clusters` replaces the k-means (for tests and studies)."""
-        features = norm_act(conv_before_norm(x, self.proj_in.weight, self.proj_in.bias), backend=self.backend)
+        projected = conv_before_norm(x, self.proj_in.weight, self.proj_in.bias)
+        features = norm_act(projected, backend=self.backend)
         labels, centroids = self.cluster(features) if clusters is None else clusters
         bias, modulation = self.bias_mlp(centroids), self.kernel_mlp(centroids)
         sac = modulated_conv3d(features, self.weight, bias, modulation, labels, backend=self.backend)
@@ -125,7 +126,8 @@ class SACB(nn.Module):
         means: list[Tensor] = []
         with torch.no_grad():
             if self.mean_type != "c":
-                means.append(box_mean(features, backend=self.backend).permute(0, 2, 3, 4, 1).reshape(batch, -1, channels))
+                mean = box_mean(features, backend=self.backend)
+                means.append(mean.permute(0, 2, 3, 4, 1).reshape(batch, -1, channels))
             if self.mean_type != "s":
                 padded = F.pad(features.mean(1), [1] * 6)
                 means.append(padded.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1).reshape(batch, -1, 27))

@@ -162,7 +162,8 @@ def _modulated_conv3d_backward(
     grad_modulation = torch.empty(chunks, 27, tiles, batch * clusters, device=x.device)
     grad_bias = torch.empty(chunks, batch * clusters, outputs, device=x.device)
     modulated_conv3d_weight_kernel[(chunks, 27, tiles)](
-        last, g, matrix.contiguous(), modulation.contiguous(), labels.contiguous(), grad_weight, grad_modulation, grad_bias,
+        last, g, matrix.contiguous(), modulation.contiguous(), labels.contiguous(),
+        grad_weight, grad_modulation, grad_bias,
         labels.numel(), steps, *size, clusters, batch * clusters, C=channels, O=outputs, PRECISION=precision(),
         C_PAD=c_pad, O_PAD=o_pad, BN_PAD=padded(batch * clusters, 16), BLOCK=block,
     )  # fmt: skip

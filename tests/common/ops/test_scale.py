@@ -27,7 +27,8 @@ def test_known_values(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", ("lean", "triton"))
 @pytest.mark.parametrize("name", ("halve", "double"))
 def test_kernel_matches_reference(name: str, backend: str, arrange: Callable, assert_backends_agree: Callable) -> None:
-    assert_backends_agree(OPS[name][0], {"x" if name == "halve" else "disp": torch.randn(2, 3, 4, 6, 2)}, arrange, backend=backend)
+    inputs = {"x" if name == "halve" else "disp": torch.randn(2, 3, 4, 6, 2)}
+    assert_backends_agree(OPS[name][0], inputs, arrange, backend=backend)
 
 
 def test_kernel_box_mean(arrange: Callable, kernel_device: torch.device) -> None:

@@ -114,6 +114,24 @@ def test_inferer_tells_what_the_last_pass_warns_of(image: Tensor, monkeypatch: p
     assert len(calls) == 3 and notes == ["pass 3"]
 
 
+def test_network_sees_no_hole_and_its_field_goes_on_across_it(image: Tensor) -> None:
+    """Which is then that of the intact pair around it, and smooth inside."""
+    image = 0.1 + 0.9 * image
+    mask = torch.ones_like(image)
+    mask[:, 1, 8:16, 8:16, 8:16] = 0
+    seen = []
+
+    def network(pair: Tensor) -> Tensor:
+        seen.append(pair)
+        disp = torch.ones(1, 3, *pair.shape[2:])
+        disp[:, :, 10:14, 10:14, 10:14] = 7.0  # what a network makes up inside
+        return disp
+
+    disp = engines.RegistrationInferer()(image * mask, network, mask=mask)
+    assert float(seen[0][:, 1, 8:16, 8:16, 8:16].min()) > 0 and torch.equal(seen[0][:, 0], image[:, 0])
+    torch.testing.assert_close(disp, torch.ones_like(disp))
+
+
 def test_inferer_refines_for_the_pair(image: Tensor) -> None:
     moving, fixed = image.chunk(2, 1)
     with torch.no_grad():  # as engines call it
@@ -128,6 +146,11 @@ def test_inferer_rejects_negative_steps() -> None:
         engines.RegistrationInferer(-1)
     with pytest.raises(InputError, match="--refine_steps must be a whole number >= 0, got abc"):
         engines.RegistrationInferer("abc")
+
+
+def test_guide_needs_steps() -> None:
+    with pytest.raises(InputError, match="--guide: points guide the refinement, which needs --refine_steps, as 50"):
+        engines.RegistrationInferer(guide=0.1)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 
 from common import InputError, phantom
+from common.run.example import write_phantom
 from common.run.transforms import AlignAndGridd, DeliverPaird, LoadScansd, PackPaird, ScaleForegroundd
 from common.space import io
 from common.space.points import read_points
@@ -235,9 +236,64 @@ def test_masks_come_onto_the_working_grid(small: dict[str, str], tmp_path: Path)
     packed = align(LoadScansd()(small | {"moving_mask": str(tmp_path / "mask.nii.gz")}))["mask"]
     np.testing.assert_array_equal(packed, np.stack([mask > 0, np.ones((12, 12, 12))]))
     assert "mask" not in align(LoadScansd()(small))
-    io.write_label(mask[:6], np.eye(4), tmp_path / "mask.nii.gz")
-    with pytest.raises(InputError, match="the mask has shape"):
-        LoadScansd()(small | {"fixed_mask": str(tmp_path / "mask.nii.gz")})
+    finer = nib.affines.from_matvec(np.eye(3) / 2, [-0.25] * 3)  # voxels of half the size: brought on by the headers
+    io.write_label(mask.repeat(2, 0).repeat(2, 1).repeat(2, 2), finer, tmp_path / "finer.nii.gz")
+    packed = align(LoadScansd()(small | {"fixed_mask": str(tmp_path / "finer.nii.gz")}))["mask"]
+    np.testing.assert_array_equal(packed[1], mask > 0)
+
+
+def test_lesions_are_widened_and_left_out(small: dict[str, str], tmp_path: Path) -> None:
+    lesion = np.zeros((12, 12, 12), np.uint8)
+    lesion[5, 6, 7] = 1
+    io.write_label(lesion, np.eye(4), tmp_path / "lesion.nii.gz")
+    apart = np.linalg.norm(np.moveaxis(np.indices(lesion.shape), 0, -1) - (5, 6, 7), axis=-1)
+    loaded = LoadScansd(lesion_margin=2.0)(small | {"moving_lesion": str(tmp_path / "lesion.nii.gz")})
+    np.testing.assert_array_equal(loaded["moving_mask"][0], apart > 2)
+    assert "moving_lesion" not in loaded and "fixed_mask" not in loaded
+    io.write_label(0 * lesion, np.eye(4), tmp_path / "none.nii.gz")  # a person of the cohort without one
+    assert LoadScansd()(small | {"fixed_lesion": str(tmp_path / "none.nii.gz")})["fixed_mask"].all()
+
+
+MASKS = {
+    "empty": ("mask", 0, 0.0, "the mask leaves nothing of the scan .* to look at; .* is given as --fixed_lesion"),
+    "all of it": ("lesion", 1, 0.0, "the lesion mask leaves nothing of the scan"),
+    "elsewhere": ("mask", 1, 300.0, "the mask lies elsewhere in space than its scan"),
+}
+
+
+@pytest.mark.parametrize("kind, value, shift, words", MASKS.values(), ids=MASKS)
+def test_masks_that_cannot_be_meant(
+    small: dict[str, str], tmp_path: Path, kind: str, value: int, shift: float, words: str
+) -> None:
+    place = nib.affines.from_matvec(np.eye(3), [shift] * 3)
+    io.write_label(np.full((12, 12, 12), value, np.uint8), place, tmp_path / "mask.nii.gz")
+    with pytest.raises(InputError, match=words) as caught:
+        LoadScansd()(small | {f"fixed_{kind}": str(tmp_path / "mask.nii.gz")})
+    assert "\n" not in str(caught.value)
+
+
+def test_points_guide_or_are_measured(tmp_path: Path) -> None:
+    """Never both: every fifth is measured; the alignment starts from the others; their voxels belong together."""
+    row = write_phantom(tmp_path / "pair")
+    data = LoadScansd()(row)
+    data = AlignAndGridd(spacing=8.0, prealign="rigid", guide=0.1, holdout=0.25)(data)
+    assert data["measured"].tolist() == [n % 4 == 3 for n in range(12)]
+    fixed, moving = data["guides"].numpy()
+    onto = data["fixed_work"].affine.numpy()
+    read = {role: read_points(row[f"{role}_points"]).lps * [-1, -1, 1] for role in ("fixed", "moving")}
+    marks = {role: found[~data["measured"]] for role, found in read.items()}
+    np.testing.assert_allclose(nib.affines.apply_affine(onto, fixed), marks["fixed"], atol=1e-3)
+    there = nib.affines.apply_affine(data["matrix"].numpy() @ onto, moving)
+    np.testing.assert_allclose(there, marks["moving"], atol=1e-3)
+    mm = np.linalg.norm(onto[:3, 0])
+    assert np.linalg.norm(fixed - moving, axis=1).mean() * mm < 5
+    size = data["fixed_work"].shape[1:]
+    data = PackPaird()(ScaleForegroundd(("moving_work", "fixed_work"))(data)) | {"pred": torch.zeros(3, *size)}
+    row = DeliverPaird(str(tmp_path / "out"), save=False)(data)["row"]
+    assert (row["landmarks"], row["guides"]) == (3, 9)
+    bare = {"id": "x"} | {role: str(tmp_path / "pair" / f"{role}.nii.gz") for role in ("moving", "fixed")}
+    with pytest.raises(InputError, match="--guide needs landmarks of both scans"):
+        AlignAndGridd(spacing=8.0, guide=0.1)(LoadScansd()(bare))
 
 
 def test_align_refuses_modes_and_channels(small: dict[str, str]) -> None:

@@ -87,3 +87,44 @@ def test_the_sieve_of_starts_keeps_the_best(monkeypatch: pytest.MonkeyPatch) -> 
     everything = metric.rank(starts)
     assert len(sieved) <= 17 < len(everything) == len(starts)
     np.testing.assert_array_equal(sieved[0], everything[0])
+
+
+def test_masks_say_where_the_metric_looks(brains: dict) -> None:
+    """What the fixed mask leaves out may hold anything; where the moving one does, nothing counts."""
+    scan, affine = brains["fixed"]
+    mask = np.ones(scan.shape, np.uint8)
+    mask[: scan.shape[0] // 2] = 0
+    spoilt = np.where(mask > 0, scan, -7 * scan.max())
+    found = [module._Information((s, affine), (scan, affine), mask > 0)(np.eye(4))[0] for s in (scan, spoilt)]
+    assert found[0] == found[1] < 0
+    half = module._Information((scan, affine), (scan, affine), None, mask > 0)
+    inside = half._inside(np.eye(4))[1]
+    assert 0.4 < inside.mean() < 0.6 and (half.points[inside] @ np.linalg.inv(affine)[0] > scan.shape[0] // 2 - 1).all()
+    finer = np.ones(tuple(2 * n for n in scan.shape), np.uint8)
+    half_size = affine @ np.diag([0.5, 0.5, 0.5, 1])
+    assert module._mask_of((scan, affine), finer, half_size).all()
+    every = {"fixed_mask": mask**0, "moving_mask": np.ones(brains["moving"][0].shape, np.uint8)}
+    both = brains["fixed"], brains["moving"]
+    np.testing.assert_array_equal(prealign(*both[0], *both[1], **every), prealign(*both[0], *both[1]))
+
+
+def test_points_say_where_to_begin() -> None:
+    """Rigid or with a scale, one wrong pair aside; too few, or on a line, say nothing."""
+    rng = np.random.default_rng(3)
+    points = rng.uniform(-80, 80, (20, 3))
+    truth = nib.affines.from_matvec(1.1 * nib.eulerangles.euler2mat(0.4, -0.3, 1.2), [300.0, -20.0, 7.0])
+    there = nib.affines.apply_affine(truth, points)
+    there[4] += 200
+    found = module.fit_points(points, there, scaled=True)
+    np.testing.assert_allclose(found, truth, atol=0.2)
+    rigid = module.fit_points(points, nib.affines.apply_affine(truth @ np.diag([1 / 1.1] * 3 + [1]), points))
+    np.testing.assert_allclose(rigid @ np.diag([1.1] * 3 + [1]), truth, atol=1e-6)
+    assert module.fit_points(points[:2], points[:2]) is None
+    assert module.fit_points(np.outer(np.arange(5), [1.0, 2, 3]), np.outer(np.arange(5), [1.0, 2, 3])) is None
+
+
+def test_begins_where_it_is_told(brains: dict) -> None:
+    start = nib.affines.from_matvec(np.eye(3), [3.0, -2.0, 1.0])
+    np.testing.assert_array_equal(prealign(*brains["fixed"], *brains["moving"], "none", start=start), start)
+    near = residual(prealign(*brains["fixed"], *brains["moving"], start=np.eye(4)), brains)
+    assert near < best_residual(brains) + 1

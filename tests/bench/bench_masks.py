@@ -1,0 +1,164 @@
+"""What masks save: a synthetic resection in real brains, and a real tumour, with and without its mask.
+
+    python tests/bench/bench_masks.py resection DATA [--pairs 2] [--bundle samconvex]
+    python tests/bench/bench_masks.py tumour DATA
+
+DATA is the folder of the development data, which has dev_small and dev. "resection": a ball of 20 mm radius is set to 0
+in one scan of a pair, and the result is compared with that of the intact pair, in mm outside of the ball. "tumour":
+another person's brain is registered with the T1 and with the T2 scan of a person with a tumour, which lie on each
+other; what the two maps disagree, in mm outside of the tumour, is error. One CPU thread.
+"""
+
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import fire
+from machine import ROOT
+
+sys.path.insert(0, str(ROOT))
+CENTRE, RADIUS = (-32.0, 4.0, 8.0), 20.0  # of the ball, mm from the middle of the grid
+STEPS = 30
+
+
+def show(rows):
+    """A table of {name: {column: value}}."""
+    columns = list(next(iter(rows.values())))
+    print(f"| | {' | '.join(columns)} |\n|" + " --- |" * (len(columns) + 1))
+    for name, row in rows.items():
+        print(f"| {name} | {' | '.join(f'{row[c]:.2f}' for c in columns)} |", flush=True)
+
+
+def add(rows, name, column, value):
+    rows.setdefault(name, {}).setdefault(column, []).append(float(value))
+
+
+def means(rows):
+    return {name: {c: sum(v) / len(v) for c, v in row.items()} for name, row in rows.items()}
+
+
+def resection(data, pairs=2, bundle="samconvex"):
+    """Mean error in mm within 20 mm of the ball, and in all of the brain outside of it."""
+    import numpy as np
+    import torch
+    from bench_samconvex import load, pairs_of
+    from monai.bundle import ConfigParser
+    from scipy.ndimage import distance_transform_edt
+
+    from common.holes import fill, spread
+    from common.ops import warp
+    from common.refine import refine
+
+    torch.set_num_threads(1)
+    parser = ConfigParser()
+    parser.read_config(ROOT / "bundles" / bundle / "configs" / "inference.json")
+    parser.update({"bundle_root": str(ROOT / "bundles" / bundle), "device": "cpu"})
+    network = parser.get_parsed_content("network").eval()
+    rows = {}
+    for moving_case, fixed_case in pairs_of(Path(data) / "dev_small" / "brain_t1_2mm", pairs):
+        moving, fixed = load(moving_case)[0], load(fixed_case)[0]
+        intact = torch.cat([moving, fixed], 1)
+        axes = [2 * (torch.arange(n) - (n - 1) / 2) for n in intact.shape[2:]]
+        at = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+        ball = (at - torch.tensor(CENTRE)).norm(dim=-1) < RADIUS
+        with torch.no_grad():
+            truth = network(intact).float()
+        better = refine(truth, intact, STEPS, progress=False)
+        for role in (0, 1):
+            mask = torch.ones_like(intact)
+            mask[0, role, ball] = 0
+            cut = intact * mask
+            known = (warp(mask[:, :1], truth) * mask[:, 1:] > 0.5)[0, 0]
+            near = torch.from_numpy(distance_transform_edt(known.numpy(), sampling=2.0) < 20)
+            outside = known & (fixed[0, 0] > 0)
+
+            def error(name, disp, goal, outside=outside, near=near):
+                length = 2 * (disp - goal).norm(dim=1)[0]
+                add(rows, name, "near", length[outside & near].mean())
+                add(rows, name, "outside", length[outside].mean())
+
+            found = {}
+            for name, image in (
+                ("no mask", cut),
+                ("filled from around", fill(cut, mask, other=False)),
+                ("filled from the other scan", fill(cut, mask)),
+            ):
+                with torch.no_grad():
+                    disp = network(image).float()
+                error(f"network, {name}", disp, truth)
+                there = warp(mask[:, :1], disp) * mask[:, 1:] > 0.5
+                found[name] = image, disp if name == "no mask" else spread(disp, there)
+            bare = found["no mask"]
+            ways = {"no mask": (*bare, None), "mask in the steps only": (*bare, mask)}
+            ways |= {f"mask everywhere, {name}": (*found[name], mask) for name in list(found)[1:]}
+            for name, (image, disp, where) in ways.items():
+                error(f"{STEPS} steps, {name}", refine(disp, image, STEPS, mask=where, progress=False), better)
+    show(means(rows) | _alignment(data, pairs, np))
+
+
+def _alignment(data, pairs, np):
+    from common.space import io as scans
+    from common.space.prealign import prealign
+
+    rows, folder = {}, Path(data) / "dev" / "brain_t1"
+    content = json.loads((folder / "dataset.json").read_text())
+    images = {c["id"]: folder / c["image"] for part in ("training", "validation") for c in content.get(part, [])}
+    chosen = [p for p in content["registration_pairs"] if p.get("kind", "inter-subject") == "inter-subject"][:pairs]
+    for pair in chosen:
+        (moving, moving_affine), (fixed, fixed_affine) = (scans.read_scan(images[pair[r]]) for r in ("moving", "fixed"))
+        moving, fixed = moving[0], fixed[0]
+        at = np.stack(np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in fixed.shape], indexing="ij"), -1)
+        ball = np.linalg.norm(at @ fixed_affine[:3, :3].T - CENTRE, axis=-1) < RADIUS
+        points = np.argwhere((fixed > 0) & ~ball)[::50] @ fixed_affine[:3, :3].T + fixed_affine[:3, 3]
+        points = np.c_[points, np.ones(len(points))]
+        truth = prealign(fixed, fixed_affine, moving, moving_affine)
+        for name, mask in (("no mask", None), ("mask", ~ball)):
+            found = prealign(fixed * ~ball, fixed_affine, moving, moving_affine, fixed_mask=mask)
+            length = np.linalg.norm(points @ (found - truth)[:3].T, axis=1).mean()
+            for column in ("near", "outside"):
+                add(rows, f"alignment, {name}", column, length)
+    return means(rows)
+
+
+def tumour(data, bundle="samconvex"):
+    """Mean disagreement in mm, within 20 mm of the tumour and in all of the brain outside of it."""
+    import numpy as np
+    import torch
+    from scipy.ndimage import distance_transform_edt
+
+    from common.run.registrar import Registrar
+    from common.space import mapping
+    from common.space.io import LPS_FROM_RAS, read_label, read_scan
+    from common.space.transform_files import read_transform
+
+    torch.set_num_threads(1)
+    folder = Path(data) / "dev" / "brain_glioma"
+    lesion, affine = read_label(folder / "tumour_simple.nii.gz")
+    brain = read_scan(folder / "t1_bet.nii.gz")[0][0] > 0
+    distance = distance_transform_edt(lesion[0] == 0)
+    rows, lps = {}, LPS_FROM_RAS @ affine
+    chosen = {"near": (distance > 0) & (distance < 20), "outside": distance > 0}
+    chosen = {c: np.argwhere(brain & where)[::40] @ lps[:3, :3].T + lps[:3, 3] for c, where in chosen.items()}
+    registrar = Registrar(ROOT / "bundles" / bundle, device="cpu", features="mind", refine_similarity="mind")
+    moving = sorted((Path(data) / "dev" / "brain_t1" / "images").glob("oasis_1003.nii.gz"))[0]
+    for name, options in (("no mask", {}), ("mask", {"fixed_lesion": str(folder / "tumour_simple.nii.gz")})):
+        for steps in (0, STEPS):
+            with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+                done = [registrar.register(moving, folder / f"{c}_bet.nii.gz", out, refine_steps=steps, **options)
+                        for c in ("t1", "t2")]
+                found = [read_transform(folder_of / "transform.h5") for _, folder_of in done]
+            maps = {f"{STEPS} steps" if steps else "network": found}
+            if not steps:
+                maps["alignment"] = [mapping.parts(transform)[-1] for transform in found]
+            for what, both in maps.items():
+                for column, points in chosen.items():
+                    one, other = (mapping.map_points(transform, points) for transform in both)
+                    add(rows, f"{what}, {name}", column, np.linalg.norm(one - other, axis=1).mean())
+    show(means(rows))
+
+
+if __name__ == "__main__":
+    fire.Fire({"resection": resection, "tumour": tumour})
