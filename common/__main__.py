@@ -128,21 +128,23 @@ def make_report(
     moving_points: str = "",
     fixed_points: str = "",
     spacing: float = 0,
+    neurological: bool = False,
 ):
-    """Judge a registration made by any tool: report.json and report.png, and in words what looks wrong.
+    """Judge a registration made by any tool: report.json, report.png and report.html, and in words what looks wrong.
 
     Args:
         moving: moving scan, in its own space.
         fixed: fixed scan.
         transform: of fixed points to the moving scan: .h5, .tfm, .txt, .mat, or a displacement image (LPS mm).
-        output: folder for the two files.
+        output: folder for the files.
         moving_label: label map of the moving scan; with the fixed one gives Dice, HD95 and ASSD before and after.
         fixed_label: label map of the fixed scan.
         moving_points: landmarks of the moving scan (.csv, .fcsv, .mrk.json); with the fixed ones gives the TRE in mm.
         fixed_points: landmarks of the fixed scan, in the same order.
         spacing: voxel size in mm on which the deformation is measured; 0 keeps the fixed scan's.
+        neurological: draw the patient's left on the left.
     """
-    from common.quality import measure, picture, report, verdict
+    from common.quality import measure, page, picture, report, verdict
 
     paths = {"moving_label": moving_label, "fixed_label": fixed_label}
     paths |= {"moving_points": moving_points, "fixed_points": fixed_points}
@@ -162,8 +164,24 @@ def make_report(
     content = report.report(row, details, notes, {"transform": str(transform)})
     folder = io.output_folder(str(output))
     io.replaced(folder / "report.json", lambda path: report.write_report(content, path))
-    io.replaced(folder / "report.png", lambda path: picture.draw_report(pair, row, notes, path))
-    return "\n  ".join([_written(output, f"report.json and report.png, {content['verdict']}"), *notes])
+    body = picture.draw_planes(pair, neurological=neurological)
+    io.replaced(folder / "report.png", lambda path: picture.draw_report(pair, row, notes, path, body=body))
+    options = {"neurological": neurological}
+    io.replaced(folder / "report.html", lambda path: page.write_page(pair, content, body, path, **options))
+    io.replaced(folder / "thumbnail.webp", lambda path: page.write_thumbnail(body, path))
+    return "\n  ".join([_written(output, f"report.html, report.png and report.json, {content['verdict']}"), *notes])
+
+
+def review(folder: str):
+    """Make the page of a cohort anew, FOLDER/index.html: every pair with its verdict, the most suspicious first.
+
+    Args:
+        folder: of results: --output_dir of a bundle, or any folder whose subfolders hold a report.json.
+    """
+    from common.run.cohort import review_folder
+
+    path, count = review_folder(Path(str(folder)))
+    return _written(str(path), f"{count} pairs")
 
 
 def make_phantom(folder: str):
@@ -293,6 +311,7 @@ COMMANDS = {
     "compose": compose,
     "invert": invert,
     "report": make_report,
+    "review": review,
     "options": options,
     "phantom": make_phantom,
     "datalist": datalist,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from common.fields import round_trip
-from common.quality.metrics import label_overlap, mean_over_labels, ncc, nmi, regularity, ssim
+from common.ops import warp
+from common.quality.metrics import label_overlap, mean_over_labels, ncc, nmi, regularity, ssim, structure
 from common.space import geometry, io, mapping
 from common.space.points import Points, read_matching
 from common.space.transform_files import read_transform
@@ -146,7 +147,7 @@ def measure(
     Returns:
         {measure: value} for results.csv, and {"labels": ..., "landmarks": ..., "displacement_mm": ...}.
     """
-    row, details = _similarity(pair, warped, bool(surface)), {}
+    row, details = _similarity(pair, warped, bool(surface)) | _structure(pair), {}
     if warped.label_after is not None and pair.fixed_label is not None:
         found, details["labels"] = _overlap(pair, warped, surface, minimum, groups)
         row |= found
@@ -199,6 +200,16 @@ def _similarity(pair: Registration, warped: Warped, structural: bool) -> dict[st
     return row
 
 
+def _structure(pair: Registration) -> dict[str, float]:
+    """Agreement of MIND-SSC on the working grid, first channels; also of the moving scan turned left to right there."""
+    moving, fixed = (half[:1] for half in pair.work.float().chunk(2))
+    middle = int(pair.inside.nonzero()[:, 0].float().mean().mul(2).round())  # of the fixed foreground, times two
+    across = (middle - torch.arange(moving.shape[1])).clamp(0, moving.shape[1] - 1)
+    scans = torch.stack([moving, warp(moving[None], pair.disp[None])[0], moving[:, across]])
+    names = ("structure_before", "structure_after", "structure_mirrored")
+    return dict(zip(names, structure(scans, fixed[None], pair.inside)))
+
+
 def _overlap(
     pair: Registration, warped: Warped, surface: bool | None, minimum: int, groups: dict | None
 ) -> tuple[dict[str, float], dict]:
@@ -212,7 +223,10 @@ def _overlap(
         for name, label in (("before", b), ("after", a))
     }
     left = set(a.unique().tolist())
-    row = {"labels": len(scores["after"]), "labels_lost": sum(n not in left for n in scores["after"])}
+    gone = [n for n in scores["after"] if n not in left]
+    row = {"labels": len(scores["after"]), "labels_lost": len(gone)}
+    if gone:
+        row["labels_lost_pct"] = 100 * float(torch.isin(f, torch.tensor(gone)).sum() / (f > 0).sum())
     for name, other, label in (("before", "after", b), ("after", "before", a)):
         for kind in next(iter(scores[name].values()), {}):
             row[f"{kind}_{name}"] = mean_over_labels(scores[name], kind, beside=scores[other])

@@ -4,10 +4,12 @@ MONAI takes seconds to load: it is imported where labels are measured.
 """
 
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import find_objects
 from torch import Tensor
 
 from common.fields import jacobian_determinant
+from common.mind import mind_features
 
 DISTANCES = ("hd", "hd95", "assd")
 
@@ -128,6 +130,30 @@ def _levels(x: Tensor, bins: int) -> Tensor:
     some = x[:: max(len(x) // 100000, 1)]
     low, high = some.quantile(0.01), some.quantile(0.99)
     return ((x - low) / (high - low).clamp(min=1e-12) * bins).long().clamp(0, bins - 1)
+
+
+def structure(scans: Tensor, fixed: Tensor, mask: Tensor) -> list[float]:
+    """How well the structure of scans agrees with that of the fixed one, whatever the contrast of either.
+
+    Lin's concordance of their MIND-SSC F and G (blocks of 2^3 voxels, all channels as one) inside `mask`:
+    1 - mean |F - G|^2 / (var F + var G + |mean F - mean G|^2), 1 for one structure, 0 for what chance gives.
+
+    Args:
+        scans: (N, 1, I, J, K) on the grid of `fixed`.
+        fixed: (1, 1, I, J, K).
+        mask: (I, J, K).
+
+    Source: Lin, Biometrics 1989 (concordance); MIND-SSC as `common.mind` says.
+    """
+    inside = F.avg_pool3d(mask[None, None].float(), 2, ceil_mode=True, count_include_pad=False)[0, 0] > 0.5
+    if not inside.any():
+        return [float("nan")] * len(scans)
+    target, *others = (mind_features(scan[None])[0][:, inside].double() for scan in (fixed[0], *scans))
+    found = []
+    for other in others:
+        chance = target.var(1, correction=0) + other.var(1, correction=0) + (target.mean(1) - other.mean(1)).square()
+        found.append(1 - float((target - other).square().mean(1).sum() / chance.sum().clamp(min=1e-12)))
+    return found
 
 
 def regularity(disp: Tensor, mask: Tensor | None = None) -> dict[str, float]:

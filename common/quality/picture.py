@@ -4,18 +4,22 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.ndimage import binary_erosion, gaussian_filter, zoom
 
 from common.fields import jacobian_determinant
 from common.ops import warp
 from common.quality.measure import Registration
+from common.space.geometry import length_mm
 
 PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
 ORANGE, BLUE, YELLOW, GREY = "#E69F00", "#0072B2", "#F0E442", "#999999"  # Okabe and Ito: told apart by everybody
-ENDS = (("L", "R", "P", "A"), ("L", "R", "I", "S"), ("P", "A", "I", "S"))  # left, right, bottom, top of each plane
-TITLES = ("fixed", "before: moving, fixed contours", "after: warped, fixed contours", "checkerboard", "deformed grid")
+ENDS = (("L", "R", "P", "A"), ("L", "R", "I", "S"), ("P", "A", "I", "S"))  # low, high across; low, high up
+TITLES = ("fixed", "before, fixed contours", "after, fixed contours", "checkerboard", "deformed grid", "volume change")
+TITLES += ("displacement",)
+LENGTHS = ("#FFFFFF", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B")  # nothing to the longest displacement
 PURPLES = ("#2D004B", "#8073AC", "#D8DAEB", "#F7F7F7", "#FEE0B6", "#E08214", "#7F3B08")  # halved to doubled
+RULER = 20  # mm of the bar in the first column
 TILES = 8  # of the checkerboard, along the longer side
 LINES = 24  # of the deformation grid, along the longer side
 CELL, GAP, EDGE = 224, 6, 26  # pixels: longer side of a panel, between panels, left of them
@@ -28,36 +32,84 @@ MEASURES = {  # name in a row -> words, wanted direction
 }
 
 
-def draw_report(pair: Registration, row: dict, warnings: list[str], path: Path) -> None:
-    """Three planes through the fixed foreground, on the working grid (closest RAS), under the verdict in large letters.
+def draw_report(
+    pair: Registration, row: dict, warnings: list[str], path: Path, *, body: Image.Image | None = None
+) -> None:
+    """The planes of `draw_planes` (or `body`, if they are drawn) under the verdict in large letters."""
+    body = body or draw_planes(pair)
+    head = _headline(body.width, row, warnings)
+    page = Image.new("RGB", (body.width, head.height + body.height), "white")
+    page.paste(head, (0, 0))
+    page.paste(body, (0, head.height))
+    page.save(path, format="png", compress_level=1)
+
+
+def middle_of(pair: Registration) -> list[int]:
+    """Voxel of the working grid in the middle of the fixed foreground."""
+    return [int(round(float(axis.float().mean()))) for axis in pair.inside.nonzero().T]
+
+
+def caption(pair: Registration, *, neurological: bool = False) -> str:
+    """What the planes show, on whose side, in mm."""
+    size, mm = pair.disp.shape[1:], float(np.linalg.norm(pair.work_affine[:3, :3], axis=0).mean())
+    side = "Neurological view: the patient's left is on the left" if neurological else (
+        "Radiological view: the patient's left is on the right"
+    )
+    lines = f"grid lines every {max(max(size) // LINES, 1) * mm:.0f} mm"
+    longest = f"displacement from white, 0, to dark blue, {_longest(pair):.1f} mm"
+    return f"{side}. Bar: {RULER} mm; {lines}; {longest}. Slices and mm (RAS) of the fixed scan."
+
+
+def draw_planes(pair: Registration, *, neurological: bool = False) -> Image.Image:
+    """Three planes through the fixed foreground, on the working grid (closest RAS).
 
     Columns: fixed scan; pre-aligned moving and warped scan with contours of the fixed one (they should follow edges);
     checkerboard of warped and fixed scan (edges should go on across tiles); deformed grid; Jacobian determinant on a
-    logarithmic scale (white 1, orange growth, purple shrinkage, yellow folds) with the outline of the fixed scan.
+    logarithmic scale (white 1, orange growth, purple shrinkage, yellow folds) with the outline of the fixed scan; the
+    displacement's length. Radiological: the patient's right, and the front, on the left.
     """
     moving, fixed = (half[:1] for half in pair.work.float().chunk(2))
     warped = warp(moving[None], pair.disp[None])[0]
     determinant = jacobian_determinant(pair.disp[None])[0, 0].numpy()
+    length = length_mm(pair.disp.numpy(), pair.work_affine)
     moving, fixed, warped = (scan[0].numpy() for scan in (moving, fixed, warped))
-    middle = [int(round(float(axis.float().mean()))) for axis in pair.inside.nonzero().T]
-    top = max(float(fixed.max()), 1e-6)
+    middle, top, longest = middle_of(pair), max(float(fixed.max()), 1e-6), _longest(pair)
     scale = CELL / max(fixed.shape)
+    ruler = RULER / float(np.linalg.norm(pair.work_affine[:3, :3], axis=0).mean()) * scale
     rows = []
     for (plane, normal), ends in zip(PLANES, ENDS):
         cut = [slice(None)] * 3
         cut[normal] = middle[normal]
-        f, m, w, j = (scan[tuple(cut)] for scan in (fixed, moving, warped, determinant))
+        f, m, w, j, d = (scan[tuple(cut)] for scan in (fixed, moving, warped, determinant, length))
         u = np.delete(pair.disp.numpy()[(slice(None), *cut)], normal, axis=0)
         outline, edges = _contours(f, top, scale, 1), _contours(f, top, scale, 2)
         panels = [_grey(scan, top, scale) for scan in (f, m, w, _checkerboard(f, w))]
-        panels += [_grid(f, u, top, scale), _jacobian(j, scale)]
+        panels += [_grid(f, u, top, scale), _jacobian(j, scale), _lengths(d / longest, scale)]
         for panel in panels[1:3]:
             panel.paste(ORANGE, mask=edges)
-        panels[5].paste("black", mask=outline)
+        for panel in panels[5:]:
+            panel.paste("black", mask=outline)
+        if not neurological:
+            panels, ends = [ImageOps.mirror(panel) for panel in panels], (ends[1], ends[0], *ends[2:])
         for panel in panels:
             _letters(panel, ends)
-        rows.append((f"{plane}, slice {middle[normal]}", panels))
-    _page(rows, row, warnings).save(path, format="png", compress_level=1)
+        _ruler(panels[0], ruler)
+        rows.append((f"{plane}, {_where(pair, middle, normal)}", panels))
+    return _page(rows, caption(pair, neurological=neurological))
+
+
+def _longest(pair: Registration) -> float:
+    """mm: 99th percentile of the displacement's length inside."""
+    return float(np.percentile(length_mm(pair.disp.numpy(), pair.work_affine)[pair.inside.numpy()], 99)) or 1.0
+
+
+def _where(pair: Registration, middle: list[int], normal: int) -> str:
+    """Slice of the fixed scan and its place in mm."""
+    place = pair.work_affine @ [*middle, 1]
+    voxel = np.linalg.inv(pair.fixed_affine) @ place
+    axis = int(np.abs((np.linalg.inv(pair.fixed_affine) @ pair.work_affine)[:3, normal]).argmax())
+    side = ("LR", "PA", "IS")[normal][int(place[normal] >= 0)]
+    return f"{'ijk'[axis]} {voxel[axis]:.0f}, {side} {abs(place[normal]):.0f} mm"
 
 
 @cache
@@ -65,18 +117,17 @@ def _font(size: int) -> ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _page(rows: list[tuple[str, list[Image.Image]]], row: dict, warnings: list[str]) -> Image.Image:
-    widths = [max(panels[n].width for _, panels in rows) for n in range(6)]
+def _page(rows: list[tuple[str, list[Image.Image]]], caption: str) -> Image.Image:
+    count = len(TITLES)
+    widths = [max(panels[n].width for _, panels in rows) for n in range(count)]
     heights = [panels[0].height for _, panels in rows]
-    width = EDGE + sum(widths) + 6 * GAP + BAR
-    head = _headline(width, row, warnings)
-    page = Image.new("RGB", (width, head.height + 24 + sum(heights) + 3 * GAP), "white")
-    page.paste(head, (0, 0))
+    width = EDGE + sum(widths) + count * GAP + BAR
+    page = Image.new("RGB", (width, 48 + sum(heights) + 3 * GAP), "white")
     draw, x = ImageDraw.Draw(page), EDGE
-    for title, across in zip((*TITLES, "volume change"), widths):
-        draw.text((x + across / 2, head.height + 12), title, "black", _font(14), anchor="mm")
+    for title, across in zip(TITLES, widths):
+        draw.text((x + across / 2, 12), title, "black", _font(14), anchor="mm")
         x += across + GAP
-    y = head.height + 24
+    y = 24
     for name, panels in rows:
         label = Image.new("RGB", (panels[0].height, EDGE), "white")
         ImageDraw.Draw(label).text((label.width / 2, EDGE / 2), name, "black", _font(13), anchor="mm")
@@ -86,7 +137,8 @@ def _page(rows: list[tuple[str, list[Image.Image]]], row: dict, warnings: list[s
             page.paste(panel, (x + (across - panel.width) // 2, y))
             x += across + GAP
         y += panels[0].height + GAP
-    page.paste(_colour_bar(sum(heights) * 2 // 3), (x, head.height + 24 + sum(heights) // 6))
+    page.paste(_colour_bar(sum(heights) * 2 // 3), (x, 24 + sum(heights) // 6))
+    draw.text((EDGE, y + 10), _shortened(caption, _font(13), width - EDGE), "black", _font(13), anchor="lm")
     return page
 
 
@@ -187,6 +239,20 @@ def _jacobian(determinant: np.ndarray, scale: float) -> Image.Image:
     colours[determinant <= 0] = [int(YELLOW[n : n + 2], 16) for n in (1, 3, 5)]
     image = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 0, 2)[::-1]))
     return image.resize(_size(determinant.shape, scale), Image.Resampling.NEAREST)
+
+
+def _lengths(level: np.ndarray, scale: float) -> Image.Image:
+    marks = np.array([[int(colour[n : n + 2], 16) for n in (1, 3, 5)] for colour in LENGTHS], float)
+    at = np.clip(level, 0, 1) * (len(marks) - 1)
+    colours = np.stack([np.interp(at, range(len(marks)), marks[:, c]) for c in range(3)], -1).round().astype(np.uint8)
+    image = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 0, 2)[::-1]))
+    return image.resize(_size(level.shape, scale), Image.Resampling.NEAREST)
+
+
+def _ruler(panel: Image.Image, length: float) -> None:
+    """A bar of RULER mm."""
+    draw, y = ImageDraw.Draw(panel), panel.height - 5
+    draw.rectangle([4, y - 3, 4 + length, y], "white", "black")
 
 
 def _colour_bar(height: int) -> Image.Image:

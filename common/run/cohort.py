@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from common import InputError
+from common.quality.review import rows_of, write_review
 from common.quality.summary import draw_summary
 from common.run import progress
 from common.run.cli import sentence_of
@@ -155,8 +156,15 @@ class PairTable:
         rows = [self.rows[name] for name in self.order]
         if self.saves and len(rows) > 1:
             replaced(self.folder / "summary.png", lambda path: draw_summary(rows, path))
+            if any((self.folder / row["id"] / "report.html").is_file() for row in rows):
+                self.review()
         print(self.summary(), flush=True)
         return rows
+
+    def review(self) -> None:
+        """index.html of all pairs in the table."""
+        rows = _read_table(self.path)
+        replaced(self.folder / "index.html", lambda path: write_review(self.folder, rows, path))
 
     def summary(self) -> str:
         """What the results say, a line a measure, and where they are."""
@@ -256,6 +264,23 @@ def run(engine: Evaluator) -> None:
     if failed := [row for row in rows if row["error"]]:
         count = f"{len(failed)} of {len(rows)} pairs failed, first {failed[0]['id']}"
         raise InputError(f"{table.path}: {count} ({failed[0]['error']}); run the same command again to retry them")
+
+
+def review_folder(folder: Path) -> tuple[Path, int]:
+    """Make index.html of a folder of results anew, from results.csv and the pairs' folders; returns it and the count.
+
+    Raises:
+        InputError: no folder, or no pair in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    table = {row["id"]: row for row in _read_table(folder / "results.csv")}
+    rows = list(({row["id"]: row for row in rows_of(folder)} | table).values())
+    if not rows:
+        raise InputError(f"{folder}: holds no results.csv and no pair's report.json")
+    path = folder / "index.html"
+    replaced(path, lambda partial: write_review(folder, rows, partial))
+    return path, len(rows)
 
 
 def _failed(pair: dict, error: Exception) -> dict:

@@ -73,6 +73,7 @@ INFERENCE = {
     "trained_on": Option("word", "what the weights know", ("brain_t1", "hippocampus"), none=True, empty=True),
     "save": Option("switch", "write a folder for the pair; False measures only"),
     "displacement": Option("switch", "write displacement.nii.gz; by default for small scans", none=True),
+    "report": Option("word", "what is drawn: a picture, a page, both or none", ("png", "html", "both", "none")),
     "resume": Option("switch", "leave out pairs that are done"),
     "surface": Option("switch", "surface distances of labels, and SSIM; by default distances of few", none=True),
     "groups": Option("data", 'groups of labels for one more Dice: {"NAME": {"members": [1, 2]}}', none=True),

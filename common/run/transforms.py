@@ -15,7 +15,7 @@ from monai.transforms import Transform
 from torch import Tensor
 
 from common import InputError, RegistrationWarning
-from common.quality import measure, picture, report, verdict
+from common.quality import measure, page, picture, report, verdict
 from common.run import forecast, progress
 from common.space import geometry, io, mapping, points
 from common.space.headers import HEADERS
@@ -24,6 +24,7 @@ from common.space.transform_files import write_transform
 
 WRITTEN = 2**21  # voxels of a fixed scan whose displacement is written without being asked for: some 15 MB
 PREALIGN = ("affine", "rigid", "none")
+REPORTS = {"png": ("png",), "html": ("html",), "both": ("png", "html"), "none": ()}
 
 
 def scan_tensor(array: np.ndarray, affine_ras: np.ndarray, name: str) -> MetaTensor:
@@ -313,6 +314,8 @@ class DeliverPaird(Transform):
         save: False measures only.
         displacement: whether to write displacement.nii.gz, which says what transform.h5 says, in ten times the bytes;
             None: of fixed scans of up to WRITTEN voxels.
+        report: what is drawn: "png" report.png, "html" report.html and the thumbnail for the cohort's page, "both",
+            or "none".
         trained_on: what the weights were trained on, a key of `common.quality.verdict.TRAINING`; None or "" if they
             were not.
     """
@@ -327,13 +330,16 @@ class DeliverPaird(Transform):
         groups: dict | None = None,
         save: bool = True,
         displacement: bool | None = None,
+        report: str = "both",
         trained_on: str | None = None,
     ) -> None:
+        if report not in REPORTS:
+            raise InputError(f"--report must be one of {', '.join(REPORTS)}, got {report}")
         if trained_on and trained_on not in verdict.TRAINING:
             raise InputError(f"--trained_on must be one of {', '.join(verdict.TRAINING)}, got {trained_on}")
         self.output_dir, self.save_inverse, self.surface = Path(output_dir), save_inverse, surface
         self.minimum, self.groups, self.save, self.trained_on = minimum, groups, save, trained_on or None
-        self.displacement = displacement
+        self.displacement, self.report = displacement, report
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
@@ -365,17 +371,34 @@ class DeliverPaird(Transform):
         facts |= {"seconds": row["seconds"], "peak_memory_mib": None if peak is None else peak / 2**20}
         if self.save:
             progress.stage("writing")
-            writers["report.png"] = partial(_draw, pair, row, notes)
-            writers["report.json"] = partial(_write_report, report.report(row, details, notes, facts))  # the last
+            content = report.report(row, details, notes, facts)
+            writers |= _drawings(pair, row, notes, content, REPORTS[self.report])
+            writers["report.json"] = partial(_write_report, content)  # the last
             io.write_folder(self.output_dir / data["id"], writers)
         row["seconds"] = time.time() - float(data["started"])
         data["delivered"] = pair, warped, notes  # for a `Registrar`
         return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
 
 
-def _draw(pair: measure.Registration, row: dict, notes: list[str], path: Path) -> None:
-    progress.stage("drawing")
-    picture.draw_report(pair, row, notes, path)
+def _drawings(
+    pair: measure.Registration, row: dict, notes: list[str], content: dict, kinds: tuple[str, ...]
+) -> dict[str, Callable[[Path], None]]:
+    """The files to look at; the planes are drawn once for all of them."""
+    drawn = []
+
+    def body():
+        progress.stage("drawing")
+        if not drawn:
+            drawn.append(picture.draw_planes(pair))
+        return drawn[0]
+
+    found = {}
+    if "png" in kinds:
+        found["report.png"] = lambda path: picture.draw_report(pair, row, notes, path, body=body())
+    if "html" in kinds:
+        found["thumbnail.webp"] = lambda path: page.write_thumbnail(body(), path)
+        found["report.html"] = lambda path: page.write_page(pair, content, body(), path)
+    return found
 
 
 def _write_report(content: dict, path: Path) -> None:

@@ -187,7 +187,7 @@ def test_inference_from_the_bundle_folder(raw: Path, tmp_path: Path) -> None:
     (row,) = table(tmp_path / "out" / "results.csv")
     folder = tmp_path / "out" / "moving_to_fixed"
     files = "warped.nii.gz transform.h5 displacement.nii.gz warped_label.nii.gz inverse_transform.h5"
-    files += " warped_segmentation.nii.gz fixed_segmentation.nii.gz report.json report.png"
+    files += " warped_segmentation.nii.gz fixed_segmentation.nii.gz report.json report.png report.html thumbnail.webp"
     assert set(files.split()) == {path.name for path in folder.iterdir()}
     assert float(row["dice_after"]) > float(row["dice_before"]) and 0 < float(row["inverse_error_mm"]) < 1
     fixed = nib.load(raw / "fixed.nii.gz")
@@ -204,7 +204,7 @@ def test_global_mode_writes_no_segmentations(raw: Path, tmp_path: Path) -> None:
     overlays = from_root("inference.json", "table2_gfn.json")
     succeeded(command(*overlays, *options, "--prealign", "none", "--output_dir", tmp_path))
     found = {path.name for path in (tmp_path / "moving_to_fixed").iterdir()}
-    assert found == {"warped.nii.gz", "transform.h5", "displacement.nii.gz", "report.json", "report.png"}
+    assert found == {"warped.nii.gz", "transform.h5", "displacement.nii.gz", "report.json", "report.png"} | {"report.html", "thumbnail.webp"}
 
 
 def test_evaluation_of_a_dataset(dataset: Path, tmp_path: Path) -> None:

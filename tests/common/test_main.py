@@ -157,14 +157,15 @@ def test_report(pair: Path, tmp_path: Path, command: Command) -> None:
     files = [pair / "moving_label.nii.gz", pair / "fixed_label.nii.gz", *marks]
     text = command("report", *scans, pair / "t.h5", tmp_path / "r", *[w for both in zip(options, files) for w in both])
     found = json.loads((tmp_path / "r" / "report.json").read_text())
-    assert f"report.json and report.png, {found['verdict']}" in text
+    assert f"report.html, report.png and report.json, {found['verdict']}" in text
     assert text.splitlines()[1:] == [f"  {warning}" for warning in found["warnings"]]
     assert found["landmarks"]["tre_mm_after"] == pytest.approx(5, abs=1e-2)
     assert found["deformation"]["inverse_failed_pct"] < 1 and found["deformation"]["displacement_mm"]["p50"] > 1
     assert 0 < found["overlap"]["dice_after"] < 1 and len(found["overlap"]["each"]) >= 5
     assert found["run"]["transform"] == str(pair / "t.h5")
     assert Image.open(tmp_path / "r" / "report.png").size[0] > 1200
-    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["report.json", "report.png"]
+    names = ("report.html", "report.json", "report.png", "thumbnail.webp")
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == sorted(names)
 
 
 def test_datalist(pair: Path, tmp_path: Path, command: Command) -> None:

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from common import phantom
-from common.quality import measure, picture, report, summary, verdict
+from common.quality import measure, metrics, picture, report, summary, verdict
 from common.space import io, mapping
 from common.space.transform_files import read_transform, write_transform
 
 GOOD = {
+    **dict(structure_before=0.5, structure_after=0.7, structure_mirrored=0.3),
     **dict(overlap=0.9, ncc_before=0.6, ncc_after=0.9, nmi_before=0.1, nmi_after=0.3, folding_pct=0.0, sdlogj=0.3),
     **dict(dice_before=0.5, dice_after=0.7, tre_mm_before=4.0, tre_mm_after=1.0, labels=9, labels_lost=0),
 }
@@ -132,7 +133,7 @@ def test_good_and_bad_are_told_apart(files: Path, tmp_path: Path) -> None:
     good, bad = contents["good"], contents["bad"]
     assert good["verdict"] == "plausible" and good["warnings"] == []
     assert bad["verdict"] == "doubtful" and len(bad["warnings"]) >= 3
-    assert bad["warnings"][0].startswith("no improvement over the pre-alignment: correlation")
+    assert bad["warnings"][0].startswith("the scans hardly agree in structure")
     assert set(good) >= {"similarity", "overlap", "landmarks", "deformation", "run"}
     assert good["overlap"]["each"]["1"]["dice_after"] == 1 and good["run"]["versions"]["torch"] == torch.__version__
     assert good["deformation"]["displacement_mm"]["p99"] > 10
@@ -152,19 +153,18 @@ def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
 # ---- verdict --------------------------------------------------------------------------------------------------------
 
 FAULTS = {
-    "no improvement": ({"ncc_after": 0.6, "nmi_after": 0.1}, "no improvement over the pre-alignment"),
+    "no improvement": ({"structure_after": 0.51}, "no improvement over the pre-alignment: structures agree by 0.50"),
+    "unrelated": ({"structure_after": 0.3}, "the scans hardly agree in structure .0.30"),
+    "mirrored": ({"structure_mirrored": 0.52}, "turned left to right, the moving scan would agree better .0.52"),
+    "two contrasts": ({"ncc_before": 0.1, "ncc_after": 0.5}, "two contrasts were made to look alike .correlation 0.10"),
     "labels": ({"dice_after": 0.4}, "the labels overlap less than before: 0.50 before, 0.40 after"),
     "landmarks": ({"tre_mm_after": 5.0}, "the landmarks agree less than before: 4.00 mm before, 5.00 mm after"),
     "overlap": ({"overlap": 0.3}, "little overlap: the foregrounds share 0.30"),
-    "modality": (
-        {"ncc_before": -0.3, "ncc_after": -0.2},
-        "hardly correlate .-0.20.; if they are of different modality",
-    ),
     "folding": ({"folding_pct": 3.2}, "much folding: 3.2 % of the fixed foreground"),
     "rough": ({"sdlogj": 2.0}, "rough deformation"),
-    "lost": ({"labels_lost": 2}, "2 of 9 labels vanish"),
-    "inverse": ({"inverse_failed_pct": 6.0}, "the inverse is half a voxel off or more in 6.0 %"),
-    "nan": ({"ncc_after": float("nan"), "nmi_after": float("nan")}, "no improvement"),
+    "lost": ({"labels_lost": 2, "labels_lost_pct": 4.0}, "2 of 9 labels vanish, 4.0 % of the labelled voxels"),
+    "inverse": ({"inverse_failed_pct": 3.1}, "the inverse is half a voxel off or more in 3.1 %"),
+    "nan": ({"structure_after": float("nan")}, "no improvement"),
 }
 
 
@@ -175,14 +175,36 @@ def test_each_fault_gives_its_sentence(change: dict, words: str) -> None:
     assert re.search(words, sentence), sentence
 
 
-def test_a_pair_that_is_aligned_already_is_no_fault() -> None:
-    assert verdict.judge(GOOD | {"ncc_before": 0.995, "ncc_after": 0.995, "nmi_after": 0.1}) == []
+def test_what_is_no_fault() -> None:
+    """A pair that is aligned already, a small label that vanishes, and contrasts whose correlation becomes negative."""
+    for change in (
+        {"structure_before": 0.98, "structure_after": 0.98, "ncc_before": 0.97, "ncc_after": 0.97},
+        {"labels_lost": 1, "labels_lost_pct": 0.1},
+        {"ncc_before": -0.3, "ncc_after": -0.6},
+    ):
+        assert verdict.judge(GOOD | change) == [], change
 
 
-def test_two_modalities_may_improve_by_information_alone() -> None:
-    """T1 to T2: the correlation becomes more negative, and that is no fault of the registration."""
-    found = verdict.judge(GOOD | {"ncc_before": -0.3, "ncc_after": -0.6})
-    assert len(found) == 1 and "different modality" in found[0]
+def test_rates_of_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the people that no threshold was chosen on, as the module says; from rows that tests/bench measured."""
+    root = Path(__file__).parents[3]
+    monkeypatch.syspath_prepend(str(root / "tests" / "bench"))
+    bench = pytest.importorskip("bench_verdict")
+    rows = json.loads(bench.RESULTS.read_text())["rows"]
+    (good, false), (spoilt, found) = (bench.rates(rows, "B")[name] for name in ("good", "all spoilt"))
+    assert found / spoilt >= 0.9 and false / good <= 0.1
+    said = " ".join(verdict.__doc__.split())
+    assert f"of {spoilt} spoilt registrations {found} were called doubtful" in said
+    assert f"of {good} good ones {false} (" in said
+
+
+def test_structure_does_not_depend_on_contrast() -> None:
+    """1 for a scan with itself, turned over too; about 0 for noise."""
+    space = nib.affines.from_matvec(np.diag([4.0, 4, 4]), [-70, -86, -66])
+    scan = torch.from_numpy(phantom.sample((36, 44, 34), space)[0])[None, None]
+    noise = torch.rand(scan.shape, generator=torch.Generator().manual_seed(0))
+    found = metrics.structure(torch.cat([scan, 2 - scan, noise]), scan, torch.ones(scan.shape[2:], dtype=torch.bool))
+    assert found[0] == pytest.approx(1) and found[1] == pytest.approx(1, abs=1e-4) and abs(found[2]) < 0.1
 
 
 def test_scans_unlike_each_other_or_the_training_data() -> None:

@@ -163,7 +163,7 @@ def test_landmarks_agree_with_itk(delivered: Delivered) -> None:
 
 def test_row_and_folder_are_complete(delivered: Delivered) -> None:
     names = "warped.nii.gz transform.h5 displacement.nii.gz warped_label.nii.gz inverse_transform.h5"
-    names += " warped_points.csv report.json report.png"
+    names += " warped_points.csv report.json report.png report.html thumbnail.webp"
     assert set(names.split()) == {path.name for path in delivered.out.iterdir()}
     content = json.loads((delivered.out / "report.json").read_text())
     assert content["verdict"] == "doubtful" and content["warnings"][0].startswith("no improvement")

@@ -1,0 +1,59 @@
+"use strict";
+(() => {
+  const byId = (id) => document.getElementById(id), body = document.querySelector("#pairs tbody");
+  const rows = [...body.rows], heads = [...document.querySelectorAll("th[data-key]")];
+  const texts = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
+
+  /* ---- sort and filter ---- */
+  function value(row, key) {
+    const text = row.dataset[key], number = parseFloat(text);
+    return key === "id" ? text : Number.isNaN(number) ? null : number;
+  }
+  function sort(head) {
+    const down = head.getAttribute("aria-sort") !== "descending", key = head.dataset.key.replace(/-(.)/g, (_, c) => c.toUpperCase());
+    for (const other of heads) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const sign = down ? -1 : 1;
+    const keyed = rows.map((row) => [value(row, key), row]);
+    keyed.sort(([a], [b]) => (a === null) - (b === null) || sign * (typeof a === "string" ? a.localeCompare(b) : a - b));
+    body.append(...keyed.map(([, row]) => row));  // rows without a value stay at the end
+  }
+  for (const head of heads) head.querySelector("button").onclick = () => sort(head);
+
+  function filter() {
+    const words = byId("search").value.toLowerCase(), only = byId("only").value;
+    let shown = 0;
+    for (const row of rows) {
+      row.hidden = !(texts.get(row).includes(words) && (!only || row.classList.contains(only)));
+      shown += !row.hidden;
+    }
+    byId("count").textContent = `${shown} of ${rows.length} shown`;
+  }
+  byId("search").oninput = filter, byId("only").onchange = filter, filter();
+
+  /* ---- the reviewer's notes ---- */
+  const place = `registrations ${location.pathname}`;
+  let notes = {};
+  try { notes = JSON.parse(localStorage.getItem(place)) || {}; } catch { byId("kept").textContent = "This browser keeps no notes: save them before you leave."; }
+  for (const row of rows) {
+    const id = row.dataset.id, decision = row.querySelector(".decision"), note = row.querySelector(".note");
+    [decision.value, note.value] = notes[id] || ["", ""];
+    decision.onchange = note.oninput = () => {
+      notes[id] = [decision.value, note.value];
+      try { localStorage.setItem(place, JSON.stringify(notes)); } catch { byId("kept").textContent = "This browser keeps no notes: save them before you leave."; }
+    };
+  }
+  function table() {
+    const cell = (text) => `"${String(text).replaceAll('"', '""')}"`;
+    const lines = rows.map((row) => [row.dataset.id, ["plausible", "doubtful", "failed"].find((word) => row.classList.contains(word)), ...(notes[row.dataset.id] || ["", ""])]);
+    return [["id", "verdict", "decision", "note"], ...lines].map((line) => line.map(cell).join(",")).join("\r\n") + "\r\n";
+  }
+  byId("export").onclick = () => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob(["\ufeff" + table()], { type: "text/csv" })), link.download = "review.csv";
+    document.body.dataset.saved = table(), link.click(), URL.revokeObjectURL(link.href);
+  };
+  for (const dot of document.querySelectorAll("circle"))
+    dot.onclick = () => rows.find((row) => row.dataset.id === dot.dataset.id)?.scrollIntoView({ block: "center" });
+  document.body.dataset.ready = "yes";
+})();

@@ -1,0 +1,166 @@
+"""The pages, in a headless Chromium: what a person does with them works, and nothing a name holds becomes HTML."""
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from common import InputError, phantom
+from common.quality import measure, page, picture, report, review, verdict
+from common.run.cohort import review_folder
+from common.space import mapping
+from common.space.points import Points
+
+EVIL = "<script>document.title='bad'</script>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair's files: the phantom and itself, moved by a smooth field, with labels and landmarks."""
+    folder = tmp_path_factory.mktemp("pages") / "pair"
+    folder.mkdir()
+    size, space = (36, 44, 34), nib.affines.from_matvec(np.diag([4.0, 4, 4]), [-70, -86, -66])
+    scan, label = phantom.sample(size, space)
+    wave = torch.sin(torch.arange(size[0]) / 6)[None, :, None, None]
+    disp = torch.cat([0.5 * wave, wave, 0 * wave]).expand(3, *size).contiguous()
+    marks = Points(np.array([[0.0, 0, 0], [20, 10, 0]]), ["a", EVIL])
+    pair = measure.Registration(
+        *(scan[None], space, scan[None], space),
+        start=mapping.affine_transform(np.eye(4)),
+        whole=mapping.displacement_transform(disp.numpy(), space),
+        work=torch.from_numpy(np.stack([scan, scan])),
+        disp=disp,
+        work_affine=space,
+        moving_label=label,
+        fixed_label=label,
+        moving_points=marks._replace(lps=marks.lps + 2),
+        fixed_points=marks,
+    )
+    row, details = measure.measure(pair, measure.warp_pair(pair), surface=False)
+    row = {"id": EVIL, "fixed": "fixed.nii.gz", "moving": f"{EVIL}.nii.gz"} | row
+    notes = verdict.judge(row)
+    content = report.report(row, details, notes, {"seconds": 1.0, "settings": []})
+    body = picture.draw_planes(pair)
+    page.write_page(pair, content, body, folder / "report.html")
+    page.write_thumbnail(body, folder / "thumbnail.webp")
+    report.write_report(content, folder / "report.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("no Chromium here; Debian: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+def opened(browser, path: Path):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get(path.absolute().as_uri())
+    WebDriverWait(browser, 20).until(lambda b: b.execute_script("return document.body.dataset.ready"))
+    return browser.execute_script
+
+
+PICTURE = "return [...document.querySelectorAll('canvas')].map((c) => c.toDataURL()).join()"
+
+
+def press(script, key: str) -> None:
+    script("document.dispatchEvent(new KeyboardEvent('keydown', { key: arguments[0], bubbles: true }))", key)
+
+
+def test_page_of_a_pair(folder: Path, browser) -> None:
+    """Slider, keys, views, swipe and sides each change what is drawn; the print view shows the still picture."""
+    script = opened(browser, folder / "report.html")
+    seen = [script(PICTURE)]
+
+    def changed(what: str) -> None:
+        found = script(PICTURE)
+        assert found not in seen[-1:], what
+        seen.append(found)
+
+    script("const s = document.querySelector('.plane input'); s.value = 20; s.dispatchEvent(new Event('input'))")
+    changed("slider")
+    for key in ("ArrowUp", "1", "4", "5", "6", "7", "3", "e", "l", "p", "s", "r"):
+        press(script, key)
+        changed(key)
+    press(script, "s")
+    press(script, "f")
+    assert script("return document.getElementById('flicker').getAttribute('aria-pressed')") == "true"
+    press(script, "f")
+    assert "slice k" in script("return document.querySelector('figcaption').textContent")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    shown = "return ['.viewer', '.without'].map((s) => getComputedStyle(document.querySelector(s)).display)"
+    assert script(shown) == ["none", "block"]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert script("return document.title") != "bad" and EVIL in script("return document.body.innerText")
+    assert browser.get_log("browser") == []
+
+
+def test_page_alone(folder: Path) -> None:
+    """One file of under 3 MB, which asks nobody for anything, with the verdict and a picture before any script."""
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert len(text) < 3e6 and "http" not in text and EVIL not in text
+    assert ("PLAUSIBLE" in text) != ("DOUBTFUL" in text)
+    assert text.index('<img class="static" src="data:image/webp') < text.index("<script>")
+
+
+def cohort(folder: Path, count: int) -> list[dict]:
+    rows = []
+    rng = np.random.default_rng(0)
+    for n in range(count):
+        row = {"id": f"pair{n:04}", "warnings": "much folding" if n % 7 == 3 else "", "error": ""}
+        row |= {"structure_after": 0.8 + 0.02 * rng.normal(), "ncc_after": 0.9, "folding_pct": 0.001 * n, "sdlogj": 0.3}
+        rows.append(row)
+    rows[1] |= {"id": EVIL, "structure_after": 0.1}
+    rows[2] |= {"error": f"{EVIL}: no such file", "ncc_after": "", "structure_after": ""}
+    return rows
+
+
+def test_page_of_a_cohort(tmp_path: Path, browser) -> None:
+    """1,000 pairs: worst first, sorted and filtered in less than a second, notes kept and saved as CSV."""
+    review.write_review(tmp_path, cohort(tmp_path, 1000), tmp_path / "index.html")
+    script = opened(browser, tmp_path / "index.html")
+    ids = "return [...document.querySelectorAll('tbody tr')].filter((r) => !r.hidden).map((r) => r.dataset.id)"
+    assert script(ids)[0] == "pair0002" and len(script(ids)) == 1000
+    sort = "const t = performance.now(); document.querySelector('th[data-key=folding_pct] button').click(); "
+    assert script(sort + "document.body.offsetHeight; return performance.now() - t") < 1000
+    assert script(ids)[0] == "pair0999"
+    script("const s = document.getElementById('only'); s.value = 'failed'; s.dispatchEvent(new Event('change'))")
+    assert script(ids) == ["pair0002"]
+    note = "const r = document.querySelector('tr[data-id=pair0002] .note'); r.value = 'say \"a\", b'; r.oninput()"
+    script(note)
+    script = opened(browser, tmp_path / "index.html")
+    script("document.getElementById('export').click()")
+    saved = script("return document.body.dataset.saved").splitlines()
+    assert '"pair0002","failed","","say ""a"", b"' in saved and len(saved) == 1001
+    assert script("return document.querySelectorAll('circle[stroke]').length") > 0
+    assert script("return document.title") == "1000 registrations" and browser.get_log("browser") == []
+
+
+def test_review_from_the_folders(folder: Path, tmp_path: Path) -> None:
+    """Without results.csv the reports are read; thumbnails are loaded late, names are escaped."""
+    shutil.copytree(folder, tmp_path / "out" / "pair")
+    path, count = review_folder(tmp_path / "out")
+    text = path.read_text(encoding="utf-8")
+    assert count == 1 and 'loading="lazy"' in text
+    assert 'src="pair/thumbnail.webp"' in text and 'href="pair/report.html"' in text
+    assert EVIL not in text
+    known = json.loads((folder / "report.json").read_text())
+    assert f"{known['similarity']['structure_after']:.3f}" in text
+    with pytest.raises(InputError, match="holds no results.csv"):
+        review_folder(tmp_path)
