@@ -7,5 +7,9 @@ BUNDLE = ("LICENSE", "configs/*", "docs/*.txt", "docs/*.md", "models/*.pt", "*/*
 setup(
     packages=[*find_packages(include=["common", "common.*"]), "common.bundles"],
     package_dir={"common.bundles": "bundles"},
-    package_data={"common.bundles": [f"*/{part}" for part in BUNDLE], "common.train": ["presets/*.json"]},
+    package_data={
+        "common.bundles": [f"*/{part}" for part in BUNDLE],
+        "common.train": ["presets/*.json"],
+        "common.quality": ["pages/*"],
+    },
 )

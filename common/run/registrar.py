@@ -186,7 +186,8 @@ class Registrar:
         for name in options:
             refuse_unknown(name, name, self.defaults)
         plain = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in options.items()}
-        known = {n: v for n, v in plain.items() if n in FOR_INFERENCE and (v is not None or self.defaults[n] is not None)}
+        by_default = {name for name, value in self.defaults.items() if value is None}
+        known = {n: v for n, v in plain.items() if n in FOR_INFERENCE and (v is not None or n not in by_default)}
         return plain | {name: check(name, FOR_INFERENCE[name], value) for name, value in known.items()}
 
 

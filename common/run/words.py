@@ -4,7 +4,7 @@ On their way through fire and MONAI's config parser a date in a path becomes a n
 with "$", "@" or "%" is code, a reference or another file. So the configs name `take_options` in their "initialize": it
 reads the words anew, checks them by the table, and gives the parser values that it takes as they are. What MONAI
 evaluates before, --bundle_root and imports, is refused by `common.run.first`, which the configs import. Only what it
-reads before even that is out of reach: the config files, and a value that begins with "%", which it takes for one of them.
+reads before even that is out of reach: the config files, and a value that begins with "%", which it takes for one.
 """
 
 import ast

@@ -300,7 +300,8 @@ def words(good: Good) -> Iterator[Case]:
     for name, line in lines.items():
         yield Case(f"common {name}", lambda f, w=line: _inside(f, common(*w)))
     outputs = {"a folder that is a file": "{file}/out", "a file that is a folder": "{folder}", "no name": "",
-               "no ending": "{folder}/out", "another ending": "{folder}/out.xyz", "a long name": "{folder}/" + "x" * 300,
+               "no ending": "{folder}/out", "another ending": "{folder}/out.xyz",
+               "a long name": "{folder}/" + "x" * 300,
                "the null device": "/dev/null/x.nii.gz"}  # fmt: skip
     for name, place in outputs.items():
         for command in ("apply", "points", "compose", "invert", "report", "phantom", "run", "datalist"):
@@ -314,7 +315,8 @@ def words(good: Good) -> Iterator[Case]:
         "an unknown option": ("--movng=a",), "an option of another bundle": ("--features=mind",),
         "an option twice": ("--spacing=6", "--spacing=5"), "no value": ("--moving",), "a stray word": ("a.nii.gz",),
         "moving alone": (f"--moving={good.moving}",), "pairs and a pair": (f"--moving={good.moving}", "--pairs=a.csv"),
-        "code in the network": (f"--network_def::channels={CODE}",), "an object": ('--inferer={"_target_": "os.abort"}',),
+        "code in the network": (f"--network_def::channels={CODE}",),
+        "an object": ('--inferer={"_target_": "os.abort"}',),
         "a root that is missing": ("--bundle_root=/nowhere",), "a root that is code": (f"--bundle_root={CODE}",),
         "an empty root": ("--bundle_root=",), "a root that is an import": ("--bundle_root=$import this",),
         "a path that is an import": ("--moving=$import this",), "one more root": (f"--bundle_root={root.parent}",),

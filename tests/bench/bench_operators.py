@@ -128,7 +128,8 @@ def run_child(job: dict) -> dict:
 def child(job: dict) -> dict:
     """Measure one row, or the machine's rates."""
     torch.set_num_threads(1)
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision  # plain products as ours and convolutions
+    # Plain products as precisely as ours and as convolutions.
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision
     if "rates" in job:
         return measure_rates(job["device"])
     case = next(case for case in CASES if case.name == job["case"])

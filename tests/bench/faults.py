@@ -208,7 +208,8 @@ SCANS: dict[str, Fault] = {
     "table": text("a,b\n1,2\n", "scan.csv"),
     "mha without data": text("ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\n", "scan.mha"),
     "mhd whose data is missing": text(
-        "ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementType = MET_FLOAT\nElementDataFile = no.raw\n", "scan.mhd"
+        "ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementType = MET_FLOAT\nElementDataFile = no.raw\n",
+        "scan.mhd",
     ),
     "nrrd cut off": text("NRRD0004\ntype: float\ndimension: 3\nsizes: 9 9 9\nencoding: raw\n\n1234", "scan.nrrd"),
     "nrrd of nothing": text("NRRD0004\n", "scan.nrrd"),

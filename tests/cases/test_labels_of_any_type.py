@@ -148,10 +148,10 @@ def test_channels_beside_a_scan_are_refused_with_the_cure(rng: np.random.Generat
         io.read_beside(path, "label map", "scan.nii.gz", scan, AFFINE)
 
 
-def test_one_hot_as_a_film_is_refused_with_the_cure(rng: np.random.Generator, tmp_path: Path, apply) -> None:
-    nib.save(nib.Nifti1Image((rng.random((*SHAPE, 3)) > 0.7).astype(np.uint8), AFFINE), tmp_path / "f.nii.gz")
-    with pytest.raises(SystemExit, match="f.nii.gz: must be a 3-D scan, got 4-D .* the channels of one .nrrd"):
-        apply(tmp_path / "f.nii.gz", "out.nii.gz")
+def test_one_hot_as_a_film_keeps_every_channel(rng: np.random.Generator, tmp_path: Path, apply) -> None:
+    channels = (rng.random((*SHAPE, 3)) > 0.7).astype(np.uint8)
+    nib.save(nib.Nifti1Image(channels, AFFINE), tmp_path / "f.nii.gz")
+    np.testing.assert_array_equal(nib.load(apply(tmp_path / "f.nii.gz", "out.nii.gz")).dataobj, channels)
 
 
 @pytest.mark.parametrize("value", [0.5, np.nan, np.inf])

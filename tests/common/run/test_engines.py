@@ -33,7 +33,7 @@ def test_load_weights_that_fit(tmp_path: Path, wrapped: bool) -> None:
     assert engines.load_weights(target, tmp_path / "w.pt") is target
     assert torch.equal(target.conv.weight, source.conv.weight)
     digest = hashlib.sha256((tmp_path / "w.pt").read_bytes()).hexdigest()
-    assert target.weights == {"file": str(tmp_path / "w.pt"), "sha256": digest}
+    assert target.weights == {"file": str(tmp_path / "w.pt"), "sha256": digest, "as_published": None}
 
 
 def test_no_path_leaves_the_network() -> None:
