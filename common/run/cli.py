@@ -115,7 +115,7 @@ def exact_words(name: str, command: Callable[..., str], words: list[str]) -> lis
             if option in given:
                 raise InputError(f"--{option}: is given twice")
             parameter = parameters[option]
-            choices = get_args(parameter.annotation)
+            choices = _choices(parameter)
             value = value if equals else _next(rest, switch=parameter.annotation is bool or choices, choices=choices)
             quoted.append(f"--{option}={_quoted(option, parameter, value)}")
         else:
@@ -143,13 +143,16 @@ def _next(rest: list[str], *, switch: object = False, choices: tuple[str, ...] =
     return rest.pop(0)
 
 
+def _choices(parameter: inspect.Parameter) -> tuple[str, ...]:
+    return get_args(parameter.annotation) if get_origin(parameter.annotation) is Literal else ()
+
+
 def _quoted(name: str, parameter: inspect.Parameter, word: str | None) -> str:
     if parameter.annotation is bool:
         if word is not None and word.lower() not in ("true", "false"):
             raise InputError(f"--{name}: is True or False, got {word}")
         return "True" if word is None else word.capitalize()
-    if get_origin(parameter.annotation) is Literal:  # alone it is the second, the first is none
-        choices = get_args(parameter.annotation)
+    if choices := _choices(parameter):  # alone it is the second, the first is none
         word = {"true": choices[1], "false": choices[0]}.get((word or "true").lower(), word)
         if word not in choices:
             raise InputError(f"--{name}: is one of {', '.join(choices)}, got {word}")

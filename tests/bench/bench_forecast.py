@@ -45,7 +45,7 @@ def registration(bundle, steps):
     parser["bundle_root"], parser["device"] = str(root), "cpu"
     network = parser.get_parsed_content("network").eval()
     inferer = RegistrationInferer(steps, cost=parser.get_parsed_content("cost"))
-    return lambda image, steps=steps: inferer._register(image, network, None, steps, True, (), {})
+    return lambda image, steps=steps: inferer._register(image, network, None, None, steps, True, (), {})
 
 
 def memory_gib(line):

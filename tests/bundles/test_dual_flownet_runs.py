@@ -57,7 +57,7 @@ def test_training_starts_and_goes_on(dataset: Path, tmp_path: Path) -> None:
     shipped = torch.load(BUNDLE / "models" / "model.pt", weights_only=True)
     assert shapes(check_training(tmp_path, 1)) == shapes(shipped)
     second = train(dataset, tmp_path, 2, *few)
-    assert "checkpoint_epoch=1.pt" in second and "Epoch: 2/2" in second and "Epoch: 1/2" not in second
+    assert "checkpoint_epoch=1.pt" in second and "epoch 2 of 2:" in second and "epoch 1 of 2:" not in second
     check_training(tmp_path, 2)
 
 

@@ -42,14 +42,14 @@ def check_training(output: Path, epochs: int) -> dict[str, torch.Tensor]:
 def test_both_stages(dataset: Path, tmp_path: Path) -> None:
     """Stage 1 on known displacements, stage 2 from its weights, and stage 2 again from its own checkpoint."""
     first = train(("train.json", "pretrain.json"), dataset, tmp_path / "one", 1, "--rotation", 10, "--translation", 2)
-    assert "Epoch: 1/1" in first
+    assert "epoch 1 of 1:" in first
     check_training(tmp_path / "one", 1)
     weights = "--weights", tmp_path / "one" / "models" / "model.pt"
     second = train(("train.json",), dataset, tmp_path / "two", 1, *weights)
     assert "going on from" not in second and "mean_dice" in second
     check_training(tmp_path / "two", 1)
     third = train(("train.json",), dataset, tmp_path / "two", 2, *weights)
-    assert "checkpoint_epoch=1.pt" in third and "Epoch: 2/2" in third and "Epoch: 1/2" not in third
+    assert "checkpoint_epoch=1.pt" in third and "epoch 2 of 2:" in third and "epoch 1 of 2:" not in third
     check_training(tmp_path / "two", 2)
 
 

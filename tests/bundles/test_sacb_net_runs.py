@@ -59,11 +59,11 @@ def check_training(output: Path, epochs: int) -> None:
 
 def test_training_starts_and_goes_on(dataset: Path, tmp_path: Path) -> None:
     first = train(("train.json",), dataset, tmp_path / "out", 2)
-    assert "going on from" not in first and "Epoch: 2/2" in first and "mean_dice" in first
+    assert "going on from" not in first and "epoch 2 of 2:" in first and "mean_dice" in first
     check_training(tmp_path / "out", 2)
     second = train(("train.json",), dataset, tmp_path / "out", 3)
     assert "going on from" in second and "checkpoint_epoch=2.pt" in second
-    assert "Epoch: 3/3" in second and "Epoch: 1/3" not in second and "Epoch: 2/3" not in second
+    assert "epoch 3 of 3:" in second and "epoch 1 of 3:" not in second and "epoch 2 of 3:" not in second
     check_training(tmp_path / "out", 3)
 
 
@@ -96,7 +96,7 @@ def test_training_on_shapes(dataset: Path, tmp_path: Path) -> None:
     """Validated on the scans and on the scans turned over; the mean of the weights is validated, kept and gone on."""
     configs, options = ("train.json", "shapes.json"), ("--size", "[32,32,32]", "--val_interval", 1)
     first = train(configs, dataset, tmp_path / "out", 1, options=options)
-    assert "Epoch: 1/1" in first and "same_dice" in first and "turned_dice" in first
+    assert "epoch 1 of 1:" in first and "same_dice" in first and "turned_dice" in first
     assert "hippocampus_dice" not in first
     check_training(tmp_path / "out", 1)
     (saved,) = (tmp_path / "out" / "models").glob("checkpoint*")
@@ -104,7 +104,7 @@ def test_training_on_shapes(dataset: Path, tmp_path: Path) -> None:
     assert all(torch.equal(state["average"][name], value) for name, value in kept.items())
     assert not all(torch.equal(state["model"][name], value) for name, value in kept.items())
     second = train(configs, dataset, tmp_path / "out", 2, options=(*options, "--hippocampus_dir", dataset))
-    assert "going on from" in second and "Epoch: 1/2" not in second and "hippocampus_dice" in second
+    assert "going on from" in second and "epoch 1 of 2:" not in second and "hippocampus_dice" in second
     check_training(tmp_path / "out", 2)
 
 
