@@ -16,7 +16,7 @@ class EpochLine:
     """Print one line for every epoch, and at the end the file of weights with the option that takes it.
 
     Args:
-        validator: whose key metric is told; it must have run when this handler does.
+        validator: whose metrics are told; it must have run when this handler does.
         folder: of model.pt and model.json, as `BestCheckpoint` keeps them.
         metric: name of the key metric.
     """
@@ -41,9 +41,10 @@ class EpochLine:
     def _tell(self, engine: Engine) -> None:
         loss = sum(self.losses) / len(self.losses)
         line = f"epoch {engine.state.epoch} of {engine.state.max_epochs}: loss {loss:.4f}"
-        value = float(self.validator.state.metrics.get(self.metric, math.nan))
-        if math.isfinite(value) and self.validator.state.epoch == engine.state.epoch:
-            line += f", {self.metric.replace('_', ' ')} of the validation {value:.4f}"
+        if self.validator.state.epoch == engine.state.epoch:
+            found = {name: float(value) for name, value in self.validator.state.metrics.items()}
+            told = [f"{name} {value:.4f}" for name, value in found.items() if math.isfinite(value)]
+            line += f", validation: {', '.join(told)}" if told else ""
         print(f"{line}, {time.time() - self.started:.1f} s", flush=True)
 
     def _end(self, engine: Engine) -> None:

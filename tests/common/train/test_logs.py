@@ -43,7 +43,7 @@ def test_a_line_an_epoch_and_the_weights(tmp_path: Path, capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert [line.rpartition(",")[0] for line in lines[:2]] == [
-        f"epoch {n} of 2: loss 1.5000, mean dice of the validation 0.5000" for n in (1, 2)
+        f"epoch {n} of 2: loss 1.5000, validation: mean_dice 0.5000" for n in (1, 2)
     ]
     file = tmp_path / "models" / "model.pt"
     assert lines[2] == f"weights of epoch 1 (mean_dice 0.5000); take them with --weights {file}" and file.is_file()
