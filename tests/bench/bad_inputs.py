@@ -18,14 +18,14 @@ from typing import NamedTuple
 import faults
 import numpy as np
 from machine import ROOT, hardware
-from outcomes import GIB, GOOD, SECONDS, Outcome, bundle, called, common, judged
+from outcomes import GIB, GOOD, RAN, SECONDS, Outcome, bundle, called, common, judged
 
 from common.run.options import FOR_INFERENCE, FOR_TRAINING, OWN, Option
 
 RESULTS = Path(__file__).parent / "results" / "bad_inputs.json"
 BUNDLES = ("sacb_net", "residual_aligner", "samconvex", "dual_flownet")
 TRAINED = "sacb_net"
-CODE = "$__import__('os').system('touch /tmp/it_was_run')"
+CODE = f"$__import__('os').system('touch {RAN}')"
 
 
 class Case(NamedTuple):
@@ -367,9 +367,10 @@ def outcome(case: Case, folder: Path) -> Outcome:
     """Run one case in a folder of its own."""
     folder.mkdir()
     run = case.make(folder)
-    before = Path("/tmp/it_was_run").exists()
+    RAN.unlink(missing_ok=True)
     found = judged(run, fits=case.fits, harmless=case.harmless, out=folder)
-    if not before and Path("/tmp/it_was_run").exists():
+    if RAN.exists():
+        RAN.unlink()
         return found._replace(kind="traceback", said="code was run: " + found.said)
     return found
 

@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from machine import ROOT
+from outcomes import RAN
 
 sys.path.insert(0, str(ROOT / "tests" / "common" / "deploy"))
 from dicom_series import write_series  # noqa: E402
@@ -366,7 +367,7 @@ class Runs:
     """What a pickle with code in it does when it is loaded."""
 
     def __reduce__(self) -> tuple:
-        return os.system, ("touch /tmp/it_was_run",)
+        return os.system, (f"touch {RAN}",)
 
 
 WEIGHTS: dict[str, Fault] = {
@@ -408,7 +409,7 @@ PAIRS: dict[str, str | bytes] = {
     "a quote that does not end": 'fixed,moving\n"{fixed},{moving}\n',
     "a column twice": "fixed,fixed,moving\n{fixed},{fixed},{moving}\n",
     "too many cells": "fixed,moving\n{fixed},{moving},more\n",
-    "code": "fixed,moving\n{fixed},$__import__('os').system('touch /tmp/it_was_run')\n",
+    "code": f"fixed,moving\n{{fixed}},$__import__('os').system('touch {RAN}')\n",
     "reference": "fixed,moving\n{fixed},@fixed\n",
     "a long cell": "fixed,moving\n{fixed}," + "x" * 300000 + "\n",
     "an id that climbs": "id,fixed,moving\n../../climbed,gone,{moving}\n",

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -18,6 +19,7 @@ import fire
 from machine import peak_gib
 
 SECONDS, GIB = 30, 3.0
+RAN = Path(tempfile.gettempdir()) / f"it_was_run_{os.getpid()}"  # is there if code in an input was run
 EMPTY_CODE = 3  # of a command whose result is written, and empty
 GOOD = ("refused", "warned", "as it is")
 
