@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
-from torch import Tensor
 
 from common import InputError, RegistrationWarning
-from common.quality import measure, page, picture, report, verdict
-from common.run import forecast, progress
+from common.quality import measure, report, verdict
+from common.run import forecast, outputs, progress
 from common.space import geometry, io, mapping, points
 from common.space.headers import HEADERS
 from common.space.prealign import fit_points, prealign
@@ -351,10 +350,10 @@ class DeliverPaird(Transform):
         if self.groups and math.isnan(found.get("dice_coarse_after", 0.0)):
             progress.note("--groups: no label of theirs is in both label maps")
         small = pair.fixed[0].size <= WRITTEN
-        writers = _writers(pair, warped, small if self.displacement is None else self.displacement)
+        writers = outputs.files_of(pair, warped, small if self.displacement is None else self.displacement)
         for name in ("warped_segmentation", "fixed_segmentation"):
             if name in data:
-                writers[f"{name}.nii.gz"] = partial(_write_classes, data[name], pair)
+                writers[f"{name}.nii.gz"] = partial(outputs.write_classes, data[name], pair)
         if self.save_inverse:
             inverse = mapping.invert(pair.whole)
             found |= measure.inverse_error(pair, inverse)
@@ -372,39 +371,12 @@ class DeliverPaird(Transform):
         if self.save:
             progress.stage("writing")
             content = report.report(row, details, notes, facts)
-            writers |= _drawings(pair, row, notes, content, REPORTS[self.report])
-            writers["report.json"] = partial(_write_report, content)  # the last
+            writers |= outputs.drawings(pair, row, notes, content, REPORTS[self.report])
+            writers["report.json"] = partial(outputs.write_report, content)  # the last
             io.write_folder(self.output_dir / data["id"], writers)
         row["seconds"] = time.time() - float(data["started"])
         data["delivered"] = pair, warped, notes  # for a `Registrar`
         return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
-
-
-def _drawings(
-    pair: measure.Registration, row: dict, notes: list[str], content: dict, kinds: tuple[str, ...]
-) -> dict[str, Callable[[Path], None]]:
-    """The files to look at; the planes are drawn once for all of them."""
-    drawn = []
-
-    def body():
-        progress.stage("drawing")
-        if not drawn:
-            drawn.append(picture.draw_planes(pair))
-        return drawn[0]
-
-    found = {}
-    if "png" in kinds:
-        found["report.png"] = lambda path: picture.draw_report(pair, row, notes, path, body=body())
-    if "html" in kinds:
-        found["thumbnail.webp"] = lambda path: page.write_thumbnail(body(), path)
-        found["report.html"] = lambda path: page.write_page(pair, content, body(), path)
-    return found
-
-
-def _write_report(content: dict, path: Path) -> None:
-    """report.json, with the time of the stages that came after the verdict."""
-    content["run"]["stages_cpu_s"] |= progress.take()[1]["stages_cpu_s"]
-    report.write_report(content, path)
 
 
 def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
@@ -437,33 +409,3 @@ def _landmarks(data: Mapping[Hashable, object], affines: dict[str, np.ndarray]) 
             both = points.read_matching(given["moving"], affines["moving"], given["fixed"], affines["fixed"])
             return dict(zip(("moving_points", "fixed_points"), both))
         return {f"{role}_points": points.read_points(path, affines[role]) for role, path in given.items()}
-
-
-def _writers(
-    pair: measure.Registration, warped: measure.Warped, displacement: bool
-) -> dict[str, Callable[[Path], None]]:
-    """The files of a pair's folder that need nothing but the pair."""
-    onto = pair.fixed.shape[1:], pair.fixed_affine
-    writers = {
-        "warped.nii.gz": partial(io.write_scan, warped.after, pair.fixed_affine),
-        "transform.h5": partial(write_transform, pair.whole),
-    }
-    if displacement:
-        writers["displacement.nii.gz"] = partial(write_transform, pair.whole, grid=onto)
-    else:
-        progress.put(left_out="displacement.nii.gz, as transform.h5 says the same; --displacement True writes it")
-    if warped.label_after is not None:
-        writers["warped_label.nii.gz"] = partial(io.write_label, warped.label_after, pair.fixed_affine)
-    if pair.moving_points is not None:
-        there = mapping.invert_at(pair.whole, pair.moving_points.lps)
-        if lost := int(np.isnan(there).any(1).sum()):
-            progress.note(f"{lost} of {len(there)} moving points have no place in the fixed scan: the map folds there")
-        writers["warped_points.csv"] = partial(points.write_points, points.Points(there, pair.moving_points.names))
-    return writers
-
-
-def _write_classes(classes: Tensor, pair: measure.Registration, path: Path) -> None:
-    """Class numbers (1, I, J, K) on the working grid, by nearest neighbour on the fixed scan's grid."""
-    onto = pair.fixed.shape[1:], pair.fixed_affine
-    values = mapping.resample(torch.as_tensor(classes)[0].cpu().numpy(), pair.work_affine, *onto, nearest=True)
-    io.write_label(np.rint(values), pair.fixed_affine, path)

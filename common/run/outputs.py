@@ -1,0 +1,71 @@
+"""The files of a pair's folder: each a function that writes one, by the file's name."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.quality import measure, page, picture, report
+from common.run import progress
+from common.space import io, mapping, points
+from common.space.transform_files import write_transform
+
+
+def files_of(
+    pair: measure.Registration, warped: measure.Warped, displacement: bool
+) -> dict[str, Callable[[Path], None]]:
+    """The files of a pair's folder that need nothing but the pair."""
+    onto = pair.fixed.shape[1:], pair.fixed_affine
+    writers = {
+        "warped.nii.gz": partial(io.write_scan, warped.after, pair.fixed_affine),
+        "transform.h5": partial(write_transform, pair.whole),
+    }
+    if displacement:
+        writers["displacement.nii.gz"] = partial(write_transform, pair.whole, grid=onto)
+    else:
+        progress.put(left_out="displacement.nii.gz, as transform.h5 says the same; --displacement True writes it")
+    if warped.label_after is not None:
+        writers["warped_label.nii.gz"] = partial(io.write_label, warped.label_after, pair.fixed_affine)
+    if pair.moving_points is not None:
+        there = mapping.invert_at(pair.whole, pair.moving_points.lps)
+        if lost := int(np.isnan(there).any(1).sum()):
+            progress.note(f"{lost} of {len(there)} moving points have no place in the fixed scan: the map folds there")
+        writers["warped_points.csv"] = partial(points.write_points, points.Points(there, pair.moving_points.names))
+    return writers
+
+
+def drawings(
+    pair: measure.Registration, row: dict, notes: list[str], content: dict, kinds: tuple[str, ...]
+) -> dict[str, Callable[[Path], None]]:
+    """The files to look at; the planes are drawn once for all of them."""
+    drawn = []
+
+    def body():
+        progress.stage("drawing")
+        if not drawn:
+            drawn.append(picture.draw_planes(pair))
+        return drawn[0]
+
+    found = {}
+    if "png" in kinds:
+        found["report.png"] = lambda path: picture.draw_report(pair, row, notes, path, body=body())
+    if "html" in kinds:
+        found["thumbnail.webp"] = lambda path: page.write_thumbnail(body(), path)
+        found["report.html"] = lambda path: page.write_page(pair, content, body(), path)
+    return found
+
+
+def write_report(content: dict, path: Path) -> None:
+    """report.json, with the time of the stages that came after the verdict."""
+    content["run"]["stages_cpu_s"] |= progress.take()[1]["stages_cpu_s"]
+    report.write_report(content, path)
+
+
+def write_classes(classes: Tensor, pair: measure.Registration, path: Path) -> None:
+    """Class numbers (1, I, J, K) on the working grid, by nearest neighbour on the fixed scan's grid."""
+    onto = pair.fixed.shape[1:], pair.fixed_affine
+    values = mapping.resample(torch.as_tensor(classes)[0].cpu().numpy(), pair.work_affine, *onto, nearest=True)
+    io.write_label(np.rint(values), pair.fixed_affine, path)
