@@ -9,6 +9,7 @@ import numpy as np
 
 import common
 from common.quality.page import render
+from common.quality.verdict import verdict_of
 
 COLUMNS = {  # of a row: words, digits, whether high is good (1), bad (-1), or neither
     "structure_after": ("structure", 3, 1),
@@ -38,7 +39,7 @@ def write_review(folder: Path, rows: list[dict], path: Path) -> None:
     for n, row in enumerate(rows):
         odd = {name: _outside(numbers[name][n], fences[name]) for name in numbers}
         error, warnings = row.get("error") or "", row.get("warnings") or ""
-        verdict = "failed" if error else "doubtful" if warnings else "plausible"
+        verdict = "failed" if error else verdict_of(warnings)
         suspicion = 1000 * (verdict == "failed") + 10 * len([w for w in warnings.split("; ") if w]) + sum(odd.values())
         cells = {
             name: {"text": _text(values[n], COLUMNS[name][1]), "value": _text(values[n], 6), "odd": odd[name]}

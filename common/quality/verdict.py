@@ -43,6 +43,11 @@ TRAINING = {
 }
 
 
+def verdict_of(sentences: object) -> str:
+    """"plausible" if there is nothing to be wary of, else "doubtful": what the rules here say, and notes of the run."""
+    return "doubtful" if sentences else "plausible"
+
+
 def judge(row: dict[str, float]) -> list[str]:
     """Sentences about the measures of a registration that are out of the ordinary; [] where nothing is."""
     found, before, after = [], row["structure_before"], row["structure_after"]

@@ -16,6 +16,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from common import InputError
 from common.quality.measure import Registration
+from common.quality.verdict import verdict_of
 from common.run import progress
 from common.run.cli import bundle_folder, refuse_unknown
 from common.run.given import as_file
@@ -56,7 +57,7 @@ class Result:
     @property
     def verdict(self) -> str:
         """What report.json says: "plausible" or "doubtful"."""
-        return "doubtful" if self.warnings else "plausible"
+        return verdict_of(self.warnings)
 
     @property
     def affine(self) -> np.ndarray:

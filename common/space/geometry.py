@@ -1,4 +1,4 @@
-"""Working grids, in millimetres; the affine pre-alignment onto them is in prealign.py."""
+"""Working grids, and lengths in millimetres on them; the affine pre-alignment onto them is in prealign.py."""
 
 import nibabel as nib
 import numpy as np
