@@ -46,7 +46,9 @@ def double_kernel(
     b, i, j, k = voxel_of(v, 2 * I, 2 * J, 2 * K)
     c = tl.arange(0, C_PAD)[None, :]
     mask = (v < voxels)[:, None] & (c < C)
-    (i, fi), (j, fj), (k, fk) = below(i, I), below(j, J), below(k, K)
+    i, fi = below(i, I)
+    j, fj = below(j, J)
+    k, fk = below(k, K)
     out = tl.zeros([BLOCK, C_PAD], tl.float32)
     for n in tl.static_range(8):
         a, e, d = i + n // 4, j + (n // 2) % 2, k + n % 2
