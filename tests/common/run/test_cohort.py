@@ -144,31 +144,18 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(log(tmp_path)) == 16 and len(table(tmp_path)) == 5
 
 
-def test_rows_of_other_processes_are_read_even_when_cut_off(tmp_path: Path) -> None:
-    cohort.run(evaluator(tmp_path, pairs(3)))
-    lines = (tmp_path / "results.csv").read_text().splitlines(True)
-    row = table(tmp_path)[1]
-    (tmp_path / "results.csv").write_text("".join([lines[0], lines[1]]))
-    journal = json.dumps(row) + '\n{"id": "1002", "fix'
-    (tmp_path / ".rows.3.jsonl").write_text(journal)
-    cohort.run(evaluator(tmp_path, pairs(3)))
-    assert log(tmp_path)[3:] == ["1002"] and [r["id"] for r in table(tmp_path)] == ["1000", "1001", "1002"]
-    assert not list(tmp_path.glob(".rows.*"))
-
-
 def test_what_a_killed_run_left_does_not_count(tmp_path: Path) -> None:
-    """A row of another process that failed is done again and its new row stays; half-written files go."""
-    failed = {"id": "1001", "error": "was killed"}
-    first = evaluator(tmp_path, pairs(3))
-    failed["settings"] = first.state.table.settings
-    (tmp_path / ".rows.1.jsonl").write_text(json.dumps(failed) + "\n")
+    """What it had in hand is free again; half-written files go."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     left = f".{HOST}-{ended.pid}-0.partial"
     (tmp_path / left).mkdir()
     (tmp_path / left / "warped.nii.gz").write_text("half")
     (tmp_path / f".{HOST}-{ended.pid}-1.csv").write_text("half")
-    cohort.run(first)
+    for number, job in enumerate((f".{HOST}-{ended.pid}-2.job", ".elsewhere-1-0.job")):
+        (tmp_path / job).touch()
+        (tmp_path / ".claims.json").write_text(json.dumps({f"100{number}": job}))
+    cohort.run(evaluator(tmp_path, pairs(3)))
     assert [row["error"] for row in table(tmp_path)] == [""] * 3
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
