@@ -40,9 +40,8 @@ class LastCheckpoint:
         self.write, self.seed = write, seed
 
     def attach(self, engine: Engine) -> None:
-        found = sorted(self.folder.glob("checkpoint_epoch=*.pt"), key=lambda path: path.stat().st_mtime)
-        if found:
-            self._resume(engine, found[-1])
+        if found := list(self.folder.glob("checkpoint_epoch=*.pt")):
+            self._resume(engine, max(found, key=_epoch))
         engine.add_event_handler(Events.EPOCH_STARTED, self._draw_anew)
         if self.write:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
@@ -54,7 +53,7 @@ class LastCheckpoint:
         engine.set_data(engine.state.dataloader)
 
     def _resume(self, engine: Engine, path: Path) -> None:
-        epoch, asked = int(path.stem.split("=")[1]), {}
+        epoch, asked = _epoch(path), {}
         anew = "give another --output_dir to begin anew"
         if engine.state.max_epochs is not None and engine.state.max_epochs < epoch:
             raise InputError(f"{path}: --max_epochs {engine.state.max_epochs} ends before this epoch; {anew}")
@@ -83,6 +82,10 @@ class LastCheckpoint:
         for older in self.folder.glob("checkpoint_epoch=*.pt"):
             if older != path:
                 older.unlink()
+
+
+def _epoch(path: Path) -> int:
+    return int(path.stem.split("=")[1])
 
 
 class BestCheckpoint:

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -168,22 +167,6 @@ def start(out: Path, count: int, seconds: float, *launcher: str) -> subprocess.P
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     line = [sys.executable, *launcher, str(script)]
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    process = start(out, 30, 0.2)
-    limit = time.time() + 120
-    while (not (out / "results.csv").exists() or len(table(out)) < 5) and time.time() < limit:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = len(table(out))
-    assert 5 <= done < 30
-    text = start(out, 30, 0).communicate(timeout=120)[0]
-    assert f"{done} of 30 pairs were done before" in text, text
-    assert [row["id"] for row in table(out)] == [f"100{n}" for n in range(30)]
-    assert len(log(out)) <= 31, "at most the pair that was at work is done twice"
 
 
 def test_two_processes_share_the_pairs(tmp_path: Path) -> None:
