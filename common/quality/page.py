@@ -40,6 +40,7 @@ MARKED = {  # measure: words, digits
     "overlap": ("overlap of the foregrounds (Dice), aligned", 2),
     "folding_pct": ("folding, % of the fixed foreground", 3),
     "inverse_failed_pct": ("not one-to-one: half a voxel off or more, %", 2),
+    "inverse_file_failed_pct": ("the inverse file half a voxel off or more, %", 2),
     "sdlogj": ("roughness: SD of the logarithm of the volume change", 3),
     "disp_mean_mm": ("mean displacement, mm", 2),
     "disp_max_mm": ("largest displacement, mm", 2),
