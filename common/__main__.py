@@ -53,7 +53,7 @@ def apply(
         files: one or more files, then the transform, then the output. A file is a scan or label map (NIfTI, also 4-D,
             MetaImage, NRRD, DICOM folder), or points: .csv with columns x,y,z (LPS mm, as ANTs) or i,j,k (voxels),
             .fcsv or .mrk.json of 3-D Slicer. The transform is .h5, .tfm, .txt, .mat, .lta, elastix's parameters, or a
-            displacement image (.nii.gz, LPS mm). The output is a file, points as .csv or .fcsv in LPS mm; of several
+            displacement image (.nii.gz, LPS mm). The output is a file, points .csv, .fcsv or .mrk.json in LPS mm; of several
             files it is a folder.
         reference: scan whose grid the result gets, as the fixed one; for points in voxels, the scan they belong to.
         label: how labels are brought along: "nearest" (also --label alone), "linear" (each label's share linearly, the
@@ -97,9 +97,9 @@ def compose(output: str, *transforms: str, reference: str = ""):
 
 
 def invert(transform: str, output: str, *, reference: str = ""):
-    """The inverse of a transform; says how far points of the reference come to lie from where they started, there by
-    the transform and back by the inverse that is written: inverse_file_error_mm of a bundle's report.
+    """The inverse of a transform; says how far points of the reference come to lie from where they started.
 
+    That is there by the transform and back by the inverse that is written: inverse_file_error_mm of a bundle's report.
     Affine parts are inverted exactly, displacement fields on their own grid. Where a field folds there is no inverse.
 
     Args:

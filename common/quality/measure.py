@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import InputError
 from common.fields import round_trip
 from common.ops import warp
 from common.quality.metrics import label_overlap, mean_over_labels, ncc, nmi, regularity, ssim, structure
