@@ -53,8 +53,8 @@ def apply(
         files: one or more files, then the transform, then the output. A file is a scan or label map (NIfTI, also 4-D,
             MetaImage, NRRD, DICOM folder), or points: .csv with columns x,y,z (LPS mm, as ANTs) or i,j,k (voxels),
             .fcsv or .mrk.json of 3-D Slicer. The transform is .h5, .tfm, .txt, .mat, .lta, elastix's parameters, or a
-            displacement image (.nii.gz, LPS mm). The output is a file, points .csv, .fcsv or .mrk.json in LPS mm; of several
-            files it is a folder.
+            displacement image (.nii.gz, LPS mm). The output is a file, points .csv, .fcsv or .mrk.json in LPS mm; of
+            several files it is a folder.
         reference: scan whose grid the result gets, as the fixed one; for points in voxels, the scan they belong to.
         label: how labels are brought along: "nearest" (also --label alone), "linear" (each label's share linearly, the
             largest wins: smoother borders), "auto" (nearest for what looks like a label map), "no".
@@ -163,7 +163,8 @@ def make_report(
     if not isinstance(spacing, (int, float)) or not 0 <= spacing < math.inf:
         raise InputError(f"--spacing must be a size in mm, or 0 for that of the fixed scan, got {spacing}")
     given = {name: str(path) for name, path in paths.items() if path}
-    pair = measure.read_registration(str(moving), str(fixed), str(transform), spacing=spacing or None, start=str(start), **given)
+    given |= {"start": str(start)}
+    pair = measure.read_registration(str(moving), str(fixed), str(transform), spacing=spacing or None, **given)
     row, details = measure.measure(pair, measure.warp_pair(pair))
     scans = {str(moving): pair.moving[0], str(fixed): pair.fixed[0]}
     halves = dict(zip(scans, (half[0].numpy() for half in pair.work.chunk(2))))

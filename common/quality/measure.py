@@ -177,8 +177,8 @@ def measure(
 
 
 def _one_to_one(pair: Registration) -> dict[str, float]:
-    """Whether the map is one-to-one: |x' - x| in mm, x' being sought until T(x') = T(x), of at most SAMPLE voxels of the
-    working grid's foreground. An inverse in a file is less exact, see `inverse_error`.
+    """Whether the map is one-to-one: |x' - x| in mm, x' being sought until T(x') = T(x), of at most SAMPLE voxels of
+    the working grid's foreground. An inverse in a file is less exact, see `inverse_error`.
     """
     points = pair.inside.nonzero().T.float()
     points = points[:, :: -(-points.shape[1] // SAMPLE)]

@@ -78,9 +78,10 @@ def judge(row: dict[str, float]) -> list[str]:
     if row.get("labels_lost_pct", 0) > LOST_PCT:
         share = f"{row['labels_lost_pct']:.1f} % of the labelled voxels"
         found.append(f"{row['labels_lost']} of {row['labels']} labels vanish, {share}")
-    for name, words in (("inverse", "the map is not one-to-one: there and back is"), ("inverse_file", "the inverse is")):
+    words = {"inverse": "the map is not one-to-one: there and back is", "inverse_file": "the inverse is"}
+    for name, text in words.items():
         if (share := row.get(f"{name}_failed_pct", 0)) > INVERSE_PCT:
-            found.append(f"{words} half a voxel off or more in {share:.1f} % of the foreground")
+            found.append(f"{text} half a voxel off or more in {share:.1f} % of the foreground")
     return found
 
 

@@ -349,8 +349,9 @@ def _read_table(path: Path) -> list[dict]:
         return []
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
+    words = (*IDENTITY, "settings", "warnings", "error")
     return [
-        {name: text if name in IDENTITY + ("settings", "warnings", "error") else _value(text) for name, text in row.items()}
+        {name: text if name in words else _value(text) for name, text in row.items()}
         for row in rows
         if row.get("id")
     ]

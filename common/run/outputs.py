@@ -17,7 +17,7 @@ from common.space.transform_files import write_transform
 def files_of(
     pair: measure.Registration, warped: measure.Warped, displacement: bool, *, points_like: str = ""
 ) -> dict[str, Callable[[Path], None]]:
-    """The files of a pair's folder that need nothing but the pair; points also in the form of the file `points_like`."""
+    """The files of a pair's folder that need nothing but the pair; points also in the form of a file `points_like`."""
     onto = pair.fixed.shape[1:], pair.fixed_affine
     writers = {
         "warped.nii.gz": partial(io.write_scan, warped.after, pair.fixed_affine),

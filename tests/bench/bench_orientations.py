@@ -33,7 +33,9 @@ from common.run.registrar import Registrar  # noqa: E402
 from common.space.points import Points, write_points  # noqa: E402
 
 ORIENTATIONS = [
-    np.stack([order, signs], 1) for order in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)
+    np.stack([order, signs], 1)
+    for order in itertools.permutations(range(3))
+    for signs in itertools.product((1, -1), repeat=3)
 ]
 VOXELS = {"equal": (5.0, 5.0, 5.0), "unequal": (4.0, 5.0, 7.0)}  # mm
 ANGLES = {"straight": (0.0, 0.0, 0.0), "oblique": (0.3, -0.2, 0.25)}  # radians
