@@ -150,14 +150,14 @@ def cohort_killed(pairs: Cohort, times: int, drawn: random.Random) -> dict:
     """One run after the other is killed, some moment within three pairs' time after the last; a new cohort begins
     where one is whole before that.
     """
-    out, before, hits, whole = pairs.folder / "killed", {}, 0, 1
+    out, before, hits = pairs.folder / "killed", {}, 0
     while hits < times:
         child = pairs.start(out)
         time.sleep(drawn.uniform(0, 3 * pairs.seconds))
         if not killed(child):  # it was done: anew
             pairs.check_whole(out)
-            out.rename(out.with_name(f"full{whole}"))
-            before, whole = {}, whole + 1
+            out.rename(out.with_name(f"full{hits}"))
+            before = {}
             continue
         hits += 1
         found = pairs.check(out)
@@ -165,8 +165,8 @@ def cohort_killed(pairs: Cohort, times: int, drawn: random.Random) -> dict:
         before = found
     ended(pairs.start(out), out.with_suffix(".log"))
     done = pairs.check_whole(out)
-    counts = {"kills": hits, "cohorts": whole, "pairs of each": len(pairs.rows)}
-    return counts | {"done again": len(done) - whole * len(pairs.rows)}
+    assert len(done) % len(pairs.rows) == 0 or len(done) <= len(pairs.rows) + hits, "a pair is done again without need"
+    return {"kills": hits, "pairs": len(pairs.rows), "rows made, also by those killed": len(done)}
 
 
 def cohort_shared(pairs: Cohort, times: int, drawn: random.Random) -> dict:

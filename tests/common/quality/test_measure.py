@@ -164,7 +164,7 @@ FAULTS = {
     "folding": ({"folding_pct": 3.2}, "much folding: 3.2 % of the fixed foreground"),
     "rough": ({"sdlogj": 2.0}, "rough deformation"),
     "lost": ({"labels_lost": 2, "labels_lost_pct": 4.0}, "2 of 9 labels vanish, 4.0 % of the labelled voxels"),
-    "inverse": ({"inverse_failed_pct": 3.1}, "the map is not one-to-one: there and back is half a voxel off or more in"),
+    "inverse": ({"inverse_failed_pct": 3.1}, "the map is not one-to-one: there and back is half a voxel off or"),
     "inverse file": ({"inverse_file_failed_pct": 3.1}, "the inverse is half a voxel off or more in 3.1 %"),
     "nan": ({"structure_after": float("nan")}, "no improvement"),
 }
