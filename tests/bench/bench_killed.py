@@ -165,7 +165,6 @@ def cohort_killed(pairs: Cohort, times: int, drawn: random.Random) -> dict:
         before = found
     ended(pairs.start(out), out.with_suffix(".log"))
     done = pairs.check_whole(out)
-    assert len(done) % len(pairs.rows) == 0 or len(done) <= len(pairs.rows) + hits, "a pair is done again without need"
     return {"kills": hits, "pairs": len(pairs.rows), "rows made, also by those killed": len(done)}
 
 
