@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.ops._dispatch import custom_op
 from common.ops._triton import block_of, on_device, padded, precision, rows, volume, voxel_of
 
 CHUNKS = 64  # partial sums of the weight gradient: 64 x 27 C O numbers
@@ -129,7 +130,7 @@ def _convolve(
     return out
 
 
-@torch.library.custom_op("monai_registration::modulated_conv3d_triton", mutates_args=())
+@custom_op("monai_registration::modulated_conv3d_triton")
 @on_device
 def _modulated_conv3d(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor) -> Tensor:
     taps = weight.permute(2, 3, 4, 1, 0).reshape(27, x.shape[1], -1)
@@ -141,7 +142,7 @@ def _(x, weight, bias, modulation, labels):
     return volume(x.new_empty(x.shape[0], *x.shape[2:], weight.shape[0]))
 
 
-@torch.library.custom_op("monai_registration::modulated_conv3d_triton_backward", mutates_args=())
+@custom_op("monai_registration::modulated_conv3d_triton_backward")
 @on_device
 def _modulated_conv3d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor
