@@ -36,7 +36,7 @@ def report(row: dict, details: dict[str, dict], warnings: list[str], run: dict) 
         row: measures, and id, fixed, moving.
         details: what `common.quality.measure.measure` adds to the row.
         warnings: sentences; none of them makes the verdict "plausible", any "doubtful".
-        run: seconds, peak_memory_mib, forecast, device, network, weights, settings.
+        run: seconds, peak_memory_mib, forecast, device, threads, network, weights, settings.
     """
     found = {name: row[name] for name in ("id", "fixed", "moving") if name in row}
     found |= {"verdict": verdict_of(warnings), "warnings": warnings, "before": details["before"]}

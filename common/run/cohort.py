@@ -248,7 +248,7 @@ def run(engine: Evaluator) -> None:
         engine.data_loader = DataLoader(Subset(loader.dataset, [n]), batch_size=1, collate_fn=loader.collate_fn)
         engine.state.epoch_length = 1
         progress.take()
-        progress.put(device=str(engine.state.device), settings=table.described)
+        progress.put(device=str(engine.state.device), threads=torch.get_num_threads(), settings=table.described)
         table.failure = None
         engine.run()
         if table.failure is not None:

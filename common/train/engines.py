@@ -2,7 +2,6 @@
 
 import atexit
 import copy
-import ctypes
 import math
 import os
 import sys
@@ -24,23 +23,10 @@ from common.ops import plain
 from common.quality.metrics import label_overlap, mean_over_labels
 from common.run.cohort import leave_group
 from common.run.engines import rank_device
+from common.run.machine import keep_memory
 
 TORCHRUN = "torchrun --standalone --nproc_per_node=GPUS"
-__all__ = ["leave_group", "rank_device"]  # which the configs name as part of this module
-
-
-def keep_memory() -> None:
-    """Let this process keep the memory of tensors that it frees, for the next ones, until it ends.
-
-    glibc returns blocks above 32 MiB to the system at once, which then fills every page of the next one with zeros
-    again. With another C library nothing happens. For training; a server would hold its peak for ever.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        mallopt(option, value)
+__all__ = ["keep_memory", "leave_group", "rank_device"]  # which the configs name as part of this module
 
 
 class LabelDice(CumulativeIterationMetric):
