@@ -144,7 +144,7 @@ def make_report(
         spacing: voxel size in mm on which the deformation is measured; 0 keeps the fixed scan's.
         neurological: draw the patient's left on the left.
     """
-    from common.quality import measure, page, picture, report, verdict
+    from common.quality import measure, page, picture, report, verdict, views
 
     paths = {"moving_label": moving_label, "fixed_label": fixed_label}
     paths |= {"moving_points": moving_points, "fixed_points": fixed_points}
@@ -164,10 +164,11 @@ def make_report(
     content = report.report(row, details, notes, {"transform": str(transform)})
     folder = io.output_folder(str(output))
     io.replaced(folder / "report.json", lambda path: report.write_report(content, path))
-    body = picture.draw_planes(pair, neurological=neurological)
-    io.replaced(folder / "report.png", lambda path: picture.draw_report(pair, row, notes, path, body=body))
+    looked = views.Views(pair)
+    body = picture.draw_planes(looked, neurological=neurological)
+    io.replaced(folder / "report.png", lambda path: picture.draw_report(looked, content, path, body=body))
     options = {"neurological": neurological}
-    io.replaced(folder / "report.html", lambda path: page.write_page(pair, content, body, path, **options))
+    io.replaced(folder / "report.html", lambda path: page.write_page(looked, content, body, path, **options))
     io.replaced(folder / "thumbnail.webp", lambda path: page.write_thumbnail(body, path))
     return "\n  ".join([_written(output, f"report.html, report.png and report.json, {content['verdict']}"), *notes])
 

@@ -1,5 +1,6 @@
 """report.json: everything that is known about one registration, and whether to trust it."""
 
+import datetime
 import json
 import math
 import platform
@@ -45,7 +46,28 @@ def report(row: dict, details: dict[str, dict], warnings: list[str], run: dict) 
     found["overlap"] |= {"each": details["labels"]} if "labels" in details else {}
     found["landmarks"] |= {"each": details["landmarks"]} if "landmarks" in details else {}
     found["deformation"]["displacement_mm"] = details["displacement_mm"]
-    return found | {"run": run | {"versions": VERSIONS}}
+    made = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return found | {"run": run | {"date": made, "versions": VERSIONS}}
+
+
+def names_of(content: dict) -> tuple[str, str]:
+    """The moving and the fixed scan of a report, without their folders."""
+    return tuple(Path(str(content.get(role, ""))).name for role in ("moving", "fixed"))
+
+
+def method_of(run: dict) -> str:
+    """Method, weights, version of this software and date in words, as far as a report's run says."""
+    networks = [item for item in run.get("settings") or [] if isinstance(item, dict) and "network" in item]
+    found = []
+    if networks:
+        steps = [part for item in run["settings"] if isinstance(item, dict) for part in item.values()]
+        steps = [part["refine_steps"] for part in steps if isinstance(part, dict) and part.get("refine_steps")]
+        found.append(networks[0]["network"] + (f" and {steps[0]} steps" if steps else ""))
+        file = networks[0].get("file")
+        found.append(f"weights {Path(file).name} {networks[0]['sha256'][:8]}" if file else "no weights")
+    elif "transform" in run:
+        found.append(f"transform {Path(run['transform']).name}")
+    return ", ".join([*found, f"version {VERSIONS['common']}", run.get("date", "")[:16].replace("T", " ")]).rstrip(", ")
 
 
 def write_report(content: dict, path: Path) -> None:

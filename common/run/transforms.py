@@ -371,7 +371,7 @@ class DeliverPaird(Transform):
         if self.save:
             progress.stage("writing")
             content = report.report(row, details, notes, facts)
-            writers |= outputs.drawings(pair, row, notes, content, REPORTS[self.report])
+            writers |= outputs.drawings(pair, content, REPORTS[self.report])
             writers["report.json"] = partial(outputs.write_report, content)  # the last
             io.write_folder(self.output_dir / data["id"], writers)
         row["seconds"] = time.time() - float(data["started"])

@@ -247,9 +247,9 @@ def row_of(pair, disp, kind, way, *, moving=None, start=None):
 def errors(pair, disp):
     if pair.truth is not None:
         where = (torch.from_numpy(pair.fixed) > 0).nonzero().T[:, ::37].float()  # y, and x = y + v(y)
-        v = fields._sample(pair.truth, where)
+        v = fields.sample_at(pair.truth, where)
         there = where + v
-        off = there + fields._sample(disp, there) - where
+        off = there + fields.sample_at(disp, there) - where
         mm = float(np.linalg.norm(pair.affine[:3, 0]))
         return {"error_before": float(v.norm(dim=0).mean()) * mm, "error_after": float(off.norm(dim=0).mean()) * mm}
     fixed, moving = (torch.from_numpy(np.ascontiguousarray(x)).long() for x in pair.labels)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from common import phantom
 from common.quality import measure, metrics, picture, report, summary, verdict
+from common.quality.views import Views
 from common.space import io, mapping
 from common.space.transform_files import read_transform, write_transform
 
@@ -127,7 +128,7 @@ def test_good_and_bad_are_told_apart(files: Path, tmp_path: Path) -> None:
         notes = verdict.judge(row)
         content = report.report({"id": name} | row, details, notes, {"seconds": 1.0})
         report.write_report(content, tmp_path / f"{name}.json")
-        picture.draw_report(pair, {"id": name} | row, notes, tmp_path / f"{name}.png")
+        picture.draw_report(Views(pair), content, tmp_path / f"{name}.png")
         contents[name] = json.loads((tmp_path / f"{name}.json").read_text())
         pictures[name] = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"), float)
     good, bad = contents["good"], contents["bad"]
