@@ -170,7 +170,8 @@ def make_report(
     options = {"neurological": neurological}
     io.replaced(folder / "report.html", lambda path: page.write_page(looked, content, body, path, **options))
     io.replaced(folder / "thumbnail.webp", lambda path: page.write_thumbnail(body, path))
-    return "\n  ".join([_written(output, f"report.html, report.png and report.json, {content['verdict']}"), *notes])
+    told = _written(output, "report.html, report.png and report.json")
+    return "\n    - ".join([f"{told}\n  verdict: {content['verdict'].upper()}", *notes])
 
 
 def review(folder: str):

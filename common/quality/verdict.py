@@ -48,6 +48,16 @@ def verdict_of(sentences: object) -> str:
     return "doubtful" if sentences else "plausible"
 
 
+def joined(sentences: list[str]) -> str:
+    """Sentences as one cell of a table."""
+    return "; ".join(sentence.replace("; ", ", ") for sentence in sentences)
+
+
+def parted(cell: str) -> list[str]:
+    """The sentences of such a cell."""
+    return [sentence for sentence in cell.split("; ") if sentence]
+
+
 def judge(row: dict[str, float]) -> list[str]:
     """Sentences about the measures of a registration that are out of the ordinary; [] where nothing is."""
     found, before, after = [], row["structure_before"], row["structure_after"]

@@ -365,7 +365,7 @@ class DeliverPaird(Transform):
         notes += verdict.judge_scans(scans, halves, self.trained_on) + verdict.judge(found)
         row = {"id": data["id"]} | names | found
         row |= {} if pair.measured is None else {"guides": int((~pair.measured).sum())}
-        row |= {"warnings": "; ".join(notes), "seconds": time.time() - float(data["started"])}
+        row |= {"warnings": verdict.joined(notes), "seconds": time.time() - float(data["started"])}
         peak = forecast.peak_memory(torch.as_tensor(data["pred"]).device)
         facts |= {"seconds": row["seconds"], "peak_memory_mib": None if peak is None else peak / 2**20}
         if self.save:

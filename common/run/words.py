@@ -22,6 +22,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle import run as bundle_run
 
 from common import InputError
+from common.run import progress
 from common.run.cli import refuse_unknown
 from common.run.help import help_of
 from common.run.options import FOR_INFERENCE, FOR_TRAINING, Option
@@ -109,6 +110,7 @@ def take_options() -> None:
         given = _of_command_line()
     if parser is not None:
         parser.ref_resolver.resolved_content.update(given)
+        progress.hush(given.get("quiet", parser.config.get("quiet", False)))
         if "bundle_root" in given:  # read by MONAI already, and perhaps not as it stands
             sys.path.insert(1, os.path.abspath(given["bundle_root"]))
 

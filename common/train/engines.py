@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from common.ops import plain
 from common.quality.metrics import label_overlap, mean_over_labels
+from common.run import progress
 from common.run.cohort import leave_group
 from common.run.engines import rank_device
 
@@ -139,7 +140,7 @@ class EpochBar:
         self.name = name
 
     def attach(self, engine: Engine) -> None:
-        if not sys.stderr.isatty():
+        if progress.quiet() or not sys.stderr.isatty():
             return
         bar = ProgressBar(desc=self.name, persist=False)
         bar.attach(engine, output_transform=self._shown)
