@@ -161,7 +161,9 @@ def make_report(
     halves = dict(zip(scans, (half[0].numpy() for half in pair.work.chunk(2))))
     notes = verdict.judge_scans(scans, halves, None) + verdict.judge(row)
     row = {"id": Path(str(output)).name, "fixed": str(fixed), "moving": str(moving)} | row
-    content = report.report(row, details, notes, {"transform": str(transform)})
+    inputs = {"moving": str(moving), "fixed": str(fixed), "transform": str(transform)} | given
+    run = {"transform": str(transform), "inputs": report.inputs_of(inputs)}
+    content = report.report(row, details, notes, run)
     folder = io.output_folder(str(output))
     io.replaced(folder / "report.json", lambda path: report.write_report(content, path))
     looked = views.Views(pair)

@@ -77,6 +77,7 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
     values = {
         "doubtful": content["verdict"] != "plausible",
         "reasons": content["warnings"],
+        "remarks": run.get("remarks", []),
         "name": content.get("id", ""),
         "moving": names[0],
         "fixed": names[1],

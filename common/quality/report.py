@@ -3,7 +3,9 @@
 import datetime
 import json
 import math
+import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import torch
 
 import common
 from common.quality.verdict import verdict_of
+from common.space.files import sha256_of
+from common.space.io import contrasts_of
 
 VERSIONS = {
     "common": common.__version__,
@@ -48,6 +52,21 @@ def report(row: dict, details: dict[str, dict], warnings: list[str], run: dict) 
     found["deformation"]["displacement_mm"] = details["displacement_mm"]
     made = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return found | {"run": run | {"date": made, "versions": VERSIONS}}
+
+
+def inputs_of(given: Mapping[str, object]) -> dict[str, dict[str, object]]:
+    """The files that a result was made from, with their SHA-256: {"moving": {"file": ..., "sha256": ...}, ...}.
+
+    Args:
+        given: path, or None, by the role of each; of several contrasts, what `io.contrasts_of` takes.
+    """
+    found = {}
+    for role, name in given.items():
+        files = [os.path.abspath(part) for part in contrasts_of(str(name))] if name else []
+        if files and all(os.path.exists(file) for file in files):
+            known = [{"file": file, "sha256": sha256_of(file)} for file in files]
+            found[role] = known[0] if len(known) == 1 else known
+    return found
 
 
 def names_of(content: dict) -> tuple[str, str]:

@@ -21,7 +21,7 @@ OVERLAP = 0.5  # Dice of the two foregrounds after the pre-alignment
 UNRELATED = 0.35  # agreement of structure after the registration: that of two organs, fitted to each other, is 0.25
 GAIN = 0.02  # of that agreement that counts as an improvement
 ALIGNED = 0.97  # agreement that leaves nothing to improve
-MIRRORED = 0.0  # how much better the moving scan agrees where it is turned left to right
+MIRRORED = 0.0  # how much better the moving scan agrees turned left to right, either way aligned as well as it can be
 CONTRASTS = 0.1  # agreement of structure above correlation, before: then the scans are of two contrasts
 DRIVEN = 0.2  # by how much the correlation of two contrasts may rise
 INVERSE_PCT = 3.0  # of the fixed foreground, with the inverse half a voxel off or more
@@ -59,28 +59,31 @@ def parted(cell: str) -> list[str]:
 
 
 def judge(row: dict[str, float]) -> list[str]:
-    """Sentences about the measures of a registration that are out of the ordinary; [] where nothing is."""
+    """Sentences about the measures of a registration that are out of the ordinary; [] where nothing is.
+
+    They are ordered by cause: what is wrong with the scans and their alignment, with the match, with the deformation.
+    """
     found, before, after = [], row["structure_before"], row["structure_after"]
+    if row["overlap"] < OVERLAP:
+        found.append(f"little overlap: the foregrounds share {row['overlap']:.2f} (Dice) after the pre-alignment")
+    if row["structure_mirrored"] - row["structure_aligned"] > MIRRORED:
+        fit = f"{row['structure_mirrored']:.3f} instead of {row['structure_aligned']:.3f}"
+        found.append(f"turned left to right, the moving scan would agree better ({fit}): are its sides right?")
+    if before - row["ncc_before"] > CONTRASTS and row["ncc_after"] - row["ncc_before"] > DRIVEN:
+        change = f"correlation {row['ncc_before']:.2f} before, {row['ncc_after']:.2f} after"
+        advice = "take samconvex with --features mind, and --refine_similarity mind"
+        found.append(f"two contrasts were made to look alike ({change}), which moves structures off; {advice}")
     if after < UNRELATED:
         advice = "one organ in both? for two contrasts use samconvex with --features mind"
         found.append(f"the scans hardly agree in structure ({after:.2f}, below {UNRELATED}): {advice}")
     elif not (after - before > GAIN or after >= ALIGNED):
         change = f"structures agree by {before:.2f} before, {after:.2f} after"
         found.append(f"no improvement over the pre-alignment: {change}")
-    if row["structure_mirrored"] - before > MIRRORED:
-        fit = f"{row['structure_mirrored']:.2f} instead of {before:.2f}"
-        found.append(f"turned left to right, the moving scan would agree better ({fit}): are its sides right?")
-    if before - row["ncc_before"] > CONTRASTS and row["ncc_after"] - row["ncc_before"] > DRIVEN:
-        change = f"correlation {row['ncc_before']:.2f} before, {row['ncc_after']:.2f} after"
-        advice = "take samconvex with --features mind, and --refine_similarity mind"
-        found.append(f"two contrasts were made to look alike ({change}), which moves structures off; {advice}")
     for name, words, sign in (("dice", "the labels overlap", 1), ("tre_mm", "the landmarks agree", -1)):
         before, after = row.get(f"{name}_before"), row.get(f"{name}_after")
         if before is not None and after is not None and sign * after < sign * before:
             unit = " mm" if name == "tre_mm" else ""
             found.append(f"{words} less than before: {before:.2f}{unit} before, {after:.2f}{unit} after")
-    if row["overlap"] < OVERLAP:
-        found.append(f"little overlap: the foregrounds share {row['overlap']:.2f} (Dice) after the pre-alignment")
     if row["folding_pct"] > FOLDING_PCT:
         found.append(f"much folding: {row['folding_pct']:.1f} % of the fixed foreground; try --refine_steps 50")
     if row["sdlogj"] > ROUGH:

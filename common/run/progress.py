@@ -108,6 +108,12 @@ def note(text: str) -> None:
         _notes.append(text)
 
 
+def remark(text: str) -> None:
+    """Say something about how the present pair is registered, and keep it for its report: no reason for doubt."""
+    say(text)
+    put(remarks=[*(kept("remarks") or []), text])
+
+
 @contextlib.contextmanager
 def noting() -> Iterator[None]:
     """Every `RegistrationWarning` inside becomes a note about the present pair; other warnings stay what they are."""
@@ -142,13 +148,21 @@ def silent() -> Iterator[None]:
     """No bar, log or printed summary of what runs inside; errors stay what they are."""
     global _silent
     before, _silent = _silent, True
-    logged = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(None), unlogged():
             yield
     finally:
         _silent = before
+
+
+@contextlib.contextmanager
+def unlogged() -> Iterator[None]:
+    """No warning or lesser message of any logger inside."""
+    logged = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
         logging.disable(logged)
 
 
@@ -206,8 +220,8 @@ def step(done: int, total: int) -> None:
 
 
 def say(text: str) -> None:
-    """Write a line that stays; nothing happens outside of a run."""
-    if _run is not None:
+    """Write a line that stays, about the first of many pairs only; nothing happens outside of a run."""
+    if _run is not None and not _run.done:
         _run.line(text)
 
 

@@ -18,7 +18,7 @@ from common.space import io, mapping
 from common.space.transform_files import read_transform, write_transform
 
 GOOD = {
-    **dict(structure_before=0.5, structure_after=0.7, structure_mirrored=0.3),
+    **dict(structure_before=0.5, structure_after=0.7, structure_aligned=0.5, structure_mirrored=0.3),
     **dict(overlap=0.9, ncc_before=0.6, ncc_after=0.9, nmi_before=0.1, nmi_after=0.3, folding_pct=0.0, sdlogj=0.3),
     **dict(dice_before=0.5, dice_after=0.7, tre_mm_before=4.0, tre_mm_after=1.0, labels=9, labels_lost=0),
 }
@@ -156,7 +156,7 @@ def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
 FAULTS = {
     "no improvement": ({"structure_after": 0.51}, "no improvement over the pre-alignment: structures agree by 0.50"),
     "unrelated": ({"structure_after": 0.3}, "the scans hardly agree in structure .0.30"),
-    "mirrored": ({"structure_mirrored": 0.52}, "turned left to right, the moving scan would agree better .0.52"),
+    "mirrored": ({"structure_mirrored": 0.52}, "turned left to right, the moving scan would agree better .0.520 instead of 0.500"),
     "two contrasts": ({"ncc_before": 0.1, "ncc_after": 0.5}, "two contrasts were made to look alike .correlation 0.10"),
     "labels": ({"dice_after": 0.4}, "the labels overlap less than before: 0.50 before, 0.40 after"),
     "landmarks": ({"tre_mm_after": 5.0}, "the landmarks agree less than before: 4.00 mm before, 5.00 mm after"),
