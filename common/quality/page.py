@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -55,6 +56,9 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
     size, onto = page_grid(views.pair, step)
     furthest = max(float(views.pair.disp.abs().max()) / step, 1e-3)
     to_voxel = np.linalg.inv(views.pair.fixed_affine) @ onto
+    # What the first reason is about is seen at once.
+    deformed = any(reason.startswith(verdict.OF_DEFORMATION) for reason in content["warnings"][:1])
+    edges = content["verdict"] != "plausible" and not deformed
     data = {
         "size": size,
         "middle": [n // step for n in views.middle],
@@ -68,6 +72,8 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
         "longest": views.longest,
         "spacing_of_grid": max(max(size) // picture.LINES, 1),
         "radiological": not neurological,
+        "view": "volume change" if deformed else "after",
+        "edges": edges,
         "purples": picture.PURPLES,
         "lengths": picture.LENGTHS,
         "landmarks": [_scaled(mark, step) for mark in views.landmarks],
@@ -76,7 +82,8 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
     run, names = content["run"], report.names_of(content)
     values = {
         "doubtful": content["verdict"] != "plausible",
-        "reasons": content["warnings"],
+        "reasons": [_led(sentence) for sentence in content["warnings"]],
+        "edges": edges,
         "remarks": run.get("remarks", []),
         "name": content.get("id", ""),
         "moving": names[0],
@@ -137,6 +144,12 @@ def encoded(image: Image.Image, kind: str, **options: object) -> str:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _led(sentence: str) -> tuple[str, str]:
+    """What a sentence is about, and the rest of it."""
+    head = re.split(r"(?<=.)(?=: | \()", sentence, maxsplit=1)
+    return head[0], sentence[len(head[0]) :]
 
 
 def page_grid(pair: Registration, step: int) -> tuple[tuple[int, int, int], np.ndarray]:

@@ -105,7 +105,7 @@ def _plot(name: str, values: list[float | None], fences: tuple[float, float], ro
     for value, row in zip(values, rows):
         if value is None:
             continue
-        x = round(12 + 276 * (value - low) / (high - low or 1), 1)
+        x = round(12 + 126 * (value - low) / (high - low or 1), 1)
         level = heights[round(x / 6)] = heights.get(round(x / 6), -1) + 1
         dot = {"id": row["id"], "x": x, "y": 46 - 4 * (level % 11), "value": _text(value, 3)}
         dots.append(dot | {"odd": _outside(value, fences)})
