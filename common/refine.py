@@ -240,7 +240,9 @@ def _feature_fit(
     return fit, tuple(fixed.shape[2:])
 
 
-def _descend(fit: Callable[[Tensor], Tensor], start: Tensor, steps: int, smoothness: float, rate: float, follow) -> Tensor:
+def _descend(
+    fit: Callable[[Tensor], Tensor], start: Tensor, steps: int, smoothness: float, rate: float, follow: Callable
+) -> Tensor:
     """Smoothed update of `start` after so many steps of Adam."""
     update = torch.zeros_like(start, requires_grad=True)
     optimizer = torch.optim.Adam([update], lr=rate)

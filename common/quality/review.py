@@ -51,7 +51,8 @@ def write_review(folder: Path, rows: list[dict], path: Path) -> None:
         here = {} if error else {kind: file for kind, file in files.items() if file.is_file()}
         there = {kind: f"{quote(str(row['id']))}/{file.name}" for kind, file in here.items()}
         lines.append(
-            {"id": row["id"], "verdict": verdict, "reasons": [error] if error else reasons, "suspicion": suspicion, "cells": cells}
+            {"id": row["id"], "verdict": verdict, "reasons": [error] if error else reasons}
+            | {"suspicion": suspicion, "cells": cells}
             | {"thumbnail": there.get("thumbnail"), "page": there.get("page", there.get("picture"))}
         )
     words = ("plausible", "doubtful", "failed")

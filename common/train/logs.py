@@ -14,7 +14,8 @@ from common.run import progress
 
 
 class EpochLine:
-    """Print one line for every epoch, with the time left by the pace so far, and at the end the file of weights with the option that takes it.
+    """Print one line for every epoch, with the time left by the pace so far, and at the end the file of weights with
+    the option that takes it.
 
     Args:
         validator: whose metrics are told; it must have run when this handler does.

@@ -1,6 +1,7 @@
 """Measures, verdict, report and pictures of registrations with known answers, good and bad."""
 
 import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -156,7 +157,7 @@ def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
 FAULTS = {
     "no improvement": ({"structure_after": 0.51}, "no improvement over the pre-alignment: structures agree by 0.50"),
     "unrelated": ({"structure_after": 0.3}, "the scans hardly agree in structure .0.30"),
-    "mirrored": ({"structure_mirrored": 0.52}, "left and right may be exchanged in one scan: .* agrees better .0.520 instead of 0.500"),
+    "mirrored": ({"structure_mirrored": 0.52}, "left and right may be exchanged .* agrees better .0.520 instead of 0.500"),
     "two contrasts": ({"ncc_before": 0.1, "ncc_after": 0.5}, "two contrasts were made to look alike .correlation 0.10"),
     "labels": ({"dice_after": 0.4}, "the labels overlap less than before: 0.50 before, 0.40 after"),
     "landmarks": ({"tre_mm_after": 5.0}, "the landmarks agree less than before: 4.00 mm before, 5.00 mm after"),
@@ -250,3 +251,25 @@ def test_summary_of_a_cohort(tmp_path: Path) -> None:
     assert image.std() > 10 and image.shape[0] > 200
     summary.draw_summary(rows[8:9], tmp_path / "failed.png")  # nothing registered at all
     assert (tmp_path / "failed.png").stat().st_size > 1000
+
+
+def test_inputs_are_hashed(tmp_path: Path) -> None:
+    """As sha256sum says; a folder by its files in the order of their names, a header with its data."""
+    for name, text in (("b", "two"), ("a", "one"), ("s.mhd", "head"), ("s.raw", "data")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "series").mkdir()
+    for name in "ab":
+        (tmp_path / "series" / name).write_text((tmp_path / name).read_text())
+    given = {"fixed": tmp_path / "a", "moving": f"{tmp_path / 'a'};{tmp_path / 'b'}", "moving_label": None}
+    found = report.inputs_of(given | {"series": tmp_path / "series", "header": tmp_path / "s.mhd"})
+    one, two = (hashlib.sha256(text).hexdigest() for text in (b"one", b"two"))
+    assert found["fixed"] == {"file": str(tmp_path / "a"), "sha256": one}
+    assert [part["sha256"] for part in found["moving"]] == [one, two] and "moving_label" not in found
+    assert found["series"]["sha256"] == hashlib.sha256(b"onetwo").hexdigest()
+    assert found["header"]["sha256"] == hashlib.sha256(b"headdata").hexdigest()
+
+
+def test_sentences_in_a_cell() -> None:
+    sentences = ["much folding; try steps", "rough"]
+    assert verdict.parted(verdict.joined(sentences)) == ["much folding, try steps", "rough"]
+    assert verdict.parted("") == []
