@@ -51,7 +51,7 @@ def caption(views: Views, *, neurological: bool = False) -> str:
         "Radiological view: the patient's left is on the right"
     )
     lines = f"grid lines every {max(max(views.fixed.shape) // LINES, 1) * views.mm:.0f} mm"
-    found = f"{side}. Bar: {RULER} mm; {lines}. Slices and mm (RAS) of the fixed scan."
+    found = f"{side}. Before: {views.pair.before}. Bar: {RULER} mm; {lines}. Slices and mm (RAS) of the fixed scan."
     if views.landmarks:
         found += " Landmarks within 8 mm of the slice: fixed in a ring, moving as a dot."
     return found

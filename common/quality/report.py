@@ -44,7 +44,7 @@ def report(row: dict, details: dict[str, dict], warnings: list[str], run: dict) 
         run: seconds, peak_memory_mib, forecast, device, network, weights, settings.
     """
     found = {name: row[name] for name in ("id", "fixed", "moving") if name in row}
-    found |= {"verdict": verdict_of(warnings), "warnings": warnings}
+    found |= {"verdict": verdict_of(warnings), "warnings": warnings, "before": details["before"]}
     for section, begins in SECTIONS.items():
         found[section] = {name: value for name, value in row.items() if name.startswith(begins) and name != "id"}
     found["overlap"] |= {"each": details["labels"]} if "labels" in details else {}

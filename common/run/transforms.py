@@ -353,7 +353,8 @@ class DeliverPaird(Transform):
         if self.groups and math.isnan(found.get("dice_coarse_after", 0.0)):
             progress.remark("--groups: no label of theirs is in both label maps")
         small = pair.fixed[0].size <= WRITTEN
-        writers = outputs.files_of(pair, warped, small if self.displacement is None else self.displacement)
+        whole = small if self.displacement is None else self.displacement
+        writers = outputs.files_of(pair, warped, whole, points_like=str(data.get("moving_points", "")))
         for name in ("warped_segmentation", "fixed_segmentation"):
             if name in data:
                 writers[f"{name}.nii.gz"] = partial(outputs.write_classes, data[name], pair)

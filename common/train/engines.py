@@ -4,6 +4,7 @@ import atexit
 import copy
 import ctypes
 import math
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +19,14 @@ from monai.handlers import IgniteMetricHandler
 from monai.metrics import CumulativeIterationMetric
 from torch import Tensor, nn
 
+from common import InputError
 from common.ops import plain
 from common.quality.metrics import label_overlap, mean_over_labels
 from common.run import progress
 from common.run.cohort import leave_group
 from common.run.engines import rank_device
 
+TORCHRUN = "torchrun --standalone --nproc_per_node=GPUS"
 __all__ = ["leave_group", "rank_device"]  # which the configs name as part of this module
 
 
@@ -243,7 +246,13 @@ class EpochSampler:
 
 
 def init_processes() -> None:
-    """Join the process group that torchrun describes: NCCL on GPUs, gloo on CPUs."""
+    """Join the process group that torchrun describes: NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        InputError: torchrun has not started this process.
+    """
+    if "RANK" not in os.environ:
+        raise InputError(f"multi_gpu_train.json: start it with {TORCHRUN} -m monai.bundle run ...; train.json needs none")
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(leave_group)
