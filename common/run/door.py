@@ -45,7 +45,8 @@ def register(words: list[str]) -> str:
     _refuse_others(asked, bundle)
     shown = {name: value for name, value in asked.items() if name in settings}
     line = shlex.join([bundle.name, *(f"--{n}={v}" for n, v in shown.items()), *([Path(config).name] * bool(config))])
-    print(f"method: {line} ({reason})", flush=True)
+    if not given.get("quiet"):
+        print(f"method: {line} ({reason})", flush=True)
     told = {"bundle": bundle.name, "config": Path(config).name, "options": shown, "reason": reason}
 
     from common.run import progress

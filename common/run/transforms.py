@@ -103,6 +103,9 @@ class LoadScansd(Transform):
         return data
 
     def _load(self, data: dict) -> None:
+        kinds = ("", "_label", "_points", "_mask", "_lesion")
+        given = {f"{key}{kind}": data.get(f"{key}{kind}") for key in self.keys for kind in kinds}
+        progress.put(inputs=report.inputs_of(given))
         for key, label_key in zip(self.keys, self.label_keys):
             path = str(data[key])
             array, affine = io.read_scan(path, header=self.header, series=self.series)
@@ -194,7 +197,7 @@ class AlignAndGridd(Transform):
         spacing = geometry.fitting_spacing(*organ)
         if spacing != self.spacing:
             text = f"a grid of {self.spacing:g} mm voxels does not suit the size of {names[1]}"
-            progress.note(f"{text}, one of {spacing:g} mm was used; choose another with --spacing")
+            progress.remark(f"{text}, one of {spacing:g} mm was used; choose another with --spacing")
         size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, spacing, **options)
         progress.stage("no alignment" if self.prealign == "none" else f"{self.prealign} alignment")
         masks = {name: data[name].numpy()[0] for name in ("moving_mask", "fixed_mask") if name in data}
@@ -349,7 +352,7 @@ class DeliverPaird(Transform):
         progress.stage("measuring")
         found, details = measure.measure(pair, warped, surface=self.surface, minimum=self.minimum, groups=self.groups)
         if self.groups and math.isnan(found.get("dice_coarse_after", 0.0)):
-            progress.note("--groups: no label of theirs is in both label maps")
+            progress.remark("--groups: no label of theirs is in both label maps")
         small = pair.fixed[0].size <= WRITTEN
         whole = small if self.displacement is None else self.displacement
         writers = outputs.files_of(pair, warped, whole, points_like=str(data.get("moving_points", "")))
@@ -367,13 +370,13 @@ class DeliverPaird(Transform):
         notes += verdict.judge_scans(scans, halves, self.trained_on) + verdict.judge(found)
         row = {"id": data["id"]} | names | found
         row |= {} if pair.measured is None else {"guides": int((~pair.measured).sum())}
-        row |= {"warnings": "; ".join(notes), "seconds": time.time() - float(data["started"])}
+        row |= {"warnings": verdict.joined(notes), "seconds": time.time() - float(data["started"])}
         peak = forecast.peak_memory(torch.as_tensor(data["pred"]).device)
         facts |= {"seconds": row["seconds"], "peak_memory_mib": None if peak is None else peak / 2**20}
         if self.save:
             progress.stage("writing")
             content = report.report(row, details, notes, facts)
-            writers |= outputs.drawings(pair, row, notes, content, REPORTS[self.report])
+            writers |= outputs.drawings(pair, content, REPORTS[self.report])
             writers["report.json"] = partial(outputs.write_report, content)  # the last
             io.write_folder(self.output_dir / data["id"], writers)
         row["seconds"] = time.time() - float(data["started"])

@@ -22,6 +22,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle import run as bundle_run
 
 from common import InputError
+from common.run import progress
 from common.run.cli import refuse_unknown
 from common.run.help import help_of
 from common.run.machine import keep_memory, leave_room
@@ -113,6 +114,7 @@ def take_options() -> None:
             leave_room()
     if parser is not None:
         parser.ref_resolver.resolved_content.update(given)
+        progress.hush(given.get("quiet", parser.config.get("quiet", False)))
         if "bundle_root" in given:  # read by MONAI already, and perhaps not as it stands
             sys.path.insert(1, os.path.abspath(given["bundle_root"]))
 

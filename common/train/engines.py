@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from common import InputError
 from common.ops import plain
 from common.quality.metrics import label_overlap, mean_over_labels
+from common.run import progress
 from common.run.cohort import leave_group
 from common.run.engines import rank_device
 from common.run.machine import keep_memory
@@ -128,7 +129,7 @@ class EpochBar:
         self.name = name
 
     def attach(self, engine: Engine) -> None:
-        if not sys.stderr.isatty():
+        if progress.quiet() or not sys.stderr.isatty():
             return
         bar = ProgressBar(desc=self.name, persist=False)
         bar.attach(engine, output_transform=self._shown)
@@ -237,7 +238,9 @@ def init_processes() -> None:
         InputError: torchrun has not started this process.
     """
     if "RANK" not in os.environ:
-        raise InputError(f"multi_gpu_train.json: start it with {TORCHRUN} -m monai.bundle run ...; train.json needs none")
+        raise InputError(
+            f"multi_gpu_train.json: start it with {TORCHRUN} -m monai.bundle run ...; train.json needs none"
+        )
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(leave_group)
