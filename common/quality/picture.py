@@ -98,6 +98,24 @@ def draw_planes(pair: Registration, *, neurological: bool = False) -> Image.Imag
     return _page(rows, caption(pair, neurological=neurological))
 
 
+def draw_volumes(volumes: dict[str, np.ndarray], affine_ras: np.ndarray, path: Path, caption: str) -> None:
+    """Volumes (I, J, K) of one grid in closest RAS order, a column each, cut through its middle; grey up to their own
+    99.5th percentile. Radiological, as `draw_planes`."""
+    size = next(iter(volumes.values())).shape
+    scale, rows = CELL / max(size), []
+    tops = [max(float(np.percentile(v[v > v.min()], 99.5)) if np.ptp(v) else 1.0, 1e-6) for v in volumes.values()]
+    for (plane, normal), ends in zip(PLANES, ENDS):
+        cut = [slice(None)] * 3
+        cut[normal] = size[normal] // 2
+        panels = [ImageOps.mirror(_grey(v[tuple(cut)], top, scale)) for v, top in zip(volumes.values(), tops)]
+        for panel in panels:
+            _letters(panel, (ends[1], ends[0], *ends[2:]))
+        _ruler(panels[0], RULER / float(np.linalg.norm(affine_ras[:3, :3], axis=0).mean()) * scale)
+        rows.append((plane, panels))
+    text = f"Radiological view: the patient's left is on the right. Bar: {RULER} mm. {caption}"
+    _page(rows, text, tuple(volumes), bar=False).save(path, format="png")
+
+
 def _longest(pair: Registration) -> float:
     """mm: 99th percentile of the displacement's length inside."""
     return float(np.percentile(length_mm(pair.disp.numpy(), pair.work_affine)[pair.inside.numpy()], 99)) or 1.0
@@ -117,14 +135,16 @@ def _font(size: int) -> ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _page(rows: list[tuple[str, list[Image.Image]]], caption: str) -> Image.Image:
-    count = len(TITLES)
+def _page(
+    rows: list[tuple[str, list[Image.Image]]], caption: str, titles: tuple[str, ...] = TITLES, *, bar: bool = True
+) -> Image.Image:
+    count = len(titles)
     widths = [max(panels[n].width for _, panels in rows) for n in range(count)]
     heights = [panels[0].height for _, panels in rows]
-    width = EDGE + sum(widths) + count * GAP + BAR
+    width = EDGE + sum(widths) + count * GAP + BAR * bar
     page = Image.new("RGB", (width, 48 + sum(heights) + 3 * GAP), "white")
     draw, x = ImageDraw.Draw(page), EDGE
-    for title, across in zip(TITLES, widths):
+    for title, across in zip(titles, widths):
         draw.text((x + across / 2, 12), title, "black", _font(14), anchor="mm")
         x += across + GAP
     y = 24
@@ -137,7 +157,8 @@ def _page(rows: list[tuple[str, list[Image.Image]]], caption: str) -> Image.Imag
             page.paste(panel, (x + (across - panel.width) // 2, y))
             x += across + GAP
         y += panels[0].height + GAP
-    page.paste(_colour_bar(sum(heights) * 2 // 3), (x, 24 + sum(heights) // 6))
+    if bar:
+        page.paste(_colour_bar(sum(heights) * 2 // 3), (x, 24 + sum(heights) // 6))
     draw.text((EDGE, y + 10), _shortened(caption, _font(13), width - EDGE), "black", _font(13), anchor="lm")
     return page
 

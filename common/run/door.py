@@ -1,7 +1,7 @@
 """The front door: `python -m common register MOVING FIXED OUT`, and `monai-register` of an installed package.
 
-It runs a bundle's own inference.json, with the options of `monai.bundle run` by the same names. What takes seconds to
-load is imported where it is needed, so that help and mistakes do without.
+It runs a bundle's own inference.json, with the options of `monai.bundle run` by the same names; so does the way in to
+templates, `python -m common template SCANS OUT`. What takes seconds to load is imported where it is needed, so that help and mistakes do without.
 """
 
 import json
@@ -12,8 +12,8 @@ from typing import Any
 
 from common import InputError
 from common.run.cli import bundle_folder, refuse_unknown, sentence_of
-from common.run.help import help_of_register
-from common.run.options import FOR_INFERENCE
+from common.run.help import help_of_register, help_of_template
+from common.run.options import FOR_INFERENCE, OF_ALL, TEMPLATE, Option
 
 PLACES = ("moving", "fixed", "output_dir")
 OWN = ("method", "config")  # options of the door itself
@@ -61,6 +61,35 @@ def register(words: list[str]) -> str:
     return ""
 
 
+def template(words: list[str]) -> str:
+    """A template of mean shape and mean intensity from all scans of a folder or CSV; goes on where it was stopped.
+
+    Returns what there is to say; `words` are those of the command line.
+
+    Raises:
+        InputError: a word, an option or a scan that is wrong; a registration that fails.
+    """
+    if {"--help", "-h"} & set(words):
+        return help_of_template()
+
+    from common.run.words import split
+
+    table = TEMPLATE | {name: FOR_INFERENCE[name] for name in OF_ALL}
+    given, places = split(words, set(table))
+    for name in given:
+        elsewhere = "the registration of a pair" if name in FOR_INFERENCE and name not in table else ""
+        refuse_unknown(name, name, table, elsewhere)
+    values = _values(given, table)
+    if len(places) != 2:
+        lacks = f"{places[2]}: is one word too many" if len(places) > 2 else "template needs SCANS and OUT"
+        raise InputError(f"{lacks}; python -m common template --help")
+
+    from common.run.template import make_template
+
+    folder = make_template(*places, **values)
+    return f"wrote {folder}: template.nii.gz, mean.nii.gz, spread.nii.gz, results.csv, and transform.h5 of each scan"
+
+
 def _options(words: list[str]) -> dict[str, str | None]:
     """Every option and its word; the words without an option's name are the moving scan, the fixed one and OUT."""
     from common.run.words import split
@@ -78,12 +107,12 @@ def _options(words: list[str]) -> dict[str, str | None]:
     return options | dict(zip(places, others))
 
 
-def _values(options: dict[str, str | None]) -> dict[str, Any]:
+def _values(options: dict[str, str | None], table: dict[str, Option] = FOR_INFERENCE) -> dict[str, Any]:
     from common.run.values import read
 
     values = {}
     for name, word in options.items():
-        option = FOR_INFERENCE[name]
+        option = table[name]
         if word is None and option.kind != "switch":
             raise InputError(f"--{name}: needs a value")
         values[name] = True if word is None else read(name, option, word)

@@ -1,8 +1,5 @@
 """Registration inside a `Compose` of MONAI: the embedded pair, from files to what the next transform gets."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -98,15 +95,6 @@ def test_what_is_wrong_is_said_when_it_is_made() -> None:
         RegisterDeformabled(bundle="none")
     with pytest.raises(InputError, match="--refine_step: there is no such option, did you mean --refine_steps?"):
         RegisterDeformabled(refine_step=3)
-
-
-def test_example_of_the_page(repository: Path) -> None:
-    """That of common/run/README.md makes a pipeline."""
-    page = (repository / "common" / "run" / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names: dict = {}
-    exec(example, names)
-    assert isinstance(names["pipeline"].transforms[-1], RegisterDeformabled)
 
 
 def test_what_is_missing(pair: dict[str, str]) -> None:
