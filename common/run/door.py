@@ -1,17 +1,17 @@
 """The front door: `python -m common register MOVING FIXED OUT`, and `monai-register` of an installed package.
 
 It runs a bundle's own inference.json, with the options of `monai.bundle run` by the same names; so does the way in to
-templates, `python -m common template SCANS OUT`. What takes seconds to load is imported where it is needed, so that help and mistakes do without.
+templates, `python -m common template SCANS OUT`. What takes seconds to load is imported where it is needed, so that
+help and mistakes do without.
 """
 
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 from common import InputError
-from common.run.cli import bundle_folder, refuse_unknown, sentence_of
+from common.run.cli import bundle_folder, config_file, refuse_unknown, sentence_of
 from common.run.help import help_of_register, help_of_template
 from common.run.options import FOR_INFERENCE, OF_ALL, TEMPLATE, Option
 
@@ -40,7 +40,7 @@ def register(words: list[str]) -> str:
         config = config or (str(bundle / "configs" / choice.config) if choice.config else "")
     else:
         bundle, settings, reason = bundle_folder(method), {}, "asked for by name"
-    config = _found(config, bundle) if config else ""
+    config = config_file(config, bundle) if config else ""
     asked = settings | given
     _refuse_others(asked, bundle)
     shown = {name: value for name, value in asked.items() if name in settings}
@@ -132,14 +132,6 @@ def _chosen(given: dict[str, Any]) -> Any:
     labels = tuple(row[name] for name in ("moving_label", "fixed_label") if name in row)
     how = {"header": given.get("header") or "", "series": given.get("series") or ""}
     return choose(facts_of(row["moving"], row["fixed"], labels, mode=given.get("prealign", "affine"), **how))
-
-
-def _found(config: str, bundle: Path) -> str:
-    """One more config: a file, or the name of one of the bundle."""
-    for path in (Path(config), bundle / "configs" / config):
-        if path.is_file():
-            return os.path.abspath(path)
-    raise InputError(f"--config {config}: no such file, nor a config of {bundle.name}")
 
 
 def _refuse_others(asked: dict[str, Any], bundle: Path) -> None:

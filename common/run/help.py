@@ -72,8 +72,11 @@ def help_of_register() -> str:
 def help_of_template() -> str:
     """What `python -m common template` takes."""
     lines = ["python -m common template SCANS OUT [--OPTION VALUE ...]", ""]
-    lines += ["Makes a template of mean shape and mean intensity from all scans of a folder, or of a CSV with the column"]
-    lines += ["moving; with its column moving_label, or --labels, the label maps are fused. The same line goes on.", ""]
+    lines += [
+        "Makes a template of mean shape and intensity of all scans in a folder, or in a CSV with the column moving.",
+        "With its column moving_label, or --labels, label maps are fused. The same line again goes on.",
+        "",
+    ]
     lines += [line for n, option in TEMPLATE.items() for line in _explained(n, option, TEMPLATE_DEFAULTS[n])]
     config = json.loads((bundle_folder("samconvex") / "configs" / "inference.json").read_text(encoding="utf-8"))
     lines += ["", "Of every registration, as of `monai-register`; defaults are those of samconvex:", ""]

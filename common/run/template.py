@@ -6,7 +6,6 @@ OUT/rounds/N holds a round: ID.h5 for each scan as soon as it is registered, tem
 a run that was stopped goes on where it was.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -14,10 +13,9 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +26,9 @@ from common import InputError, RegistrationWarning
 from common.quality.metrics import label_overlap, mean_over_labels
 from common.quality.picture import draw_volumes
 from common.run.choose import choose, facts_of
-from common.run.cli import bundle_folder, refuse_unknown, sentence_of
-from common.run.data import is_scan, read_pairs, stem, unique
+from common.run.cli import bundle_folder, config_file, refuse_unknown, sentence_of
 from common.run.options import OF_ALL, TEMPLATE, TEMPLATE_DEFAULTS
+from common.run.people import Person, people_of
 from common.run.registrar import Registrar
 from common.run.values import check
 from common.space import average, geometry, io, mapping
@@ -38,19 +36,6 @@ from common.space.prealign import prealign
 from common.space.transform_files import read_transform, write_transform
 
 MEASURES = ("ncc_after", "structure_after", "disp_mean_mm", "folding_pct", "sdlogj", "warnings")  # of a row, kept
-BESIDE = ("moving_mask", "moving_lesion")  # columns of a CSV that the registrations take
-
-
-class Person(NamedTuple):
-    """One scan, as it was found."""
-
-    id: str
-    scan: str
-    label: str  # "" without
-    beside: dict[str, str]  # its masks, by the names of a registration's options
-    grid: mapping.Grid
-    ranges: list[tuple[float, float]]  # the values of each channel that become 0 and 1
-    stripped: bool
 
 
 def make_template(scans: str | os.PathLike, output_dir: str | os.PathLike, **options: Any) -> Path:
@@ -73,13 +58,12 @@ def make_template(scans: str | os.PathLike, output_dir: str | os.PathLike, **opt
         refuse_unknown(name, name, {*TEMPLATE, *OF_ALL})
     own = TEMPLATE_DEFAULTS | {n: check(n, TEMPLATE[n], value) for n, value in options.items() if n in TEMPLATE}
     registering = {name: value for name, value in options.items() if name in OF_ALL}
-    reading = {name: registering[name] for name in ("header", "series") if registering.get(name)}
-    rows = _rows(os.path.abspath(scans), own["labels"])
+    reading = {name: registering.get(name) or "" for name in ("header", "series")}
     out = Path(os.path.abspath(output_dir))
     if out == Path(os.path.abspath(scans)):
         raise InputError(f"{out}: holds the scans; the template needs a folder of its own")
-    people = _people(rows, reading)
-    registrar, told = _registrar(own, registering, people)
+    people = people_of(os.path.abspath(scans), own["labels"], **reading)
+    registrar, told = _registrar(own, registering, people, reading)
     reference = os.path.abspath(own["reference"]) if own["reference"] else people[0].scan
     out = io.output_folder(out)
     building = _Building(out, people, registrar, reference, own["voxel_size"], reading)
@@ -98,68 +82,18 @@ def make_template(scans: str | os.PathLike, output_dir: str | os.PathLike, **opt
     return out
 
 
-def _rows(scans: str, labels: str) -> list[dict[str, str]]:
-    """id, moving, and what there is beside it, of every scan."""
-    rows = [{name: v for name, v in row.items() if name != "fixed"} for row in read_pairs(scans, {"fixed": ""})]
-    if len(rows) < 2:
-        raise InputError(f"{scans}: a template needs at least two scans, there is only {rows[0]['moving']}")
-    if labels:
-        if not os.path.isdir(labels):
-            raise InputError(f"--labels {labels}: no such folder")
-        names = {stem(path.name): str(path) for path in sorted(Path(labels).absolute().iterdir()) if is_scan(path)}
-        if not any(stem(row["moving"]) in names for row in rows):
-            raise InputError(f"--labels {labels}: holds no label map with the file name of a scan in {scans}")
-        rows = [row | ({"moving_label": names[n]} if (n := stem(row["moving"])) in names else {}) for row in rows]
-    taken = {"rounds", "round", "shape"}  # names of files that are no person's
-    return [row | {"id": unique(row.get("id") or stem(row["moving"]), taken)} for row in rows]
-
-
-def _people(rows: list[dict[str, str]], reading: dict) -> list[Person]:
-    """Every scan looked at once, before anything is computed or written."""
-    people, first = [], None
-    for row in rows:
-        path = row["moving"]
-        with _said():
-            array, affine = io.read_scan(path, **reading)
-            io.refuse_constant(array, path)
-            if label := row.get("moving_label", ""):
-                io.read_beside(label, "label map", path, array, affine, reading.get("header", ""))
-        first = first or (path, len(array))
-        if len(array) != first[1]:
-            raise InputError(f"{path}: has {len(array)} channels, the first scan {first[0]} has {first[1]}")
-        beside = {name: row[name] for name in BESIDE if name in row}
-        ranges = [geometry.foreground_range(channel) for channel in array]
-        grid = array.shape[1:], affine
-        people.append(Person(row["id"], path, label, beside, grid, ranges, io.is_stripped(array[0])))
-    return people
-
-
-@contextlib.contextmanager
-def _said() -> Iterator[None]:
-    """Warnings about a scan as sentences."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RegistrationWarning)
-        yield
-    for warning in caught:
-        if issubclass(warning.category, RegistrationWarning):
-            print(f"warning: {warning.message}", file=sys.stderr)
-
-
-def _registrar(own: dict, registering: dict, people: list[Person]) -> tuple[Registrar, dict]:
+def _registrar(own: dict, registering: dict, people: list[Person], reading: dict) -> tuple[Registrar, dict]:
     """What registers, and what is told about it: asked for by name, or chosen by the first two scans."""
     settings, config, reason = {}, own["config"], "asked for by name"
     if own["method"] == "auto":
         labels = tuple(person.label for person in people[:2] if person.label)
-        how = {"header": registering.get("header") or "", "series": registering.get("series") or ""}
-        facts = facts_of(people[1].scan, people[0].scan, labels, mode=registering.get("prealign", "affine"), **how)
+        mode = registering.get("prealign", "affine")
+        facts = facts_of(people[1].scan, people[0].scan, labels, mode=mode, **reading)
         choice = choose(facts)
         own = own | {"method": choice.bundle}
         settings, config, reason = choice.options, config or choice.config, choice.reason
     root = bundle_folder(own["method"])
-    if config and not Path(config).is_file():
-        if not (root / "configs" / config).is_file():
-            raise InputError(f"--config {config}: no such file, nor a config of {root.name}")
-        config = str(root / "configs" / config)
+    config = config_file(config, root) if config else ""
     options = settings | registering
     shown = shlex.join([root.name, *(f"--{n}={v}" for n, v in options.items()), *([Path(config).name] * bool(config))])
     print(f"method: {shown} ({reason})", flush=True)
@@ -338,7 +272,7 @@ class _Building:
             the_map = self.map_of(number, person)
             row = {"id": person.id, "scan": person.scan}
             if person.label:
-                codes, own = io.read_label(person.label, header=self.reading.get("header", ""))
+                codes, own = io.read_label(person.label, header=self.reading["header"])
                 labels[person.id] = mapping.resample(codes[0], own, size, affine, the_map, voted=True)
             if (path := self.place(number, person).with_suffix(".json")).is_file():
                 row |= json.loads(path.read_text(encoding="utf-8"))

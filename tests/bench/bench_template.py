@@ -14,6 +14,7 @@ over labels above 100 voxels, then over pairs. That is measured by two methods o
 is judged by the method alone that made it.
 """
 
+import gzip
 import json
 import os
 import signal
@@ -72,7 +73,8 @@ def build(data, work, limit=19, rounds=2, output=str(RESULTS)):
     folder = make_template(table(data, Path(work) / "scans.csv", limit), Path(work) / "ours", rounds=rounds, **METHOD)
     seconds = cpu_seconds() - begin
     told = json.loads((folder / "template.json").read_text())
-    keep(output, ours={"scans": limit, "rounds": rounds, "cpu_s": seconds, "of_rounds": told["rounds"], "method": METHOD})
+    facts = {"scans": limit, "rounds": rounds, "cpu_s": seconds, "method": METHOD, "of_rounds": told["rounds"]}
+    keep(output, ours=facts)
 
 
 def ants(data, work, limit=19, iterations=2, output=str(RESULTS)):
@@ -133,9 +135,9 @@ def judge(data, work, methods="samconvex;SyN", output=str(RESULTS)):
 
     torch.set_num_threads(1)
     work = Path(work)
-    templates = {"affine mean": work / "ours" / "rounds" / "0" / "mean.nii.gz", "ours": work / "ours" / "template.nii.gz"}
-    templates |= {"ours, not sharpened": work / "ours" / "mean.nii.gz", "ANTs": work / "ants.nii.gz"}
-    templates = {name: path for name, path in templates.items() if path.is_file()}
+    places = {"affine mean": "ours/rounds/0/mean.nii.gz", "ours": "ours/template.nii.gz"}
+    places |= {"ours, not sharpened": "ours/mean.nii.gz", "ANTs": "ants.nii.gz"}
+    templates = {name: work / place for name, place in places.items() if (work / place).is_file()}
     sharp = {name: sharpness(path) for name, path in templates.items()}
     sharp["the scans, each alone"] = float(np.mean([sharpness(path) for path in scans_of(data, 19)]))
     keep(output, sharpness=sharp)
@@ -158,6 +160,11 @@ def judge(data, work, methods="samconvex;SyN", output=str(RESULTS)):
             keep(output, dice_through_the_template=found)
 
 
+def content(path):
+    """The bytes of a file; of a compressed one, whose header holds the hour, what it was made of."""
+    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+
+
 def resume(data, limit=4, output=str(RESULTS)):
     """The command on a few scans: once through, and once killed (SIGKILL) after half of the registrations."""
     with tempfile.TemporaryDirectory() as folder:
@@ -175,8 +182,9 @@ def resume(data, limit=4, output=str(RESULTS)):
         subprocess.run([*line, f"{place}/twice", *words], check=True, **kwargs)
         names = ["template.nii.gz", "mean.nii.gz", "template_label.nii.gz"]
         names += [f"{case['id']}/transform.h5" for case in dataset(data)["training"][:limit]]
-        same = [(place / "once" / name).read_bytes() == (place / "twice" / name).read_bytes() for name in names]
-    keep(output, resumed={"killed": killed, "done_when_killed": left, "scans": limit, "files": len(same), "same": sum(same)})
+        same = [len({content(place / run / name) for run in ("once", "twice")}) == 1 for name in names]
+    facts = {"killed": killed, "registered_when_killed": left, "scans": limit, "files": len(same), "same": sum(same)}
+    keep(output, resumed=facts)
 
 
 def measure(data, work, limit=19, rounds=2, iterations=2, output=str(RESULTS)):
