@@ -126,7 +126,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that the lines name, tiny."""
     folder = tmp_path_factory.mktemp("files")
     size, affine = (32, 40, 32), centred((32, 40, 32), np.diag([4.5] * 3))
-    for name in ("DATA", "brain_t1_2mm", "hippocampus_mr", "SCANS", "CT_SCANS"):
+    for name in ("DATA", "brain_t1_2mm", "hippocampus_mr", "SCANS", "CT_SCANS", "LABELS"):
         (folder / name).mkdir()
     for seed, person in enumerate(PEOPLE):
         deformation = phantom.Deformation(seed, amplitude=12)
@@ -145,6 +145,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("SCANS", "CT_SCANS"):
         for person in PEOPLE[:3]:
             shutil.copy(folder / "DATA" / f"{person}.nii.gz", folder / name)
+    for person in PEOPLE[:3]:
+        shutil.copy(folder / "DATA" / f"{person}_label.nii.gz", folder / "LABELS" / f"{person}.nii.gz")
     for role, person in (("moving", "a"), ("fixed", "b")):
         for name in (role, role[0], {"moving": "t2", "fixed": "t1"}[role]):
             shutil.copy(folder / "DATA" / f"{person}.nii.gz", folder / f"{name}.nii.gz")
@@ -255,6 +257,8 @@ def test_line(path: str, words: tuple[str, ...], files: Path, server, published,
     given = on_one_node(list(words)) if words[0] == "srun" else list(words)
     if "download" in given:
         given = [word.replace("https://HOST/TAG", published) for word in given]
+    elif "template" in words[3:4]:
+        given = with_options(given, {"--spacing": "9", "--rounds": "1"})
     elif "--size" in words:
         given[given.index("--size") + 1] = "16,16,16"
     elif "--input_shape" in words:
