@@ -240,11 +240,12 @@ class _Building:
         blend = average.Blend()
         for person in self.people:
             blend.add(*self.warped(person, self.map_of(number, person), grid))
-        sharp = blend.sharpened() * (blend.inside if self.stripped else 1)
+        sharp = blend.sharpened()
         slopes = [average.steepness(x)[blend.inside].mean() for x in (blend.mean[0], sharp[0])]
         moved = np.linalg.norm(mapping.displacement_mm(mean, *grid), axis=0)[blend.inside].mean()
         facts = {"shape_mm": moved, "slope": slopes[0], "slope_sharpened": slopes[1], "slope_scans": blend.steepness}
         facts = {name: float(value) for name, value in facts.items()}
+        sharp = np.where(blend.inside, sharp, 0) if self.stripped else sharp
         volumes = {"mean": blend.mean, "spread": blend.spread, "template": sharp.astype(np.float32)}
         io.replaced(self.folder(number) / "round.json", partial(_write_json, facts))
         for name, array in volumes.items():

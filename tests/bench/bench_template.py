@@ -28,7 +28,7 @@ import fire
 from machine import ROOT, hardware, one_thread, version
 
 RESULTS = Path(__file__).parent / "results" / "template_brain_t1_2mm.json"
-METHOD = {"method": "samconvex", "refine_steps": 50, "prealign": "none", "device": "cpu"}
+METHOD = {"method": "samconvex", "features": "mind", "refine_steps": 20, "prealign": "none", "device": "cpu"}
 
 
 def cpu_seconds():
