@@ -192,7 +192,7 @@ class _Building:
                 found = self.registrar.register(person.scan, target, **person.beside)
                 row = {name: found.row[name] for name in MEASURES if name in found.row}
                 io.replaced(self.place(number, person).with_suffix(".json"), partial(_write_json, row))
-                the_map = found.transform
+                the_map = average.faded(found.transform)
             else:
                 the_map = mapping.affine_transform(self._aligned(person))
             write_transform(the_map, self.place(number, person))

@@ -58,6 +58,24 @@ def _unposed(matrix: np.ndarray, grid: mapping.Grid) -> np.ndarray:
     return nib.affines.from_matvec(rotation.T, middle - rotation.T @ there)
 
 
+def faded(the_map: mapping.Transform) -> mapping.Transform:
+    """A map whose displacements fall to 0 around their grids, and do not end there at once.
+
+    A network sees a template's foreground and little around it; a person who reaches further would be torn there, and
+    the template with them. Each field is widened by a linear ramp from its border to 0, twice as long as the largest
+    displacement at the border: that cannot fold.
+    """
+    parts = []
+    for part in the_map.parts:
+        if isinstance(part, mapping.Field):
+            faces = [np.abs(part.disp.take(end, axis)).max() for axis in (1, 2, 3) for end in (0, -1)]
+            width = int(np.ceil(2 * max(faces)))
+            disp = np.pad(part.disp, [(0, 0), *[(width, width)] * 3], mode="linear_ramp")
+            part = mapping.Field(disp, part.affine_ras @ nib.affines.from_matvec(np.eye(3), [-width] * 3))
+        parts.append(part)
+    return mapping.Transform(tuple(parts))
+
+
 def mean_grid(reference: mapping.Grid, fields: list[tuple[mapping.Grid, np.ndarray]], spacing: float) -> mapping.Grid:
     """The grid of a template: axes in closest RAS order as the reference's, isotropic, as wide as its people's scans
     are along each axis in the median.

@@ -65,6 +65,24 @@ def test_linear_ones_among_deforming_ones_count() -> None:
     assert fields.jacobian_determinant(half[None].float()).min() > 0
 
 
+def test_faded_falls_to_nothing_around_its_grid() -> None:
+    """The same inside, half as large half way out, 0 further on; and it does not fold there."""
+    disp = np.zeros((3, 8, 8, 8), np.float32)
+    disp[0] = np.random.default_rng(0).uniform(2.5, 3, (8, 8, 8))
+    disp[1, 3, 4, 5] = 9.0  # inside: the ramp asks for the border alone
+    turned = mapping.affine_transform(moved((0.1, 0, 0), (1, 1, 1), 3.0))
+    torn = mapping.compose(mapping.displacement_transform(disp, GRID[1]), turned)
+    whole = average.faded(torn)
+    wide, affine = mapping.field_of(mapping.parts(whole)[0])
+    assert wide.shape[1:] == (20, 20, 20) and (wide[:, [0, -1]] == 0).all()
+    np.testing.assert_array_equal(wide[:, 6:-6, 6:-6, 6:-6], disp)
+    np.testing.assert_allclose(wide[0, 3, 6:-6, 6:-6], disp[0, 0] / 2)
+    np.testing.assert_allclose(nib.affines.apply_affine(affine, [6, 6, 6]), GRID[1][:3, 3])
+    wide[1] = 0
+    assert fields.jacobian_determinant(torch.from_numpy(wide)[None]).min() > 0.2
+    assert mapping.matrix_of(mapping.parts(whole)[1]).tolist() == mapping.matrix_of(turned).tolist()
+
+
 def test_grid_of_people_on_one_grid_is_theirs() -> None:
     size, affine = average.mean_grid(GRID, [(GRID, np.eye(4))] * 3, 2.0)
     assert size == GRID[0]
