@@ -9,7 +9,6 @@ from common.ops.conv import reference
 from common.ops.conv.reference import conv3d_reference
 
 FEW = 32 * 32  # products of channels up to which cuDNN's gradients are slower than the kernel
-ALWAYS = False  # whether inference takes the kernel too
 
 
 @scripted_as(reference.conv3d)
@@ -18,9 +17,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
     out(b, o, v) = bias(o) + sum over c, t of weight(o, c, t) x(b, c, v + t)
 
-    The forward pass is torch's in every layer. "triton" makes the gradient of `x` by a forward pass with the taps
-    mirrored, and that of `weight` by a kernel: on an H200 cuDNN's gradients take eight times its forward pass where
-    8 channels meet 8. By default it is taken for CUDA tensors that need a gradient, up to 32 x 32 channels.
+    On an H200 cuDNN's gradients take eight times its forward pass where 8 channels meet 8. So by default the kernels
+    are taken for CUDA tensors in training, up to 32 x 32 channels; torch's own convolution everywhere else.
 
     Args:
         x: (B, C, I, J, K) features; under autocast they and the weight are cast as autocast casts a convolution's.
@@ -39,7 +37,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     fits = weight.ndim == 5 and tuple(weight.shape[1:]) == (x.shape[1], 3, 3, 3)
     _checks.require(fits, "conv3d", "weight", f"have shape (O, {x.shape[1]}, 3, 3, 3)", tuple(weight.shape))
     layer = choose("conv", x, backend, name="conv3d")
-    few = weight.shape[0] * weight.shape[1] <= FEW and (ALWAYS or torch.is_grad_enabled())
+    few = weight.shape[0] * weight.shape[1] <= FEW and torch.is_grad_enabled()
     if layer != "triton" or backend is None and not few:
         return conv3d_reference(x, weight, bias)
     from common.ops.conv.kernel import conv3d_triton

@@ -62,7 +62,7 @@ def modulated_conv3d_weight_kernel(
     C: tl.constexpr, O: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
     C_PAD: tl.constexpr, O_PAD: tl.constexpr, BN_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, plane of nine taps, tile of dW): partial dW (9, C, O), da (9, B N), db (B N, O) over `steps` tiles.
+    """Program (chunk, plane of nine taps, tile of dW): partial dW (9, C, O), da (9, B N), db (B N, O), `steps` tiles.
 
     The nine taps of one offset along I are rows of one product, so that a tile of the gradient is read once for them.
     """
