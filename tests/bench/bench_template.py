@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import fire
-from machine import ROOT, hardware, one_thread, version
+from machine import ROOT, hardware, one_thread
 
 RESULTS = Path(__file__).parent / "results" / "template_brain_t1_2mm.json"
 METHOD = {"method": "samconvex", "features": "mind", "refine_steps": 20, "prealign": "none", "device": "cpu"}
@@ -86,7 +86,7 @@ def ants(data, work, limit=19, iterations=2, output=str(RESULTS)):
     found = tool.build_template(image_list=images, iterations=iterations, random_seed=1)
     seconds = cpu_seconds() - begin
     tool.image_write(found, str(Path(work) / "ants.nii.gz"))
-    keep(output, ants={"scans": limit, "iterations": iterations, "cpu_s": seconds, "version": version("antspyx")})
+    keep(output, ants={"scans": limit, "iterations": iterations, "cpu_s": seconds, "version": tool.__version__})
 
 
 def sharpness(path):
