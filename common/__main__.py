@@ -53,8 +53,8 @@ def apply(
         files: one or more files, then the transform, then the output. A file is a scan or label map (NIfTI, also 4-D,
             MetaImage, NRRD, DICOM folder), or points: .csv with columns x,y,z (LPS mm, as ANTs) or i,j,k (voxels),
             .fcsv or .mrk.json of 3-D Slicer. The transform is .h5, .tfm, .txt, .mat, .lta, elastix's parameters, or a
-            displacement image (.nii.gz, LPS mm). The output is a file, points as .csv or .fcsv in LPS mm; of several
-            files it is a folder.
+            displacement image (.nii.gz, LPS mm). The output is a file, points .csv, .fcsv or .mrk.json in LPS mm; of
+            several files it is a folder.
         reference: scan whose grid the result gets, as the fixed one; for points in voxels, the scan they belong to.
         label: how labels are brought along: "nearest" (also --label alone), "linear" (each label's share linearly, the
             largest wins: smoother borders), "auto" (nearest for what looks like a label map), "no".
@@ -99,21 +99,24 @@ def compose(output: str, *transforms: str, reference: str = ""):
 def invert(transform: str, output: str, *, reference: str = ""):
     """The inverse of a transform; says how far points of the reference come to lie from where they started.
 
+    That is there by the transform and back by the inverse that is written: inverse_file_error_mm of a bundle's report.
     Affine parts are inverted exactly, displacement fields on their own grid. Where a field folds there is no inverse.
 
     Args:
         transform: .h5, .tfm, .txt, .mat, or a displacement image.
         output: file to write: .h5, or a displacement image on the grid of --reference.
-        reference: scan on whose voxels the error is measured: the fixed one.
+        reference: scan in whose foreground the error is measured: the fixed one.
     """
     the_map = transform_files.read_transform(str(transform))
     back = mapping.invert(the_map)
     text = ""
     if reference:
-        size, affine = _grid(reference)
-        error = mapping.inverse_error_mm(the_map, back, size, affine)
-        spread = f"median {np.median(error):.3f} mm, 99th percentile {np.percentile(error, 99):.3f} mm"
-        text = f"; inverse-consistency error on {reference}: {spread}"
+        from common.quality.measure import inverse_error_inside
+
+        scan, affine = io.read_scan(reference)
+        error = inverse_error_inside(the_map, back, scan[0], affine)
+        spread = f"mean {error.mean():.3f} mm, 99th percentile {np.percentile(error, 99):.3f} mm"
+        text = f"; error of this inverse in the foreground of {reference}: {spread}"
     return _write_map(back, output, reference) + text
 
 
@@ -128,9 +131,13 @@ def make_report(
     moving_points: str = "",
     fixed_points: str = "",
     spacing: float = 0,
+    start: str = "",
     neurological: bool = False,
 ):
     """Judge a registration made by any tool: report.json, report.png and report.html, and in words what looks wrong.
+
+    "Before" is, as in a bundle's report, after the linear alignment: the linear parts of the transform, if it has
+    others as well. One displacement image does not show them: then "before" is the scans as they lie, or --start.
 
     Args:
         moving: moving scan, in its own space.
@@ -142,6 +149,7 @@ def make_report(
         moving_points: landmarks of the moving scan (.csv, .fcsv, .mrk.json); with the fixed ones gives the TRE in mm.
         fixed_points: landmarks of the fixed scan, in the same order.
         spacing: voxel size in mm on which the deformation is measured; 0 keeps the fixed scan's.
+        start: the alignment that "before" is: a linear transform of fixed points to the moving scan.
         neurological: draw the patient's left on the left.
     """
     from common.quality import measure, page, picture, report, verdict
@@ -155,6 +163,7 @@ def make_report(
     if not isinstance(spacing, (int, float)) or not 0 <= spacing < math.inf:
         raise InputError(f"--spacing must be a size in mm, or 0 for that of the fixed scan, got {spacing}")
     given = {name: str(path) for name, path in paths.items() if path}
+    given |= {"start": str(start)}
     pair = measure.read_registration(str(moving), str(fixed), str(transform), spacing=spacing or None, **given)
     row, details = measure.measure(pair, measure.warp_pair(pair))
     scans = {str(moving): pair.moving[0], str(fixed): pair.fixed[0]}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adam import adam
 from tqdm import trange
 
 from common import RegistrationWarning
@@ -176,11 +177,9 @@ def _drawn(guide: Guide, disp: Tensor, smoothness: float) -> Tensor:
         at = tuple(max(-(-n // knots), 4) for n in size)
         left = guide._replace(moving=guide.moving - sample_at(disp[0], guide.fixed.T).T)
         update = torch.zeros((1, 3, *at), device=disp.device, requires_grad=True)
-        pull, optimizer = _pull(left, size, at), torch.optim.Adam([update], lr=0.1)
+        pull, optimizer = _pull(left, size, at), _Adam(update, 0.1)
         for _ in range(60):
-            optimizer.zero_grad()
-            (pull(update) + smoothness * diffusion(update)).backward()
-            optimizer.step()
+            optimizer.step(pull(update) + smoothness * diffusion(update))
         disp = disp + resize_disp(update.detach(), size)
     return disp
 
@@ -233,13 +232,27 @@ def _feature_fit(
 def _descend(fit: Callable[[Tensor], Tensor], start: Tensor, steps: int, smoothness: float, rate: float, bar) -> Tensor:
     """Smoothed update of `start` after so many steps of Adam."""
     update = torch.zeros_like(start, requires_grad=True)
-    optimizer = torch.optim.Adam([update], lr=rate)
+    optimizer = _Adam(update, rate)
     for _ in range(steps):
         disp = start + smooth(update)
         loss = fit(disp) + smoothness * diffusion(disp)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        optimizer.step(loss)
         bar.update()
         bar.set_postfix_str(f"loss {loss.item():.4f}")
     return smooth(update).detach()
+
+
+class _Adam:
+    """torch.optim.Adam of one tensor, without its class: that loads torch's compiler, which takes two CPU-seconds."""
+
+    def __init__(self, parameter: Tensor, rate: float) -> None:
+        self.parameter, self.rate = parameter, rate
+        self.means, self.squares = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        self.count = torch.tensor(0.0)
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> None:
+        (slope,) = torch.autograd.grad(loss, self.parameter)
+        state = [self.parameter], [slope], [self.means], [self.squares], [], [self.count]
+        options = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8, "maximize": False}
+        adam(*state, lr=self.rate, **options)

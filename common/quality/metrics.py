@@ -3,6 +3,8 @@
 MONAI takes seconds to load: it is imported where labels are measured.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import find_objects
@@ -54,11 +56,13 @@ def _surface_distances(a: Tensor, b: Tensor, spacing: list[float]) -> dict[str, 
     from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
     options = {"include_background": True, "spacing": spacing}
-    found = (
-        compute_hausdorff_distance(a, b, **options),
-        compute_hausdorff_distance(a, b, percentile=95, **options),
-        compute_average_surface_distance(a, b, symmetric=True, **options),
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)  # MONAI 1.6 warns of itself
+        found = (
+            compute_hausdorff_distance(a, b, **options),
+            compute_hausdorff_distance(a, b, percentile=95, **options),
+            compute_average_surface_distance(a, b, symmetric=True, **options),
+        )
     return dict(zip(DISTANCES, map(float, found)))
 
 

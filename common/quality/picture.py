@@ -57,7 +57,7 @@ def caption(pair: Registration, *, neurological: bool = False) -> str:
     )
     lines = f"grid lines every {max(max(size) // LINES, 1) * mm:.0f} mm"
     longest = f"displacement from white, 0, to dark blue, {_longest(pair):.1f} mm"
-    return f"{side}. Bar: {RULER} mm; {lines}; {longest}. Slices and mm (RAS) of the fixed scan."
+    return f"{side}. Before: {pair.before}. Bar: {RULER} mm; {lines}; {longest}. Slices and mm (RAS) of the fixed scan."
 
 
 def draw_planes(pair: Registration, *, neurological: bool = False) -> Image.Image:

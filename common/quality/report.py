@@ -36,10 +36,10 @@ def report(row: dict, details: dict[str, dict], warnings: list[str], run: dict) 
         row: measures, and id, fixed, moving.
         details: what `common.quality.measure.measure` adds to the row.
         warnings: sentences; none of them makes the verdict "plausible", any "doubtful".
-        run: seconds, peak_memory_mib, forecast, device, network, weights, settings.
+        run: seconds, peak_memory_mib, forecast, device, threads, network, weights, settings.
     """
     found = {name: row[name] for name in ("id", "fixed", "moving") if name in row}
-    found |= {"verdict": verdict_of(warnings), "warnings": warnings}
+    found |= {"verdict": verdict_of(warnings), "warnings": warnings, "before": details["before"]}
     for section, begins in SECTIONS.items():
         found[section] = {name: value for name, value in row.items() if name.startswith(begins) and name != "id"}
     found["overlap"] |= {"each": details["labels"]} if "labels" in details else {}

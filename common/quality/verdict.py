@@ -78,8 +78,10 @@ def judge(row: dict[str, float]) -> list[str]:
     if row.get("labels_lost_pct", 0) > LOST_PCT:
         share = f"{row['labels_lost_pct']:.1f} % of the labelled voxels"
         found.append(f"{row['labels_lost']} of {row['labels']} labels vanish, {share}")
-    if row.get("inverse_failed_pct", 0) > INVERSE_PCT:
-        found.append(f"the inverse is half a voxel off or more in {row['inverse_failed_pct']:.1f} % of the foreground")
+    words = {"inverse": "the map is not one-to-one: there and back is", "inverse_file": "the inverse is"}
+    for name, text in words.items():
+        if (share := row.get(f"{name}_failed_pct", 0)) > INVERSE_PCT:
+            found.append(f"{text} half a voxel off or more in {share:.1f} % of the foreground")
     return found
 
 
@@ -87,7 +89,8 @@ def normal(name: str, row: dict[str, float]) -> tuple[str, bool]:
     """What is normal for a measure, in words, and whether this row is out of it."""
     before, after = (row.get(f"{name}_{when}") for when in ("before", "after"))
     value = row.get(name)
-    limits = {"folding_pct": FOLDING_PCT, "sdlogj": ROUGH, "inverse_failed_pct": INVERSE_PCT}
+    limits = {"folding_pct": FOLDING_PCT, "sdlogj": ROUGH}
+    limits |= dict.fromkeys(("inverse_failed_pct", "inverse_file_failed_pct"), INVERSE_PCT)
     if name in limits:
         return f"at most {limits[name]:g}", value is not None and value > limits[name]
     if name == "structure":

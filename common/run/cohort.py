@@ -10,6 +10,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ from common import InputError
 from common.quality.review import rows_of, write_review
 from common.quality.summary import draw_summary
 from common.run import progress
+from common.run.claims import claimed
 from common.run.cli import sentence_of
 from common.space.files import locked, output_folder, remove_leftovers, replaced, write_table
 from common.space.io import contrasts_of
 
-IDENTITY = ("id", "fixed", "moving", "settings")  # columns that say which pair a row is of, and how it was made
+IDENTITY = ("id", "fixed", "moving")  # columns that say which pair a row is of
 UNTOLD = (
     "training",
     "output_dir",
@@ -77,52 +80,69 @@ class PairTable:
         self.failure = error
 
     def add(self, row: dict) -> None:
-        """Keep a row; process 0 writes the table, the others a line to a file of their own, which 0 reads."""
+        """Keep a row, and write the table."""
         row = row | {"settings": self.settings}
         self.rows[row["id"]] = row
-        if rank():
-            with self._journal(rank()).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        else:
-            self.write()
+        self.write()
 
-    def write(self) -> None:
-        """results.csv of all processes, in the order of the pairs."""
-        for row in self._journals():
-            if row.get("settings") == self.settings:
-                self.rows[row["id"]] = row
-        self._write_table()
+    def write(self) -> list[dict]:
+        """Put this process's rows into results.csv, beside those of the others; returns those of this cohort, in order.
 
-    def _write_table(self) -> None:
-        """Rows of pairs that are not of this run stay, if their files do: those of another job, or an earlier one."""
-        own = [self.rows[name] for name in self.order if name in self.rows]
+        Rows of pairs that are not of it stay, if their files do: those of another job, or an earlier one.
+        """
         with locked(self.path):
-            others = [row for row in _read_table(self.path) if row["id"] not in self.order]
-            kept = [row for row in others if (self.folder / row["id"] / "report.json").exists()]
+            found = {row["id"]: row for row in _read_table(self.path)}
+            own = [row for name in self.order if (row := self._newest(name, found.pop(name, None)))]
+            kept = [row for row in found.values() if (self.folder / row["id"] / "report.json").exists()]
             write_table(self.path, [*kept, *own])
+        return own
+
+    def _newest(self, name: str, found: dict | None) -> dict | None:
+        """The row of a pair: this process's own, or that of another one, which may have done what failed here."""
+        own = self.rows.get(name)
+        if not self._is_of(found):
+            return own
+        return found if own is None or (own.get("error") and not found.get("error")) else own
+
+    def _is_of(self, row: dict | None) -> bool:
+        """Whether a row is of a pair of this cohort, its files and settings."""
+        return bool(row) and all(str(row.get(name)) == text for name, text in self.expected[row["id"]].items())
 
     def begin(self, pairs: list[dict]) -> list[int]:
         """Numbers of the pairs that are still to be done; those done before keep their rows."""
         self.order = [pair["id"] for pair in pairs]
-        self.rows = {}
+        self.expected = {
+            pair["id"]: {name: str(pair.get(name)) for name in IDENTITY} | {"settings": self.settings} for pair in pairs
+        }
+        self.rows, self.failed = {}, {}
         if not self.resume or len(pairs) < 2:
             return list(range(len(pairs)))
-        found = {row["id"]: row for row in [*_read_table(self.path), *self._journals()] if not row.get("error")}
+        found = {row["id"]: row for row in _read_table(self.path)}
+        self.failed = {name: row["error"] for name, row in found.items() if row.get("error")}
         for pair in pairs:
             row = found.get(pair["id"])
-            expected = {name: str(pair.get(name)) for name in ("id", "fixed", "moving")} | {"settings": self.settings}
-            if row and all(str(row.get(name)) == expected[name] for name in IDENTITY) and self._stands(pair):
+            if self._is_of(row) and not row.get("error") and self._stands(pair):
                 self.rows[pair["id"]] = row
         return [n for n, pair in enumerate(pairs) if pair["id"] not in self.rows]
 
-    def settle(self) -> None:
-        """Take over the rows that a run which was killed left in journals, and clear what else it left behind."""
-        journals = list(self.folder.glob(".rows.*.jsonl"))
-        if journals and self.rows:
-            self._write_table()
-        for path in journals:
-            path.unlink()
-        remove_leftovers(self.folder)
+    def undone(self, pairs: list[dict], numbers: list[int]) -> Iterator[int]:
+        """Those of the numbers whose pair no other process does at the same time, or has done since `begin`."""
+        if not self.resume or len(pairs) < 2:
+            yield from numbers
+            return
+        with closing(claimed(self.folder, [self.order[n] for n in numbers])) as places:
+            for place in places:
+                if self._done_since(pairs[numbers[place]]):
+                    progress.advance()
+                else:
+                    yield numbers[place]
+
+    def _done_since(self, pair: dict) -> bool:
+        """Whether another process has done a pair after this one began; a failure counts unless it is to be retried."""
+        row = next((row for row in _read_table(self.path) if row["id"] == pair["id"]), None)
+        if not self._is_of(row):
+            return False
+        return row["error"] != self.failed.get(pair["id"]) if row.get("error") else self._stands(pair)
 
     def _stands(self, pair: dict) -> bool:
         """Whether the pair's folder is there, if there should be one, and not older than its files."""
@@ -134,26 +154,10 @@ class PairTable:
             os.path.exists(file) and os.path.getmtime(file) <= written.stat().st_mtime for file in files
         )
 
-    def _journal(self, number: int) -> Path:
-        return self.folder / f".rows.{number}.jsonl"
-
-    def _journals(self) -> list[dict]:
-        """Rows that other processes have written; the last line of a process that was killed may be cut off."""
-        rows = []
-        for path in sorted(self.folder.glob(".rows.*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue
-        return rows
-
     def finish(self) -> list[dict]:
         """The last table, summary.png of a cohort whose files are kept, and the summary in words."""
-        self.write()
-        for path in self.folder.glob(".rows.*.jsonl"):
-            path.unlink()
-        rows = [self.rows[name] for name in self.order]
+        rows = self.write()
+        self.rows = {row["id"]: row for row in rows}
         if self.saves and len(rows) > 1:
             replaced(self.folder / "summary.png", lambda path: draw_summary(rows, path))
             if any((self.folder / row["id"] / "report.html").is_file() for row in rows):
@@ -216,7 +220,8 @@ def run(engine: Evaluator) -> None:
     """Run an evaluator over the pairs of its data, one by one; its own log is kept quiet.
 
     A pair that fails gets a row with its reason and the next one begins. Under torchrun each process takes its share of
-    the pairs, and process 0 collects the rows. A single pair fails as an error.
+    the pairs, and process 0 sums up. Runs of the same command that were started at once share the pairs as well: what
+    one has in hand or has done the others leave out. A single pair fails as an error.
 
     Raises:
         InputError: at the end, if any pair of a cohort failed.
@@ -233,22 +238,23 @@ def run(engine: Evaluator) -> None:
     todo = table.begin(pairs)
     wait()  # nobody writes before all have read what is done
     if not rank():
-        table.settle()
+        remove_leftovers(table.folder)
     wait()
     if len(todo) < len(pairs) and not rank():
         print(f"{len(pairs) - len(todo)} of {len(pairs)} pairs were done before, with these settings", flush=True)
     share = todo[rank() :: processes()]
     progress.start(len(share), table.name)
-    for n in share:
+    for n in (undone := table.undone(pairs, share)):
         engine.data_loader = DataLoader(Subset(loader.dataset, [n]), batch_size=1, collate_fn=loader.collate_fn)
         engine.state.epoch_length = 1
         progress.take()
-        progress.put(device=str(engine.state.device), settings=table.described)
+        progress.put(device=str(engine.state.device), threads=torch.get_num_threads(), settings=table.described)
         table.failure = None
         engine.run()
         if table.failure is not None:
             if len(pairs) == 1 or not isinstance(table.failure, Exception):
                 progress.close()
+                undone.close()
                 if not any(table.folder.iterdir()):
                     table.folder.rmdir()
                 raise table.failure
@@ -343,8 +349,9 @@ def _read_table(path: Path) -> list[dict]:
         return []
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
+    words = (*IDENTITY, "settings", "warnings", "error")
     return [
-        {name: text if name in IDENTITY + ("warnings", "error") else _value(text) for name, text in row.items()}
+        {name: text if name in words else _value(text) for name, text in row.items()}
         for row in rows
         if row.get("id")
     ]

@@ -15,9 +15,9 @@ from common.space.transform_files import write_transform
 
 
 def files_of(
-    pair: measure.Registration, warped: measure.Warped, displacement: bool
+    pair: measure.Registration, warped: measure.Warped, displacement: bool, *, points_like: str = ""
 ) -> dict[str, Callable[[Path], None]]:
-    """The files of a pair's folder that need nothing but the pair."""
+    """The files of a pair's folder that need nothing but the pair; points also in the form of a file `points_like`."""
     onto = pair.fixed.shape[1:], pair.fixed_affine
     writers = {
         "warped.nii.gz": partial(io.write_scan, warped.after, pair.fixed_affine),
@@ -33,7 +33,10 @@ def files_of(
         there = mapping.invert_at(pair.whole, pair.moving_points.lps)
         if lost := int(np.isnan(there).any(1).sum()):
             progress.note(f"{lost} of {len(there)} moving points have no place in the fixed scan: the map folds there")
-        writers["warped_points.csv"] = partial(points.write_points, points.Points(there, pair.moving_points.names))
+        form = next((form for form in (".fcsv", ".json") if points_like.lower().endswith(form)), ".csv")
+        for ending in {".csv", ".mrk.json" if form == ".json" else form}:
+            write = partial(points.write_points, points.Points(there, pair.moving_points.names))
+            writers[f"warped_points{ending}"] = write
     return writers
 
 

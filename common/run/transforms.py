@@ -14,6 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import Transform
 
 from common import InputError, RegistrationWarning
+from common.ops import plain
 from common.quality import measure, report, verdict
 from common.run import forecast, outputs, progress
 from common.run.pipeline import RegisterDeformabled
@@ -352,7 +353,8 @@ class DeliverPaird(Transform):
         if self.groups and math.isnan(found.get("dice_coarse_after", 0.0)):
             progress.note("--groups: no label of theirs is in both label maps")
         small = pair.fixed[0].size <= WRITTEN
-        writers = outputs.files_of(pair, warped, small if self.displacement is None else self.displacement)
+        whole = small if self.displacement is None else self.displacement
+        writers = outputs.files_of(pair, warped, whole, points_like=str(data.get("moving_points", "")))
         for name in ("warped_segmentation", "fixed_segmentation"):
             if name in data:
                 writers[f"{name}.nii.gz"] = partial(outputs.write_classes, data[name], pair)
@@ -383,7 +385,7 @@ class DeliverPaird(Transform):
 
 def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
     """The pair of a bundle's run: displacement "pred" on the working grid of "image", then "matrix"."""
-    disp = torch.as_tensor(data["pred"]).cpu().float()
+    disp = plain(torch.as_tensor(data["pred"])).cpu().float()
     onto = np.asarray(data["image"].affine, dtype=np.float64)
     start = mapping.affine_transform(np.asarray(data["matrix"], dtype=np.float64))
     scans = {role: plain_scan(data[role].cpu()) for role in ("moving", "fixed")}
@@ -393,7 +395,7 @@ def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
         *scans["fixed"],
         start=start,
         whole=mapping.compose(mapping.displacement_transform(disp.numpy(), onto), start),
-        work=torch.as_tensor(data["image"]).cpu().float(),
+        work=plain(torch.as_tensor(data["image"])).cpu().float(),
         disp=disp,
         work_affine=onto,
         **labels,

@@ -24,6 +24,7 @@ from monai.bundle import run as bundle_run
 from common import InputError
 from common.run.cli import refuse_unknown
 from common.run.help import help_of
+from common.run.machine import keep_memory, leave_room
 from common.run.options import FOR_INFERENCE, FOR_TRAINING, Option
 from common.run.values import check, read
 
@@ -107,6 +108,9 @@ def take_options() -> None:
     given = getattr(workflow, "given_options", None)
     if given is None:
         given = _of_command_line()
+        if given and parser is not None and "train" not in parser.get():
+            keep_memory()
+            leave_room()
     if parser is not None:
         parser.ref_resolver.resolved_content.update(given)
         if "bundle_root" in given:  # read by MONAI already, and perhaps not as it stands
