@@ -103,6 +103,25 @@ def _panels(views: Views, normal: int, scale: float) -> dict[str, Image.Image]:
     return found
 
 
+def draw_volumes(volumes: dict[str, np.ndarray], affine_ras: np.ndarray, path: Path, caption: str) -> None:
+    """Volumes (I, J, K) of one grid in closest RAS order, a column each, cut through its middle; grey up to their own
+    99.5th percentile. Radiological, as `draw_planes`."""
+    size = next(iter(volumes.values())).shape
+    scale, rows = CELL / max(size), []
+    tops = [max(float(np.percentile(v[v > v.min()], 99.5)) if np.ptp(v) else 1.0, 1e-6) for v in volumes.values()]
+    for (plane, normal), ends in zip(PLANES, ENDS):
+        cut = [slice(None)] * 3
+        cut[normal] = size[normal] // 2
+        cuts = zip(volumes.items(), tops)
+        panels = {title: ImageOps.mirror(_grey(v[tuple(cut)], top, scale)) for (title, v), top in cuts}
+        for panel in panels.values():
+            _letters(panel, (ends[1], ends[0], *ends[2:]))
+        _ruler(next(iter(panels.values())), RULER / float(np.linalg.norm(affine_ras[:3, :3], axis=0).mean()) * scale)
+        rows.append((plane, panels))
+    text = f"Radiological view: the patient's left is on the right. Bar: {RULER} mm. {caption}"
+    _page(rows, text).save(path, format="png")
+
+
 def _marked(views: Views, plane: np.ndarray, normal: int, scale: float) -> Image.Image:
     """Outlines of the labels of both scans, landmarks, and the way that is left from one to the other."""
     panel = _grey(plane, views.top, scale)
@@ -146,11 +165,12 @@ def _font(size: int) -> ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _page(rows: list[tuple[str, dict[str, Image.Image]]], caption: str, longest: float) -> Image.Image:
+def _page(rows: list[tuple[str, dict[str, Image.Image]]], caption: str, longest: float | None = None) -> Image.Image:
+    """The panels under their titles; with the bars of the colours if `longest` mm is the scale of the displacement."""
     titles = list(rows[0][1])
     widths = [max(panels[title].width for _, panels in rows) for title in titles]
-    heights = [panels["fixed"].height for _, panels in rows]
-    width = EDGE + sum(widths) + len(titles) * GAP + BAR
+    heights = [next(iter(panels.values())).height for _, panels in rows]
+    width = EDGE + sum(widths) + len(titles) * GAP + BAR * (longest is not None)
     page = Image.new("RGB", (width, 48 + sum(heights) + 3 * GAP), "white")
     draw, x = ImageDraw.Draw(page), EDGE
     for title, across in zip(titles, widths):
@@ -158,17 +178,18 @@ def _page(rows: list[tuple[str, dict[str, Image.Image]]], caption: str, longest:
         x += across + GAP
     y = 24
     for name, panels in rows:
-        label = Image.new("RGB", (panels["fixed"].height, EDGE), "white")
+        label = Image.new("RGB", (next(iter(panels.values())).height, EDGE), "white")
         ImageDraw.Draw(label).text((label.width / 2, EDGE / 2), name, "black", _font(13), anchor="mm")
         page.paste(label.rotate(90, expand=True), (0, y))
         x = EDGE
         for panel, across in zip(panels.values(), widths):
             page.paste(panel, (x + (across - panel.width) // 2, y))
             x += across + GAP
-        y += panels["fixed"].height + GAP
-    bars = _volume_bar((sum(heights)) // 2), _length_bar(sum(heights) // 4, longest)
-    page.paste(bars[0], (x, 24))
-    page.paste(bars[1], (x, y - bars[1].height))
+        y += label.width + GAP
+    if longest is not None:
+        bars = _volume_bar((sum(heights)) // 2), _length_bar(sum(heights) // 4, longest)
+        page.paste(bars[0], (x, 24))
+        page.paste(bars[1], (x, y - bars[1].height))
     draw.text((EDGE, y + 10), _lines(caption, _font(13), width - EDGE)[0], "black", _font(13), anchor="lm")
     return page
 

@@ -1,19 +1,19 @@
 """The front door: `python -m common register MOVING FIXED OUT`, and `monai-register` of an installed package.
 
-It runs a bundle's own inference.json, with the options of `monai.bundle run` by the same names. What takes seconds to
-load is imported where it is needed, so that help and mistakes do without.
+It runs a bundle's own inference.json, with the options of `monai.bundle run` by the same names; so does the way in to
+templates, `python -m common template SCANS OUT`. What takes seconds to load is imported where it is needed, so that
+help and mistakes do without.
 """
 
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 from common import InputError
-from common.run.cli import bundle_folder, refuse_unknown, sentence_of
-from common.run.help import help_of_register
-from common.run.options import FOR_INFERENCE
+from common.run.cli import bundle_folder, config_file, refuse_unknown, sentence_of
+from common.run.help import help_of_register, help_of_template
+from common.run.options import FOR_INFERENCE, OF_ALL, TEMPLATE, Option
 
 PLACES = ("moving", "fixed", "output_dir")
 OWN = ("method", "config")  # options of the door itself
@@ -40,7 +40,7 @@ def register(words: list[str]) -> str:
         config = config or (str(bundle / "configs" / choice.config) if choice.config else "")
     else:
         bundle, settings, reason = bundle_folder(method), {}, "asked for by name"
-    config = _found(config, bundle) if config else ""
+    config = config_file(config, bundle) if config else ""
     asked = settings | given
     _refuse_others(asked, bundle)
     shown = {name: value for name, value in asked.items() if name in settings}
@@ -65,6 +65,35 @@ def register(words: list[str]) -> str:
     return ""
 
 
+def template(words: list[str]) -> str:
+    """A template of mean shape and mean intensity from all scans of a folder or CSV; goes on where it was stopped.
+
+    Returns what there is to say; `words` are those of the command line.
+
+    Raises:
+        InputError: a word, an option or a scan that is wrong; a registration that fails.
+    """
+    if {"--help", "-h"} & set(words):
+        return help_of_template()
+
+    from common.run.words import split
+
+    table = TEMPLATE | {name: FOR_INFERENCE[name] for name in OF_ALL}
+    given, places = split(words, set(table))
+    for name in given:
+        elsewhere = "the registration of a pair" if name in FOR_INFERENCE and name not in table else ""
+        refuse_unknown(name, name, table, elsewhere)
+    values = _values(given, table)
+    if len(places) != 2:
+        lacks = f"{places[2]}: is one word too many" if len(places) > 2 else "template needs SCANS and OUT"
+        raise InputError(f"{lacks}; python -m common template --help")
+
+    from common.run.template import make_template
+
+    folder = make_template(*places, **values)
+    return f"wrote {folder}: template.nii.gz, mean.nii.gz, spread.nii.gz, results.csv, and transform.h5 of each scan"
+
+
 def _options(words: list[str]) -> dict[str, str | None]:
     """Every option and its word; the words without an option's name are the moving scan, the fixed one and OUT."""
     from common.run.words import split
@@ -82,12 +111,12 @@ def _options(words: list[str]) -> dict[str, str | None]:
     return options | dict(zip(places, others))
 
 
-def _values(options: dict[str, str | None]) -> dict[str, Any]:
+def _values(options: dict[str, str | None], table: dict[str, Option] = FOR_INFERENCE) -> dict[str, Any]:
     from common.run.values import read
 
     values = {}
     for name, word in options.items():
-        option = FOR_INFERENCE[name]
+        option = table[name]
         if word is None and option.kind != "switch":
             raise InputError(f"--{name}: needs a value")
         values[name] = True if word is None else read(name, option, word)
@@ -107,14 +136,6 @@ def _chosen(given: dict[str, Any]) -> Any:
     labels = tuple(row[name] for name in ("moving_label", "fixed_label") if name in row)
     how = {"header": given.get("header") or "", "series": given.get("series") or ""}
     return choose(facts_of(row["moving"], row["fixed"], labels, mode=given.get("prealign", "affine"), **how))
-
-
-def _found(config: str, bundle: Path) -> str:
-    """One more config: a file, or the name of one of the bundle."""
-    for path in (Path(config), bundle / "configs" / config):
-        if path.is_file():
-            return os.path.abspath(path)
-    raise InputError(f"--config {config}: no such file, nor a config of {bundle.name}")
 
 
 def _refuse_others(asked: dict[str, Any], bundle: Path) -> None:

@@ -17,11 +17,13 @@ from common import InputError, RegistrationWarning
 from common.ops import plain
 from common.quality import measure, report, verdict
 from common.run import forecast, outputs, progress
+from common.run.pipeline import RegisterDeformabled
 from common.space import geometry, io, mapping, points
 from common.space.headers import HEADERS
 from common.space.prealign import fit_points, prealign
 from common.space.transform_files import write_transform
 
+__all__ = ["RegisterDeformabled"]  # beside what is here: all of these steps in one, for pipelines of MONAI
 WRITTEN = 2**21  # voxels of a fixed scan whose displacement is written without being asked for: some 15 MB
 PREALIGN = ("affine", "rigid", "none")
 REPORTS = {"png": ("png",), "html": ("html",), "both": ("png", "html"), "none": ()}

@@ -48,6 +48,7 @@ EXCLUDED = {
     "python tests/bench/draw_methods.py real": "needs scans that are not here; its picture is committed",
     "python -m common datalist NAME": "stands for nine data sets; test_datalists.py runs each",
     "monai-register": "is tested from a wheel, test_door.py",
+    "python tests/bench/bench_template.py": "runs ANTs for minutes; its results are committed",
     "python tests/bench/bench_files.py measure": "needs raw scans and other tools; its results are committed",
     "python -m common register": "stands for monai-register; tests/common/run/test_door.py runs it",
     "python -m common review": "needs the folder of a cohort; tests of quality/review.py make one",
@@ -90,6 +91,7 @@ SMALL = {
     "bench_sliding.py": {"--steps": "2", "--size": "(32,16,16)", "--pairs": "1", "--seeds": "1"},
     "bench_residual_aligner.py": {"--size": "16,16,16", "--variants": "ran0"},
     "draw_shapes.py": {"--size": "[32,32,32]", "--count": "3"},
+    "draw_template.py": {"--spacing": "9", "--count": "2", "--steps": "1", "--output": "result.png"},
     "draw_methods.py phantom": {"--spacing": "4.5", "--output": "result.png"},
 }
 
@@ -117,7 +119,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that the lines name, tiny."""
     folder = tmp_path_factory.mktemp("files")
     size, affine = (32, 40, 32), centred((32, 40, 32), np.diag([4.5] * 3))
-    for name in ("DATA", "brain_t1_2mm", "hippocampus_mr", "SCANS", "CT_SCANS"):
+    for name in ("DATA", "brain_t1_2mm", "hippocampus_mr", "SCANS", "CT_SCANS", "LABELS"):
         (folder / name).mkdir()
     for seed, person in enumerate(PEOPLE):
         deformation = phantom.Deformation(seed, amplitude=12)
@@ -136,6 +138,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("SCANS", "CT_SCANS"):
         for person in PEOPLE[:3]:
             shutil.copy(folder / "DATA" / f"{person}.nii.gz", folder / name)
+    for person in PEOPLE[:3]:
+        shutil.copy(folder / "DATA" / f"{person}_label.nii.gz", folder / "LABELS" / f"{person}.nii.gz")
     for role, person in (("moving", "a"), ("fixed", "b")):
         for name in (role, role[0], {"moving": "t2", "fixed": "t1"}[role]):
             shutil.copy(folder / "DATA" / f"{person}.nii.gz", folder / f"{name}.nii.gz")
@@ -244,6 +248,8 @@ def test_line(path: str, words: tuple[str, ...], files: Path, published, tmp_pat
     given = on_one_node(list(words)) if words[0] == "srun" else list(words)
     if "download" in given:
         given = [word.replace("https://HOST/TAG", published) for word in given]
+    elif "template" in words[3:4]:
+        given = with_options(given, {"--spacing": "9", "--rounds": "1"})
     elif "--size" in words:
         given[given.index("--size") + 1] = "16,16,16"
     elif "--input_shape" in words:
