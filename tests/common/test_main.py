@@ -174,7 +174,7 @@ def test_report(pair: Path, tmp_path: Path, command: Command) -> None:
     found = json.loads((tmp_path / "r" / "report.json").read_text())
     assert "report.html, report.png and report.json" in text and "verdict: DOUBTFUL" in text
     assert found["verdict"] == "doubtful"
-    assert text.splitlines()[1:] == [f"  {warning}" for warning in found["warnings"]]
+    assert text.splitlines()[2:] == [f"    - {warning}" for warning in found["warnings"]]
     assert found["landmarks"]["tre_mm_after"] == pytest.approx(5, abs=1e-2)
     assert found["deformation"]["inverse_failed_pct"] < 1 and found["deformation"]["displacement_mm"]["p50"] > 1
     assert 0 < found["overlap"]["dice_after"] < 1 and len(found["overlap"]["each"]) >= 5
