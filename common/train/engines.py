@@ -251,7 +251,7 @@ def init_processes() -> None:
         InputError: torchrun has not started this process.
     """
     if "RANK" not in os.environ:
-        raise InputError(f"multi_gpu_train.json: start it with {TORCHRUN} -m monai.bundle run ...; train.json needs none")
+        raise InputError(f"multi_gpu_train.json: start it with {TORCHRUN} -m monai.bundle run ...")
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(leave_group)
