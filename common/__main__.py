@@ -152,7 +152,7 @@ def make_report(
         start: the alignment that "before" is: a linear transform of fixed points to the moving scan.
         neurological: draw the patient's left on the left.
     """
-    from common.quality import measure, page, picture, report, verdict
+    from common.quality import measure, page, picture, report, verdict, views
 
     paths = {"moving_label": moving_label, "fixed_label": fixed_label}
     paths |= {"moving_points": moving_points, "fixed_points": fixed_points}
@@ -170,15 +170,19 @@ def make_report(
     halves = dict(zip(scans, (half[0].numpy() for half in pair.work.chunk(2))))
     notes = verdict.judge_scans(scans, halves, None) + verdict.judge(row)
     row = {"id": Path(str(output)).name, "fixed": str(fixed), "moving": str(moving)} | row
-    content = report.report(row, details, notes, {"transform": str(transform)})
+    inputs = {"moving": str(moving), "fixed": str(fixed), "transform": str(transform)} | given
+    run = {"transform": str(transform), "inputs": report.inputs_of(inputs)}
+    content = report.report(row, details, notes, run)
     folder = io.output_folder(str(output))
     io.replaced(folder / "report.json", lambda path: report.write_report(content, path))
-    body = picture.draw_planes(pair, neurological=neurological)
-    io.replaced(folder / "report.png", lambda path: picture.draw_report(pair, row, notes, path, body=body))
+    looked = views.Views(pair)
+    body = picture.draw_planes(looked, neurological=neurological)
+    io.replaced(folder / "report.png", lambda path: picture.draw_report(looked, content, path, body=body))
     options = {"neurological": neurological}
-    io.replaced(folder / "report.html", lambda path: page.write_page(pair, content, body, path, **options))
+    io.replaced(folder / "report.html", lambda path: page.write_page(looked, content, body, path, **options))
     io.replaced(folder / "thumbnail.webp", lambda path: page.write_thumbnail(body, path))
-    return "\n  ".join([_written(output, f"report.html, report.png and report.json, {content['verdict']}"), *notes])
+    told = _written(output, "report.html, report.png and report.json")
+    return "\n    - ".join([f"{told}\n  verdict: {content['verdict'].upper()}", *notes])
 
 
 def review(folder: str):

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from common import InputError
 from common.fields import round_trip
+from common.mind import mind_features
 from common.ops import warp
-from common.quality.metrics import label_overlap, mean_over_labels, ncc, nmi, regularity, ssim, structure
+from common.quality.metrics import concordance, halved, label_overlap, mean_over_labels, ncc, nmi, regularity, ssim
+from common.quality.sides import both_ways
 from common.space import geometry, io, mapping
 from common.space.points import Points, read_matching
 from common.space.transform_files import read_transform
@@ -226,13 +228,17 @@ def _similarity(pair: Registration, warped: Warped, structural: bool) -> dict[st
 
 
 def _structure(pair: Registration) -> dict[str, float]:
-    """Agreement of MIND-SSC on the working grid, first channels; also of the moving scan turned left to right there."""
-    moving, fixed = (half[:1] for half in pair.work.float().chunk(2))
-    middle = int(pair.inside.nonzero()[:, 0].float().mean().mul(2).round())  # of the fixed foreground, times two
-    across = (middle - torch.arange(moving.shape[1])).clamp(0, moving.shape[1] - 1)
-    scans = torch.stack([moving, warp(moving[None], pair.disp[None])[0], moving[:, across]])
-    names = ("structure_before", "structure_after", "structure_mirrored")
-    return dict(zip(names, structure(scans, fixed[None], pair.inside)))
+    """Agreement of MIND-SSC on the working grid, first channels; and how much it would rise with left and right
+    exchanged, both aligned alike."""
+    moving, fixed = (half[None, :1] for half in pair.work.float().chunk(2))
+    inside = halved(pair.inside)
+    target, before, after = (mind_features(x)[0] for x in (fixed, moving, warp(moving, pair.disp[None])))
+    row = {
+        f"structure_{name}": concordance(features[:, inside], target[:, inside])
+        for name, features in (("before", before), ("after", after))
+    }
+    as_it_is, turned = both_ways(before, target, inside)
+    return row | {"structure_aligned": as_it_is, "structure_mirrored": turned}
 
 
 def _overlap(

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from common import InputError
+from common.quality import verdict
 from common.quality.review import rows_of, write_review
 from common.quality.summary import draw_summary
 from common.run import progress
@@ -31,6 +32,7 @@ from common.run.cli import sentence_of
 from common.space.files import locked, output_folder, remove_leftovers, replaced, write_table
 from common.space.io import contrasts_of
 
+TOLD = 5  # doubtful pairs of a cohort whose reasons are printed
 IDENTITY = ("id", "fixed", "moving")  # columns that say which pair a row is of
 UNTOLD = (
     "training",
@@ -162,7 +164,7 @@ class PairTable:
             replaced(self.folder / "summary.png", lambda path: draw_summary(rows, path))
             if any((self.folder / row["id"] / "report.html").is_file() for row in rows):
                 self.review()
-        print(self.summary(), flush=True)
+        progress.tell(self.summary())
         return rows
 
     def review(self) -> None:
@@ -179,6 +181,7 @@ class PairTable:
         if len(folders) > 1:
             where = f"; the files of a pair are in a folder of its name, as {folders[0]}"
         lines.append(f"  {self.path.name}: a row a pair{where}")
+        lines += self._verdicts(rows)
         words = {
             "ssim": "structural similarity",
             "ncc": "correlation inside the fixed foreground",
@@ -194,13 +197,31 @@ class PairTable:
                 lines.append(f"  {text}: {before:.3f} after pre-alignment, {after:.3f} after registration")
         folding = f"{_mean(rows, 'folding_pct'):.3f} % of the fixed foreground"
         lines.append(f"  folding: {folding}, SDlogJ {_mean(rows, 'sdlogj'):.3f}")
-        if warned := [row for row in rows if row.get("warnings")]:
-            text = f"{warned[0]['id']}: {warned[0]['warnings']}"
-            lines.append(f"  warnings for {len(warned)} of the pairs, first {text}")
         lines.append(
             f"  displacement: mean {_mean(rows, 'disp_mean_mm'):.1f} mm; {_mean(rows, 'seconds'):.1f} s a pair"
         )
         return "\n".join(lines)
+
+    def _verdicts(self, rows: list[dict]) -> list[str]:
+        """The verdict of a pair with its reasons, or how many got which, and the most suspicious of them."""
+        reasons = {row["id"]: verdict.parted(row.get("warnings") or "") for row in rows}
+        doubtful = sorted((name for name in reasons if reasons[name]), key=lambda name: -len(reasons[name]))
+        if len(reasons) == 1:
+            (found,) = reasons.values()
+            return [f"  verdict: {verdict.verdict_of(found).upper()}", *(f"    - {reason}" for reason in found)]
+        counts = {"plausible": len(rows) - len(doubtful), "doubtful": len(doubtful)}
+        counts["failed"] = len(self.rows) - len(rows)
+        lines = [f"  verdicts: {', '.join(f'{count} {word}' for word, count in counts.items())}"]
+        lines += [f"    - {name}: {'; '.join(reasons[name])}" for name in doubtful[:TOLD]]
+        return lines + ([f"    - and {len(doubtful) - TOLD} more"] if len(doubtful) > TOLD else [])
+
+    def told(self, name: str) -> str:
+        """A pair's verdict and its first reason, or why it failed, in a line."""
+        row = self.rows[name]
+        if row.get("error"):
+            return f"{name}: failed: {row['error']}"
+        reasons = verdict.parted(row.get("warnings") or "")
+        return f"{name}: {verdict.verdict_of(reasons)}" + (f": {reasons[0]}" if reasons else "")
 
 
 def leave_group() -> None:
@@ -241,14 +262,14 @@ def run(engine: Evaluator) -> None:
         remove_leftovers(table.folder)
     wait()
     if len(todo) < len(pairs) and not rank():
-        print(f"{len(pairs) - len(todo)} of {len(pairs)} pairs were done before, with these settings", flush=True)
+        progress.tell(f"{len(pairs) - len(todo)} of {len(pairs)} pairs were done before, with these settings")
     share = todo[rank() :: processes()]
-    progress.start(len(share), table.name)
+    progress.start(len(share), table.name if processes() == 1 else f"{table.name} (process {rank()})")
     for n in (undone := table.undone(pairs, share)):
         engine.data_loader = DataLoader(Subset(loader.dataset, [n]), batch_size=1, collate_fn=loader.collate_fn)
         engine.state.epoch_length = 1
         progress.take()
-        progress.put(device=str(engine.state.device), settings=table.described)
+        progress.put(device=str(engine.state.device), threads=torch.get_num_threads(), settings=table.described)
         table.failure = None
         engine.run()
         if table.failure is not None:
@@ -259,7 +280,7 @@ def run(engine: Evaluator) -> None:
                     table.folder.rmdir()
                 raise table.failure
             table.add(_failed(pairs[n], table.failure))
-        progress.advance()
+        progress.advance(table.told(pairs[n]["id"]))
     engine.data_loader = loader
     progress.close()
     wait()

@@ -45,12 +45,16 @@ def register(words: list[str]) -> str:
     _refuse_others(asked, bundle)
     shown = {name: value for name, value in asked.items() if name in settings}
     line = shlex.join([bundle.name, *(f"--{n}={v}" for n, v in shown.items()), *([Path(config).name] * bool(config))])
-    print(f"method: {line} ({reason})", flush=True)
+    if not given.get("quiet"):
+        print(f"method: {line} ({reason})", flush=True)
     told = {"bundle": bundle.name, "config": Path(config).name, "options": shown, "reason": reason}
 
     from common.run import progress
+    from common.run.machine import keep_memory, leave_room
     from common.run.registrar import Registrar
 
+    keep_memory()
+    leave_room()
     try:
         with progress.telling(method=told):
             Registrar(bundle, config=config).run(**asked)

@@ -36,6 +36,7 @@ def _scan(role: str, what: str) -> Option:
 SHARED = {
     "dataset_dir": Option("path", "folder of a dataset.json"),
     "output_dir": Option("path", "folder for the results"),
+    "quiet": Option("switch", "say nothing but what is wrong"),
     "device": Option("device", "where to compute, by default on a GPU, if there is one"),
     "amp": Option("switch", "mixed precision, on a GPU only"),
     "prealign": Option("word", "how the scans are brought together first", ("affine", "rigid", "none")),

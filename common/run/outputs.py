@@ -1,14 +1,16 @@
 """The files of a pair's folder: each a function that writes one, by the file's name."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.quality import measure, page, picture, report
+from common.quality.views import Views
 from common.run import progress
 from common.space import io, mapping, points
 from common.space.transform_files import write_transform
@@ -41,23 +43,22 @@ def files_of(
 
 
 def drawings(
-    pair: measure.Registration, row: dict, notes: list[str], content: dict, kinds: tuple[str, ...]
+    pair: measure.Registration, content: dict, kinds: tuple[str, ...]
 ) -> dict[str, Callable[[Path], None]]:
     """The files to look at; the planes are drawn once for all of them."""
-    drawn = []
 
-    def body():
+    @cache
+    def planes() -> tuple[Views, Image.Image]:
         progress.stage("drawing")
-        if not drawn:
-            drawn.append(picture.draw_planes(pair))
-        return drawn[0]
+        views = Views(pair)
+        return views, picture.draw_planes(views)
 
     found = {}
     if "png" in kinds:
-        found["report.png"] = lambda path: picture.draw_report(pair, row, notes, path, body=body())
+        found["report.png"] = lambda path: picture.draw_report(planes()[0], content, path, body=planes()[1])
     if "html" in kinds:
-        found["thumbnail.webp"] = lambda path: page.write_thumbnail(body(), path)
-        found["report.html"] = lambda path: page.write_page(pair, content, body(), path)
+        found["thumbnail.webp"] = lambda path: page.write_thumbnail(planes()[1], path)
+        found["report.html"] = lambda path: page.write_page(planes()[0], content, planes()[1], path)
     return found
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import hashlib
 import itertools
 import math
 import os
@@ -25,7 +26,26 @@ except ImportError:  # not on Windows
 
 HOST = re.sub(r"[^\w.]", "_", socket.gethostname())[:40]
 DAY = 24 * 3600  # seconds
+HEADERS_OF = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz"), ".hdr": (".img",)}  # files of two parts
 _NUMBERS = itertools.count()
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, as sha256sum says; of a folder, or of a header with its data beside it, of the bytes of the
+    files one after the other, in the order of their names."""
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    elif path.suffix.lower() in HEADERS_OF:
+        others = (path.with_suffix(ending) for ending in HEADERS_OF[path.suffix.lower()])
+        files = sorted([path, *(file for file in others if file.is_file())])
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while part := stream.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def write_folder(path: Path, writers: dict) -> None:

@@ -1,15 +1,14 @@
 """The scans of a folder or a dataset.json to train and to validate on, and their ordered pairs."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from common import InputError
 from common.run.data import absolute, held_out, is_scan, read_dataset, stem
 from common.run.example import write_phantom
+from common.run.progress import counted
 
 BESIDE = tuple(f"{mark}{word}" for mark in "_-." for word in ("label", "labels", "seg", "segmentation", "mask"))
 
@@ -130,8 +129,7 @@ class OrderedPairs(Dataset):
         limit: int | None = None,
     ) -> None:
         self.data, self.pair_transform, self.kind = data, pair_transform, kind
-        bar = tqdm(data, desc="load", unit="scan", file=sys.stderr, disable=len(data) < 5)
-        self.scans = [transform(scan) if transform else scan for scan in bar]
+        self.scans = [transform(scan) if transform else scan for scan in counted(data, "load", "scan")]
         number = {scan["id"]: n for n, scan in enumerate(data)}
         if pairs:
             self.pairs = [(number[moving], number[fixed]) for moving, fixed in pairs]

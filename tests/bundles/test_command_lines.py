@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, centred, write
+from forks import python
 from monai.bundle import ConfigParser
 from printed_lines import lines_of
 
@@ -109,16 +110,6 @@ def test_extras_that_are_installed_exist() -> None:
     named = {extra for _, words in LINES for word in words for extra in re.findall(r"^\.\[(\w+)\]$", word)}
     section = (ROOT / "setup.cfg").read_text().partition("[options.extras_require]")[2].partition("\n[")[0]
     assert named and named <= set(re.findall(r"^(\w+) =", section, re.MULTILINE))
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    program = [sys.executable, str(Path(__file__).with_name("line_server.py"))]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(program, env=environment, text=True, **pipes) as process:
-        yield process
-        process.stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -236,16 +227,14 @@ def test_measurement(words: tuple[str, ...], files: Path, tmp_path: Path) -> Non
         torch.save(DualFlowNet(mode=mode).state_dict(), folder / f"{name}.pt")
     name = Path(words[1]).name
     key = next(key for key in (" ".join([name, *words[2:3]]), name) if key in SMALL)
-    line = [sys.executable, str(ROOT / words[1]), *with_options(list(words[2:]), SMALL[key])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    done = python(ROOT / words[1], *with_options(list(words[2:]), SMALL[key]), cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.search(r"\d\.\d+|\d %", done.stdout) and not re.search("nan|not measured", done.stdout), done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path, words", TO_RUN, ids=[f"{path}-{' '.join(words)[-60:]}" for path, words in TO_RUN])
-def test_line(path: str, words: tuple[str, ...], files: Path, server, published, tmp_path: Path, monkeypatch) -> None:
+def test_line(path: str, words: tuple[str, ...], files: Path, published, tmp_path: Path, monkeypatch) -> None:
     """It ends well, in a folder of its own with the bundles beside it, as after a clone."""
     folder = tmp_path / "work"
     shutil.copytree(files, folder, copy_function=os.symlink)
@@ -267,13 +256,10 @@ def test_line(path: str, words: tuple[str, ...], files: Path, server, published,
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         line = [sys.executable, "-m", "torch.distributed.run", *given[1:]]
         done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=400)
-        code, text = done.returncode, done.stdout + done.stderr
     else:
-        log = tmp_path / "log.txt"
-        print(json.dumps({"words": given[1:], "cwd": str(folder), "log": str(log)}), file=server.stdin, flush=True)
-        code = int(server.stdout.readline())
-        text = log.read_text()
-    assert code == 0, text[-4000:]
+        done = python(*given[1:], cwd=folder)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text[-4000:]
     if "--filepath" in given:
         assert Path(given[given.index("--filepath") + 1]).is_file()
         return
