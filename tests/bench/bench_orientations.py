@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import fire
@@ -102,12 +102,12 @@ def pairs(every: int, seed: int) -> Iterator[tuple[str, str, int, int]]:
         yield from ((fixed, moving, n, partner[n]) for n in (0, *others))
 
 
-def check(every: int = 1, seed: int = 0, folder: str | Path = "") -> list[dict]:
+def check(chosen: Iterable[tuple[str, str, int, int]], folder: str | Path) -> list[dict]:
     """A row a pair: its kinds, its axes, and what `by_itk` and the comparison with RAS say."""
     registrar = Registrar(ROOT / "bundles" / "sacb_net", device="cpu", spacing=8.0, report="none", displacement=False)
     stored = {(role, kind): Stored(role, kind) for role in ("fixed", "moving") for kind in KINDS}
     rows, plain = [], {}
-    for number, (fixed, moving, first, second) in enumerate(pairs(every, seed)):
+    for number, (fixed, moving, first, second) in enumerate(chosen):
         place = Path(folder) / str(number)
         place.mkdir()
         files = stored["fixed", fixed].write(place, ORIENTATIONS[first])
@@ -126,7 +126,7 @@ def main(every: int = 1, seed: int = 0, output: str = "") -> None:
     """Check all pairs, or each `every`-th orientation; exit code 1 where one is beyond a limit."""
     begin = time.process_time()
     with tempfile.TemporaryDirectory() as place:
-        rows = check(every, seed, place)
+        rows = check(pairs(every, seed), place)
     worst = {name: max(rows, key=lambda row: row[name]) for name in LIMITS}
     for name, row in worst.items():
         print(f"{name}: at most {row[name]:.2g} (limit {LIMITS[name]}): {row['fixed']} from {row['moving']}")
