@@ -288,6 +288,7 @@ def run(engine: Evaluator) -> None:
     if rank():
         return
     engine.state.rows = rows = table.finish()
+    remove_leftovers(table.folder)  # of runs beside this one that were killed meanwhile
     if failed := [row for row in rows if row["error"]]:
         count = f"{len(failed)} of {len(rows)} pairs failed, first {failed[0]['id']}"
         raise InputError(f"{table.path}: {count} ({failed[0]['error']}); run the same command again to retry them")

@@ -79,6 +79,10 @@ SMALL = {
     "bench_methods.py table": {"--write": "False"},
     "bench_sacb_net.py": {"--size": "32,32,32", "--cluster_quality": "False"},
     "bench_operators.py": {"--cases": "kmeans", "--scale": "0.1", "--repeats": "1", "--check": "False"},
+    "bench_gpu.py": {
+        "--device": "cpu", "--size": "32,32,32", "--parts": "operators", "--seconds": "5", "--output": "gpu.json",
+    },
+    "bench_traced.py": {"--size": "16,16,16"},
     "bench_dual_flownet.py consistency": {"--spacing": "9"},
     "bench_dual_flownet.py table2": {"--spacing": "4.5"},
     "bench_dual_flownet.py raw": {"--spacing": "9", "--minimum": "0"},
