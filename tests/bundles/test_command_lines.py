@@ -1,10 +1,12 @@
 """Every command line printed in the READMEs, taken from the files and run on tiny scans that bear the names in them."""
 
+import ast
 import functools
 import http.server
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,6 +50,7 @@ EXCLUDED = {
     "python tests/bench/draw_methods.py real": "needs scans that are not here; its picture is committed",
     "python -m common datalist NAME": "stands for nine data sets; test_datalists.py runs each",
     "monai-register": "is tested from a wheel, test_door.py",
+    "bash tests/bench/campaign.sh": "trains for minutes on a GPU; that its options exist is tested below",
     "python tests/bench/bench_template.py": "runs ANTs for minutes; its results are committed",
     "python tests/bench/bench_files.py measure": "needs raw scans and other tools; its results are committed",
     "python -m common register": "stands for monai-register; tests/common/run/test_door.py runs it",
@@ -116,6 +119,19 @@ def test_extras_that_are_installed_exist() -> None:
     named = {extra for _, words in LINES for word in words for extra in re.findall(r"^\.\[(\w+)\]$", word)}
     section = (ROOT / "setup.cfg").read_text().partition("[options.extras_require]")[2].partition("\n[")[0]
     assert named and named <= set(re.findall(r"^(\w+) =", section, re.MULTILINE))
+
+
+def test_options_of_the_campaign_exist(tmp_path: Path) -> None:
+    """Each training's config files are there and know every option that it gives."""
+    line = ["bash", "tests/bench/campaign.sh", "60", "DATA", str(tmp_path)]
+    printed = subprocess.run(line, cwd=ROOT, env=os.environ | {"DRY": "1"}, capture_output=True, text=True, check=True)
+    trainings = [shlex.split(text) for text in printed.stdout.splitlines() if text.startswith("python3")]
+    assert len(trainings) == 4
+    for words in trainings:
+        given = dict(zip(words[4::2], words[5::2]))
+        parser = ConfigParser()
+        parser.read_config([ROOT / path for path in ast.literal_eval(given.pop("--config_file"))])
+        assert given and [key for key in given if key.removeprefix("--") not in parser] == []
 
 
 @pytest.fixture(scope="module")
