@@ -1,6 +1,7 @@
 """A bundle's network as a torch.export program, for programs that have torch and nothing else."""
 
 import os
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -41,7 +42,9 @@ def export(
     image = torch.zeros(1, 2 * int(net.channels), *size)
     with torch.no_grad():
         program = torch.export.export(net.eval(), (image,))
-    io.replaced(output, lambda partial: torch.export.save(program, partial))
+    content = BytesIO()  # where a disk is full, torch's own writer of files ends the process
+    torch.export.save(program, content)
+    io.replaced(output, lambda partial: partial.write_bytes(content.getbuffer()))
     return Path(output)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 from common import InputError
@@ -30,15 +31,15 @@ def publish(name: str, folder: str | os.PathLike, *, layout: str = "huggingface"
     bundle, target = bundle_folder(name), Path(folder)
     if target.exists():
         raise InputError(f"{target}: exists already; give a new folder")
-    writers = {inside.partition("/")[2]: source for inside, source in contents(bundle)}
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for inside, source in writers.items():
-        (partial / inside).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, partial / inside)
-    io.replaced(partial / "README.md", lambda path: path.write_text(_card(bundle), encoding="utf-8"))
-    partial.rename(target)
+    writers = {inside.partition("/")[2]: partial(_copy, source) for inside, source in contents(bundle)}
+    writers["README.md"] = lambda path: path.write_text(_card(bundle), encoding="utf-8")
+    io.write_folder(target, writers)
     return target
+
+
+def _copy(source: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path)
 
 
 def _card(bundle: Path) -> str:

@@ -1,22 +1,25 @@
 """The front door: `python -m common register MOVING FIXED OUT`, and `monai-register` of an installed package.
 
 It runs a bundle's own inference.json, with the options of `monai.bundle run` by the same names; so does the way in to
-templates, `python -m common template SCANS OUT`. What takes seconds to load is imported where it is needed, so that
-help and mistakes do without.
+templates, `python -m common template SCANS OUT`. `python -m common run` is `monai.bundle run` itself. What takes
+seconds to load is imported where it is needed, so that help and mistakes do without.
 """
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 from common import InputError
-from common.run.cli import bundle_folder, config_file, refuse_unknown, sentence_of
+from common.run.cli import bundle_folder, config_file, one_sentence_errors, refuse_unknown, sentence_of
 from common.run.help import help_of_register, help_of_template
+from common.run.line import check_configs, config_files, split, top
 from common.run.options import FOR_INFERENCE, OF_ALL, TEMPLATE, Option
 
 PLACES = ("moving", "fixed", "output_dir")
 OWN = ("method", "config")  # options of the door itself
+RUN = "python -m common run --config_file CONFIG --bundle_root BUNDLE [--OPTION VALUE ...]"
 
 
 def register(words: list[str]) -> str:
@@ -65,6 +68,39 @@ def register(words: list[str]) -> str:
     return ""
 
 
+def run(words: list[str]) -> str:
+    """`python -m monai.bundle run` by the same words, which says in a sentence what is wrong with a config file.
+
+    MONAI gets no word of an option, but finds it as a value: one that begins with "%" is a name as any other.
+
+    Raises:
+        InputError: no config file, or one that cannot be read or is of no bundle here; what `take_options` refuses.
+    """
+    files = config_files(words)
+    if not files:
+        raise InputError(f"run needs the config of a bundle: {RUN}")
+    check_configs(files)
+    sys.argv = ["monai.bundle", "run", *words]  # where `take_options` reads them
+    one_sentence_errors()
+
+    import fire
+    import monai.bundle
+
+    from common.run.words import OF_MONAI, refuse_early, table_of, takes_options, values_of
+
+    config = monai.bundle.ConfigParser.load_config_files(files)
+    if not takes_options(config):
+        raise InputError(f"--config_file {files[0]}: is no config of these bundles; give it to monai.bundle run")
+    refuse_early()
+    if not {"--help", "-h"} & set(words):
+        values_of(words, config)
+    options, others = split(words, set(config) | OF_MONAI)
+    own = {name: word for name, word in options.items() if top(name) not in {*table_of(config), "help", "h"}}
+    line = [f"--{name}" if word is None else f"--{name}={word}" for name, word in own.items()]
+    fire.Fire({"run": monai.bundle.run}, command=["run", *others, *line], name="monai.bundle")
+    return ""
+
+
 def template(words: list[str]) -> str:
     """A template of mean shape and mean intensity from all scans of a folder or CSV; goes on where it was stopped.
 
@@ -75,8 +111,6 @@ def template(words: list[str]) -> str:
     """
     if {"--help", "-h"} & set(words):
         return help_of_template()
-
-    from common.run.words import split
 
     table = TEMPLATE | {name: FOR_INFERENCE[name] for name in OF_ALL}
     given, places = split(words, set(table))
@@ -96,8 +130,6 @@ def template(words: list[str]) -> str:
 
 def _options(words: list[str]) -> dict[str, str | None]:
     """Every option and its word; the words without an option's name are the moving scan, the fixed one and OUT."""
-    from common.run.words import split
-
     options, others = split(words, {*FOR_INFERENCE, *OWN})
     for name in options:
         if "::" in name or "#" in name:

@@ -3,20 +3,20 @@
 On their way through fire and MONAI's config parser a date in a path becomes a number, "#" becomes "::", and what begins
 with "$", "@" or "%" is code, a reference or another file. So the configs name `take_options` in their "initialize": it
 reads the words anew, checks them by the table, and gives the parser values that it takes as they are. What MONAI
-evaluates before, --bundle_root and imports, is refused by `common.run.first`, which the configs import. Only what it
-reads before even that is out of reach: the config files, and a value that begins with "%", which it takes for one.
+evaluates before, --bundle_root and imports, is refused by `common.run.first`, which the configs import. What it reads
+before even that, the config files and a value that begins with "%", which it takes for one, is out of reach there:
+`python -m common run` takes the same words, reads the config files first, and hands MONAI no word of an option.
 """
 
 import ast
 import importlib.util
 import inspect
-import json
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle import run as bundle_run
@@ -25,20 +25,13 @@ from common import InputError
 from common.run import progress
 from common.run.cli import refuse_unknown
 from common.run.help import help_of
+from common.run.line import HELP, config_files, split, top
 from common.run.machine import keep_memory, leave_room
 from common.run.options import FOR_INFERENCE, FOR_TRAINING, Option
 from common.run.values import check, read
 
 EVALUATED = ("$", "@", "%")  # what MONAI's configs take a string for that begins with one of these: code, or references
 OF_MONAI = set(inspect.signature(bundle_run).parameters) - {"override"}
-HELP = ("-h", "--help")
-
-
-class Words(NamedTuple):
-    """A command line: options with their words (None: without one), and words that belong to none."""
-
-    options: dict[str, str | None]
-    others: list[str]
 
 
 def table_of(config: dict) -> dict[str, Option]:
@@ -46,42 +39,10 @@ def table_of(config: dict) -> dict[str, Option]:
     return FOR_TRAINING if "train" in config else FOR_INFERENCE
 
 
-def split(words: list[str], known: set[str]) -> Words:
-    """--name VALUE, --name=VALUE and --name as options; fire also takes one hyphen, and "-" for "_" in a name.
-
-    A value may begin with one hyphen if it is no option's name; with two it is written --name=--value.
-
-    Raises:
-        InputError: an option is given twice.
-    """
-    options: dict[str, str | None] = {}
-    others, waiting = [], None
-    for word in words:
-        name, equals, value = _parts(word)
-        if not word.startswith("--") and (waiting is not None or name is None) and _top(name) not in known:
-            if waiting is None:
-                others.append(word)
-            else:
-                options[waiting], waiting = word, None
-            continue
-        if word.startswith("--no") and not equals and name not in known and name[2:] in known:
-            name, equals, value = name[2:], "=", "False"
-        if name in options:
-            raise InputError(f"--{name}: is given twice")
-        options[name], waiting = (value, None) if equals else (None, name)
-    return Words(options, others)
-
-
-def _parts(word: str) -> tuple[str | None, str, str]:
-    """Name, "=" and value of a word that is an option for fire; (None, "", "") for another."""
-    if not re.match(r"--.|-[a-zA-Z]", word):
-        return None, "", ""
-    name, equals, value = word.lstrip("-").partition("=")
-    return name.replace("-", "_"), equals, value
-
-
-def _top(name: str | None) -> str | None:
-    return name and re.split("::|#", name)[0]
+def takes_options(config: dict) -> bool:
+    """Whether a config has its options from `take_options`."""
+    steps = config.get("initialize", [])
+    return any(isinstance(step, dict) and step.get("_target_") == "common.run.words.take_options" for step in steps)
 
 
 def refuse_early() -> None:
@@ -134,8 +95,7 @@ def _of_command_line() -> dict[str, Any]:
         return {}
     words = sys.argv[sys.argv.index("run") + 1 :]
     words = words[: words.index("--")] if "--" in words else words  # what follows is for fire
-    files = _config_files(split(words, OF_MONAI).options) if _names_config(words) else []
-    if not files:
+    if not (files := config_files(words)):
         return {}
     config = ConfigParser.load_config_files(files)
     if set(HELP) & set(words):
@@ -167,7 +127,7 @@ def values_of(words: list[str], config: dict) -> dict[str, Any]:
     options, others = split(words, plain | OF_MONAI)
     values: dict[str, Any] = {}
     for name, word in options.items():
-        refuse_unknown(name, _top(name), plain | OF_MONAI, _elsewhere(_top(name), table))
+        refuse_unknown(name, top(name), plain | OF_MONAI, _elsewhere(top(name), table))
         if name in OF_MONAI:
             continue
         if name == "bundle_root":
@@ -216,22 +176,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple, set)):
         for part in value:
             yield from _texts(part)
-
-
-def _names_config(words: list[str]) -> bool:
-    return any(_parts(word)[0] in ("config_file", "args_file") for word in words)
-
-
-def _config_files(options: dict[str, str | None]) -> list[str]:
-    """The config files of a command line, as fire reads the word; those of an --args_file."""
-    files: Any = options.get("config_file")
-    if not files and options.get("args_file"):
-        files = json.loads(Path(options["args_file"]).read_text(encoding="utf-8")).get("config_file")
-    if isinstance(files, str) and files[:1] in ("[", "("):
-        try:
-            files = ast.literal_eval(files)
-        except (ValueError, SyntaxError):  # fire also takes names without quotes
-            files = [part.strip(" '\"") for part in files[1:-1].split(",")]
-    if isinstance(files, str):
-        files = [files] if Path(files).is_file() else files.split(",")
-    return [str(file) for file in files or []]

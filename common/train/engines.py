@@ -231,8 +231,11 @@ class EpochSampler:
         engine.add_event_handler(Events.EPOCH_STARTED, lambda e: self.sampler.set_epoch(e.state.epoch))
 
 
-def init_processes() -> None:
+def init_processes(device: str | torch.device | None = None) -> None:
     """Join the process group that torchrun describes: NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        device: on which this process computes; by default `rank_device`.
 
     Raises:
         InputError: torchrun has not started this process.
@@ -241,10 +244,11 @@ def init_processes() -> None:
         raise InputError(
             f"multi_gpu_train.json: start it with {TORCHRUN} -m monai.bundle run ...; train.json needs none"
         )
+    device = torch.device(rank_device() if device is None else device)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(leave_group)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank_device())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     # Ignite looks at the group when first asked for the rank, by a collective call: rank 0 alone would wait for ever.
     ignite.distributed.sync()

@@ -9,6 +9,7 @@ import collections
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -63,9 +64,10 @@ class Good:
 
 
 def run_of(name: str, *words: str, config: str = "inference") -> Callable[[], None]:
-    """A bundle's run on the command line, with what makes it quick."""
+    """A bundle's run on the command line; by `common run` where MONAI would take a word for one of its macros."""
     root = ROOT / "bundles" / name
-    return bundle("--config_file", str(root / "configs" / f"{config}.json"), "--bundle_root", str(root), *words)
+    line = "--config_file", str(root / "configs" / f"{config}.json"), "--bundle_root", str(root), *words
+    return common("run", *line) if any("=%" in word for word in words) else bundle(*line)
 
 
 def register(good: Good, name: str, out: Path, **changed: str) -> Callable[[], None]:
@@ -235,7 +237,7 @@ def options(good: Good) -> Iterator[Case]:
         for name, option in table.items():
             method = option.of or _owner(name) or TRAINED
             for word in WRONG[option.kind]:
-                if _taken(option, word) or (kind == "train" and word[:1] == "%"):  # MONAI's own, before our code runs
+                if _taken(option, word):
                     continue
                 name_only = name in ("output_dir", "ckpt_dir") and word[:1] in "$@%"  # a name like any other
                 if kind == "inference":
@@ -321,6 +323,17 @@ def words(good: Good) -> Iterator[Case]:
         "an empty root": ("--bundle_root=",), "a root that is an import": ("--bundle_root=$import this",),
         "a path that is an import": ("--moving=$import this",), "one more root": (f"--bundle_root={root.parent}",),
     }  # fmt: skip
+    (configs := good.folder / "configs").mkdir(exist_ok=True)
+    for name, content in {"no.json": "{", "five.json": "5", "bytes.json": "\0", "other.json": '{"run": []}'}.items():
+        (configs / name).write_text(content)
+    misspelt = config[:-1], f"{config[:-5]}.yaml", config.replace("inference", "infrence"), str(configs), ""
+    several = f"[{config},{configs}/gone.json]"
+    for name in (*misspelt, "/nowhere/inference.json", several, *map(str, sorted(configs.iterdir()))):
+        yield Case(f"common run of {Path(name).name!r:.40}", lambda f, n=name: _inside(
+            f, common("run", f"--config_file={n}", f"--bundle_root={root}", f"--moving={good.moving}")))
+    without = {"no config": (), "a stray word": ("a.json",), "missing arguments": ("--args_file=a.json",)}
+    for name, line in without.items():
+        yield Case(f"common run with {name}", lambda f, w=line: _inside(f, common("run", *w)))
     for name, line in runs.items():
         both = () if "root" in name else (f"--bundle_root={root}",)
         yield Case(f"run with {name}", lambda f, w=line, b=both: _inside(f, bundle(f"--config_file={config}", *b, *w)))
@@ -363,12 +376,14 @@ def drawn(good: Good, count: int, seed: int) -> list[Case]:
     return chosen
 
 
-def outcome(case: Case, folder: Path) -> Outcome:
-    """Run one case in a folder of its own."""
+def outcome(case: Case, folder: Path, limit: float = SECONDS) -> Outcome:
+    """Run one case in a folder of its own, for at most so many CPU-seconds; what it said, without places of here."""
     folder.mkdir()
     run = case.make(folder)
     RAN.unlink(missing_ok=True)
-    found = judged(run, fits=case.fits, harmless=case.harmless, out=folder)
+    found = judged(run, fits=case.fits, harmless=case.harmless, out=folder, limit=limit)
+    found = found._replace(said=re.sub(r"/\S*/site-packages/", "", found.said.replace(f"{folder.parent}/", "")))
+    found = found._replace(said=found.said.replace(f"{ROOT}/", ""))
     if RAN.exists():
         RAN.unlink()
         return found._replace(kind="traceback", said="code was run: " + found.said)

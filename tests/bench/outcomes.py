@@ -18,7 +18,7 @@ from typing import NamedTuple
 import fire
 from machine import peak_gib
 
-SECONDS, GIB = 30, 3.0
+SECONDS, GIB = 30, 3.0  # CPU-seconds, of which four times as many may pass beside other work
 RAN = Path(tempfile.gettempdir()) / f"it_was_run_{os.getpid()}"  # is there if code in an input was run
 EMPTY_CODE = 3  # of a command whose result is written, and empty
 GOOD = ("refused", "warned", "as it is")
@@ -32,6 +32,7 @@ class Outcome(NamedTuple):
             said), "as it is" (done, and the input was harmless after all), "traceback", "silent", "half" (something
             half-written is left), or "slow" (over SECONDS or GIB).
         said: the end of what was printed.
+        seconds: of the CPU.
     """
 
     kind: str
@@ -44,21 +45,24 @@ class TooSlow(BaseException):
     """Raised by the alarm; not an Exception, so that nothing catches it."""
 
 
-def judged(run: Callable[[], None], *, fits: str = "", harmless: bool = False, out: Path) -> Outcome:
+def judged(
+    run: Callable[[], None], *, fits: str = "", harmless: bool = False, out: Path, limit: float = SECONDS
+) -> Outcome:
     """Run a command and judge its end.
 
     Args:
         fits: pattern of what has to be said for the command to be done; "" where it has to be refused.
         harmless: the command may be done without a word.
         out: folder in which it writes.
+        limit: CPU-seconds that it may take.
     """
-    before = time.monotonic()
+    before = time.process_time()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak of the memory begins anew
     base = peak_gib()
-    code, text = ended(run)
-    seconds, gib = time.monotonic() - before, max(peak_gib() - base, 0.0)
-    if code == "slow" or seconds > SECONDS or gib > GIB:
+    code, text = ended(run, int(4 * limit))
+    seconds, gib = time.process_time() - before, max(peak_gib() - base, 0.0)
+    if code == "slow" or seconds > limit or gib > GIB:
         kind = "slow"
     elif code == "traceback" or "Traceback (most recent call last)" in text:
         kind = "traceback"
@@ -77,10 +81,10 @@ def judged(run: Callable[[], None], *, fits: str = "", harmless: bool = False, o
     return Outcome(kind, " | ".join(told)[-600:], round(seconds, 2), round(gib, 2))
 
 
-def ended(run: Callable[[], None]) -> tuple[object, str]:
-    """Exit code, "traceback" or "slow", and everything that was printed."""
+def ended(run: Callable[[], None], seconds: int) -> tuple[object, str]:
+    """Exit code, "traceback" or, after so many seconds, "slow", and everything that was printed."""
     stream, code = io.StringIO(), 0
-    with _as_a_process(stream):
+    with _as_a_process(stream, seconds):
         try:
             run()
         except TooSlow:
@@ -97,7 +101,7 @@ def ended(run: Callable[[], None]) -> tuple[object, str]:
 
 
 @contextlib.contextmanager
-def _as_a_process(stream: io.StringIO) -> Iterator[None]:
+def _as_a_process(stream: io.StringIO, seconds: int) -> Iterator[None]:
     """Everything printed goes to `stream`; what belongs to a process is afterwards as before."""
     kept = sys.argv, list(sys.path), sys.excepthook, os.getcwd(), list(logging.root.handlers), dict(os.environ)
     sys.excepthook = sys.__excepthook__
@@ -108,7 +112,7 @@ def _as_a_process(stream: io.StringIO) -> Iterator[None]:
         raise TooSlow
 
     signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS + 15)
+    signal.alarm(seconds)
     try:
         with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream), warnings.catch_warnings():
             warnings.simplefilter("default")

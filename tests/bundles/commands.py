@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from forks import python, ranks
+from forks import PATIENCE, python, ranks
 
 from common import phantom
 from common.space import io
@@ -33,7 +33,7 @@ def command(*arguments: object, launcher: str = "fork", cwd: Path = ROOT) -> sub
     if cwd != ROOT:
         environment["PYTHONPATH"] = str(ROOT)
     line = [sys.executable, *(TORCHRUN if launcher == "torchrun" else ()), *line]
-    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def bundle_configs(name: str, *configs: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import PATIENCE
 from monai.bundle import ConfigParser, create_workflow, verify_metadata, verify_net_in_out
 
 from common.run import forecast
@@ -219,7 +220,7 @@ def test_several_processes_have_all_properties(bundle: Path, repository: Path, r
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     environment = alone | {"PYTHONPATH": str(repository), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-c", PROPERTIES.format(root=str(bundle), output=str(results))]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "missing [] DistributedDataParallel"
 
@@ -266,7 +267,7 @@ def test_bundle_is_found_from_an_empty_folder(bundle: Path, repository: Path, tm
     )
     environment = {"PYTHONPATH": str(repository), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1].split(".")[0] == bundle.name
@@ -311,7 +312,7 @@ def test_all_bundles_in_one_process(repository: Path, results: Path, tmp_path: P
     code = TOGETHER.format(folders=[str(path) for path in BUNDLES], output=str(results))
     environment = {"PYTHONPATH": str(repository), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-c", code]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [line for line in done.stdout.splitlines() if line.startswith("found")]
     assert found == [f"found {path.name}.network (1, 3, 16, 16, 16)" for path in BUNDLES]

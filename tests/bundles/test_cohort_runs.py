@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, bundle_configs, table
+from forks import PATIENCE
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +42,7 @@ def test_hippocampus_cohort_killed_and_resumed(development_data: Path, tmp_path:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    limit = time.time() + 400
+    limit = time.time() + PATIENCE
     while (not (out / "results.csv").exists() or len(table(out / "results.csv")) < 12) and time.time() < limit:
         assert process.poll() is None, process.communicate()[1][-2000:]
         time.sleep(0.2)
@@ -51,7 +52,7 @@ def test_hippocampus_cohort_killed_and_resumed(development_data: Path, tmp_path:
     stamps = {row["id"]: (out / row["id"] / "report.json").stat().st_mtime_ns for row in first}
     assert 12 <= len(first) < PAIRS
 
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith(
         f"error: {out / 'results.csv'}: 1 of {PAIRS + 1} pairs failed, first"

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, centred, write
-from forks import python
+from forks import PATIENCE, python
 from monai.bundle import ConfigParser
 from printed_lines import lines_of
 
@@ -281,7 +281,7 @@ def test_line(path: str, words: tuple[str, ...], files: Path, published, tmp_pat
     if given[0] == "torchrun":
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         line = [sys.executable, "-m", "torch.distributed.run", *given[1:]]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     else:
         done = python(*given[1:], cwd=folder)
     text = done.stdout + done.stderr

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT
+from forks import PATIENCE
 from monai.bundle import ckpt_export, onnx_export
 from torch import Tensor
 
@@ -91,7 +92,7 @@ def alone(folder: Path, code: str, *blocked: str) -> str:
     """Run Python in that folder, isolated from the environment and the working directory, some packages forbidden."""
     names = {"common", "monai", *(path.name for path in BUNDLES), *blocked}
     line = [sys.executable, "-I", "-c", BLOCK.format(blocked=names) + code]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

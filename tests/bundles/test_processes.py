@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, SPACING, TORCHRUN, bundle_configs, command, succeeded, table
+from forks import PATIENCE
 
 pytestmark = pytest.mark.slow
 MULTI = ("train.json", "multi_gpu_train.json")
@@ -67,21 +68,23 @@ def weights_after(output: Path) -> dict[str, torch.Tensor]:
 
 
 def test_training_goes_on_after_a_rank_was_killed(dataset: Path, tmp_path: Path) -> None:
-    """torchrun stops the other rank and fails; the same command goes on from the last whole epoch."""
+    """torchrun, gloo and --device cpu: it stops the other rank and fails; the same command goes on from the last whole
+    epoch."""
     output = tmp_path / "out"
     options = "--dataset_dir", dataset, "--output_dir", output, "--spacing", 9, "--minimum", 0, "--epoch_length", 1
+    options += "--device", "cpu"
     words = [*bundle_configs("sacb_net", *MULTI), *map(str, options), "--max_epochs"]
     line = [sys.executable, *TORCHRUN, "-m", "monai.bundle", "run", *words, "500"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     log = (tmp_path / "log.txt").open("w+")
     process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    limit = time.time() + 300
+    limit = time.time() + PATIENCE
     while not list(output.glob("models/checkpoint_epoch=*.pt")):
         assert process.poll() is None and time.time() < limit, (tmp_path / "log.txt").read_text()[-3000:]
         time.sleep(0.1)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    assert process.wait(timeout=120) != 0
+    assert process.wait(timeout=PATIENCE) != 0
     assert not any(Path(f"/proc/{rank}/cmdline").exists() for rank in ranks), "a rank is left behind"
     epoch, checkpoint = max((int(p.stem.partition("=")[2]), p) for p in output.glob("models/checkpoint_epoch=*.pt"))
     text = succeeded(command(*words, epoch + 1, launcher="torchrun"))

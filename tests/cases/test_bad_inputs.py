@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import PATIENCE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bad_inputs  # noqa: E402
@@ -23,7 +24,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bad_inputs.Good]:
 def test_a_sample_ends_good(good: bad_inputs.Good, tmp_path: Path) -> None:
     cases = bad_inputs.drawn(good, COUNT, SEED)
     assert len(cases) == len({case.name for case in cases}) == COUNT
-    found = {case.name: bad_inputs.outcome(case, tmp_path / str(n)) for n, case in enumerate(cases)}
+    found = {case.name: bad_inputs.outcome(case, tmp_path / str(n), PATIENCE) for n, case in enumerate(cases)}
     bad = {name: end for name, end in found.items() if end.kind not in outcomes.GOOD}
     assert not bad, bad
     assert sum(end.kind == "refused" for end in found.values()) > 0.8 * COUNT

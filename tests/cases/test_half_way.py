@@ -1,5 +1,6 @@
 """Full disks, folders that cannot be written to, two jobs in one folder: a sentence, and never half a file."""
 
+import contextlib
 import csv
 import os
 import resource
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import PATIENCE
 
-from common import InputError
+from common import InputError, phantom
 from common.__main__ import main
 from common.run.cli import sentence_of
 from common.run.cohort import PairTable
@@ -22,13 +24,21 @@ SHIFT = "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_
 SHIFT += "Parameters: 1 0 0 0 1 0 0 0 1 0.3 0 0\nFixedParameters: 0 0 0\n"
 
 
+@contextlib.contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """No file may have more bytes: as where a disk is full, writing fails in the middle."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.fixture
 def full() -> Iterator[None]:
-    """No file may have more than 2^18 bytes: as where a disk is full, writing fails in the middle."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with small_files(2**18):
+        yield
 
 
 @pytest.fixture
@@ -64,6 +74,48 @@ def test_compose_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, scan: Path, end
     request.getfixturevalue("full")
     text = said(monkeypatch, "compose", out, field, scan.with_name("shift.tfm"), "--reference", scan)
     assert text == f"error: {out}: cannot be written (File too large)" and not out.exists()
+
+
+EVERY = {
+    "phantom": ("OUT/new",),
+    "register": ("MOVING", "FIXED", "OUT", "--method=samconvex", "--features=mind", "--prealign=none", "--spacing=6"),
+    "run": ("--config_file=CONFIGS/inference.json", "--bundle_root=CONFIGS/..", "--moving=MOVING", "--fixed=FIXED")
+    + ("--output_dir=OUT", "--prealign=none", "--spacing=6"),
+    "run training": ("--config_file=CONFIGS/train.json", "--bundle_root=CONFIGS/..", "--output_dir=OUT")
+    + ("--max_epochs=1", "--epoch_length=1", "--spacing=12"),
+    "report": ("MOVING", "FIXED", "SHIFT", "OUT"),
+    "invert": ("FIELD", "OUT/inverse.h5"),
+    "pack": ("sacb_net", "--output", "OUT"),
+    "publish": ("sacb_net", "OUT/new"),
+    "export": ("samconvex", "OUT/network.pt2", "32,32,32"),
+}
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_every_command_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str) -> None:
+    """What does not fit is said in a sentence, once; no file of any name is cut off, and nothing else is left."""
+    size, affine = (24, 28, 22), np.diag([6.0, 6, 6, 1])
+    for role, motion in (("fixed", None), ("moving", phantom.Deformation(0))):
+        io.write_scan(phantom.sample(size, affine, motion)[0], affine, tmp_path / f"{role}.nii.gz")
+    (tmp_path / "OUT").mkdir()
+    (tmp_path / "shift.tfm").write_text(SHIFT)
+    field = np.random.default_rng(0).random((3, 60, 50, 40)).astype(np.float32)
+    io.write_scan(field, AFFINE, tmp_path / "field.nii.gz")
+    places = {role.upper(): tmp_path / f"{role}.nii.gz" for role in ("moving", "fixed")}
+    places |= {"OUT": tmp_path / "OUT", "SHIFT": tmp_path / "shift.tfm", "FIELD": tmp_path / "field.nii.gz"}
+    places |= {"CONFIGS": Path(__file__).parents[2] / "bundles" / "samconvex" / "configs"}
+    words = EVERY[command]
+    for name, place in places.items():
+        words = [word.replace(name, str(place)) for word in words]
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    limit = 2**13
+    with small_files(limit), pytest.raises(BaseException) as end:
+        monkeypatch.setattr(sys, "argv", ["common", *command.split()[:1], *words])
+        main()
+    said = end.value.code if isinstance(end.value, SystemExit) else sentence_of(end.value)
+    assert "(File too large)" in str(said), end.value
+    left = [path for path in (tmp_path / "OUT").rglob("*") if path.is_file() and "events.out" not in path.name]
+    assert not [path for path in left if path.stat().st_size >= limit or path.name.startswith(".")]
 
 
 def test_a_writer_that_says_nothing(tmp_path: Path) -> None:
@@ -166,7 +218,7 @@ def test_two_jobs_write_one_table(tmp_path: Path) -> None:
         (tmp_path / name / "report.json").write_text("{}")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     jobs = [subprocess.Popen([sys.executable, "-c", ROWS, job], cwd=tmp_path, env=environment) for job in "ab"]
-    assert [job.wait(timeout=600) for job in jobs] == [0, 0]
+    assert [job.wait(timeout=PATIENCE) for job in jobs] == [0, 0]
     with (tmp_path / "results.csv").open(newline="") as file:
         assert {row["id"] for row in csv.DictReader(file)} == names
     assert not [path for path in tmp_path.glob(".*")]

@@ -10,11 +10,12 @@ from pathlib import Path
 import fire
 import pytest
 from bundle_words import parsed, value
+from forks import PATIENCE
 
 from common import InputError
 from common.run.cli import exact_words, sentence_of
 from common.run.data import absolute, list_pairs, unique
-from common.run.words import split
+from common.run.line import split
 from common.space.io import contrasts_of
 from common.train.data import list_scans
 
@@ -190,7 +191,7 @@ def test_tables_are_utf8_whatever_the_system(tmp_path: Path) -> None:
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
     line = [os.fsencode(sys.executable), b"made.py", b"m\xfcller"]
-    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     assert (tmp_path / "t.csv").read_bytes() == b"id,fixed\r\nm\xfcller," + "日本語".encode() + b"\r\n"
     assert done.stdout.decode().strip() == ascii([{"id": "m\udcfcller", "fixed": "日本語"}])

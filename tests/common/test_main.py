@@ -12,6 +12,7 @@ import itk
 import nibabel as nib
 import numpy as np
 import pytest
+from forks import PATIENCE
 from PIL import Image
 
 from common import phantom
@@ -266,7 +267,7 @@ def test_as_a_process(repository: Path, tmp_path: Path) -> None:
     def run(*words: str) -> subprocess.CompletedProcess:
         line = [sys.executable, "-m", "common", *words]
         environment = os.environ | {"PAGER": "cat"}
-        return subprocess.run(line, cwd=repository, capture_output=True, text=True, timeout=120, env=environment)
+        return subprocess.run(line, cwd=repository, capture_output=True, text=True, timeout=PATIENCE, env=environment)
 
     done = run("invert", "none.h5", str(tmp_path / "i.h5"))
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "error: none.h5: no such file"

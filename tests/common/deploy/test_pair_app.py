@@ -13,6 +13,7 @@ import pydicom
 import pytest
 import torch
 from dicom_series import write_series
+from forks import PATIENCE
 from monai.bundle import ConfigParser
 from people import SPACING
 from printed_lines import the_line
@@ -49,7 +50,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(*words: object) -> subprocess.CompletedProcess:
     line = [sys.executable, *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def run(fixed: Path, moving: Path, output: Path) -> subprocess.CompletedProcess:

@@ -19,6 +19,7 @@ import itk
 import nibabel as nib
 import numpy as np
 import pytest
+from forks import PATIENCE
 from people import SPACING, label_of, write_person
 from printed_lines import lines_of, the_line
 
@@ -32,9 +33,7 @@ pytest.importorskip("monailabel", reason="MONAI Label is not installed; common/l
 pytestmark = pytest.mark.slow
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 README = Path(__file__).resolve().parents[3] / "common" / "label" / "README.md"
-START = 180  # s that a server may take to start
-SETTLE = 30  # s that a server may take to remove the files of a request that it has answered
-BATCH = 600  # s that a batch may take
+SETTLE = 300  # s that a server may take to remove the files of a request that it has answered
 
 from monailabel.client import MONAILabelClient  # noqa: E402
 
@@ -82,11 +81,11 @@ def server(app_folder: Path, studies: Path, tmp_path_factory: pytest.TempPathFac
     try:
         while True:
             try:
-                urllib.request.urlopen(f"{address}/info/", timeout=60).read()
+                urllib.request.urlopen(f"{address}/info/", timeout=PATIENCE).read()
                 break
             except OSError:
                 told = Path(log.name).read_text()[-3000:]
-                assert process.poll() is None and time.time() - began < START, told
+                assert process.poll() is None and time.time() - began < PATIENCE, told
                 time.sleep(1)
         client = MONAILabelClient(address, tmpdir=str(tmp_path_factory.mktemp("client")))
         client.process, client.temporary = process, (temporary, app_folder / TEMPORARY_FOLDER)
@@ -94,7 +93,7 @@ def server(app_folder: Path, studies: Path, tmp_path_factory: pytest.TempPathFac
         yield client
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(PATIENCE)
 
 
 def by_bundle(studies: Path, moving: str, fixed: str, output: Path) -> Path:
@@ -236,7 +235,7 @@ def of_the_readme(server: MONAILabelClient, folder: Path, begin: str, **words: s
     assert "http://127.0.0.1:8000" in text
     for old, new in ({"http://127.0.0.1:8000": server.get_server_url()} | words).items():
         text = text.replace(old, new)
-    return subprocess.run(["bash", "-c", text], cwd=folder, capture_output=True, text=True, timeout=BATCH)
+    return subprocess.run(["bash", "-c", text], cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @needs_curl
@@ -265,7 +264,7 @@ def test_batch_of_the_readme(server: MONAILabelClient, studies: Path, tmp_path: 
     """It runs in the background; its end, and what failed, are to be asked for."""
     done = of_the_readme(server, tmp_path, "-X POST")
     assert json.loads(done.stdout)["status"] in ("SUBMITTED", "RUNNING"), done
-    until = time.time() + BATCH
+    until = time.time() + PATIENCE
     while (told := json.loads(of_the_readme(server, tmp_path, "curl http").stdout))["status"] != "DONE":
         assert told["status"] in ("SUBMITTED", "RUNNING") and time.time() < until, told
         time.sleep(1)
@@ -284,7 +283,7 @@ def test_server_batch(server: MONAILabelClient, studies: Path) -> None:
     url = f"{server.get_server_url()}/batch/infer/sacb_net_propagate?images=unlabeled&run_sync=true"
     body = json.dumps({"moving": "atlas"}).encode()
     asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    answer = json.loads(urllib.request.urlopen(asked, timeout=BATCH).read())
+    answer = json.loads(urllib.request.urlopen(asked, timeout=PATIENCE).read())
     assert set(answer) == {"patient", "p2", "p3", "flat"}
     assert "must be a 3-D scan" in answer["flat"]["params"]["error"]
     for name in ("patient", "p2", "p3"):

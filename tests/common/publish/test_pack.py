@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import PATIENCE
 from monai.bundle import download
 from monai.bundle.scripts import _get_all_bundles_info
 
@@ -65,7 +66,7 @@ def python(*words: object, cwd: Path) -> subprocess.CompletedProcess:
     environment["PYTHONPATH"] = os.pathsep.join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     line = [sys.executable, "-S", *map(str, words)]
     return subprocess.run(
-        line, cwd=cwd, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400
+        line, cwd=cwd, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=PATIENCE
     )
 
 

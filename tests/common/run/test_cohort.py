@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import PATIENCE
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator
 from monai.transforms import Compose
@@ -170,7 +171,7 @@ def start(out: Path, count: int, seconds: float, *launcher: str) -> subprocess.P
 
 def test_two_processes_share_the_pairs(tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    text = start(tmp_path / "out", 9, 0.05, *launcher).communicate(timeout=200)[0]
+    text = start(tmp_path / "out", 9, 0.05, *launcher).communicate(timeout=PATIENCE)[0]
     assert text.count("9 pairs registered") == 1, text
     lines = (tmp_path / "out" / "log.txt").read_text().split()
     assert sorted(lines[::2]) == [f"100{n}" for n in range(9)], "each pair once"

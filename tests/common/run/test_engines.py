@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import PATIENCE
 from networks import Dummy
 from torch import Tensor, nn
 
@@ -157,7 +158,7 @@ def test_guide_needs_steps() -> None:
 
 
 def run_python(code: str, root: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=PATIENCE)
 
 
 def test_one_sentence_errors(repository: Path) -> None:

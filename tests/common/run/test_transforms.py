@@ -17,10 +17,11 @@ from monai.transforms import Compose
 from common import InputError, phantom
 from common.__main__ import invert
 from common.quality import measure
+from common.run import outputs
 from common.run.example import write_phantom
 from common.run.transforms import AlignAndGridd, DeliverPaird, LoadScansd, PackPaird, ScaleForegroundd
 from common.space import io
-from common.space.points import read_points
+from common.space.points import read_points, write_points
 
 
 class Delivered(NamedTuple):
@@ -161,6 +162,26 @@ def test_landmarks_agree_with_itk(delivered: Delivered) -> None:
     there = np.array([transform.TransformPoint(point) for point in fixed.tolist()])
     assert delivered.row["tre_mm_after"] == pytest.approx(np.linalg.norm(there - moving, axis=1).mean(), abs=1e-4)
     assert delivered.row["landmarks"] == 12 and delivered.row["tre_mm_before"] > 0.5
+
+
+@pytest.mark.parametrize("given", [".csv", ".fcsv", ".mrk.json"])
+def test_points_come_out_as_they_went_in(delivered: Delivered, tmp_path: Path, given: str) -> None:
+    """Markups of 3-D Slicer come out as markups too, with their names, where warped_points.csv has them."""
+    marks = read_points(delivered.paths["moving_points"])
+    write_points(marks, tmp_path / f"moving{given}")
+    scans, transform = (delivered.paths[name] for name in ("moving", "fixed")), delivered.out / "transform.h5"
+    beside = {"moving_points": tmp_path / f"moving{given}", "fixed_points": delivered.paths["fixed_points"]}
+    beside = {name: str(path) for name, path in beside.items()}
+    pair = measure.read_registration(*scans, str(transform), **beside, spacing=4.0)
+    writers = outputs.files_of(pair, measure.warp_pair(pair), False, points_like=beside["moving_points"])
+    found = sorted(name for name in writers if name.startswith("warped_points"))
+    assert found == [f"warped_points{ending}" for ending in sorted({".csv", given})]
+    expected = read_points(delivered.out / "warped_points.csv")
+    for name in found:
+        writers[name](tmp_path / name)
+        points = read_points(tmp_path / name)
+        np.testing.assert_allclose(points.lps, expected.lps, atol=2e-3)
+        assert points.names == expected.names == marks.names
 
 
 def test_the_commands_say_what_the_row_says(delivered: Delivered) -> None:

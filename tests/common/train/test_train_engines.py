@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import PATIENCE
 from ignite.engine import Engine
 from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
 from networks import Dummy
 from torch import Tensor, nn
 
+from common import InputError
 from common.train import engines
 
 
@@ -142,7 +144,28 @@ def test_prepare_labelled_and_the_step() -> None:
 
 
 def run_python(code: str, root: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=PATIENCE)
+
+
+def test_a_group_needs_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match="multi_gpu_train.json: start it with torchrun .*; train.json needs none"):
+        engines.init_processes()
+
+
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda:1", "nccl"), (None, "nccl")])
+def test_the_group_follows_the_device(monkeypatch: pytest.MonkeyPatch, device: str | None, backend: str) -> None:
+    """--device cpu on a machine with GPUs computes, and talks, on the CPU."""
+    made, chosen = [], []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.distributed.init_process_group", made.append)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setattr("atexit.register", lambda function: None)
+    monkeypatch.setattr("ignite.distributed.sync", lambda: None)
+    engines.init_processes(device)
+    assert made == [backend] and chosen == ([torch.device("cuda", 1)] if backend == "nccl" else [])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the names of a process's threads are read from /proc")
