@@ -1,7 +1,9 @@
 """Bad inputs and options, drawn with a seed, through every command: each has to end in one sentence and exit code 1,
 or, where it can be used after all, with a warning that fits. No traceback, nothing silent, nothing half-written.
 
-    python tests/bench/bad_inputs.py [--count 400] [--seed 0] [--only WORD] [--json FILE]
+    python tests/bench/bad_inputs.py [--count 400] [--seed 0] [--only WORD] [--json FILE] [--rows FILE --minutes 1]
+
+With --rows, a file of a line a case, what it holds is not done again; --minutes ends a part (exit code 75).
 """
 
 import argparse
@@ -12,6 +14,7 @@ import random
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -396,16 +399,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="cases whose name has this word")
     parser.add_argument("--json", default=str(RESULTS), help='file for the results, "" for none')
+    parser.add_argument("--rows", default="", help="file of what is done")
+    parser.add_argument("--minutes", type=float, default=0, help="after which a part ends")
     parser.add_argument("--all", action="store_true", help="print every case")
     asked = parser.parse_args()
+    kept, end = Path(asked.rows) if asked.rows else None, time.monotonic() + 60 * asked.minutes
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept and kept.is_file() else []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "good").mkdir()
         good = Good(Path(folder) / "good")
         cases = drawn(good, asked.count, asked.seed)
-        rows = []
-        for number, case in enumerate(case for case in cases if asked.only in case.name):
+        chosen = [case for case in cases if asked.only in case.name]
+        for number, case in list(enumerate(chosen))[len(rows) :]:
+            if asked.minutes and time.monotonic() > end:
+                print(f"{len(rows)} of {len(chosen)} cases done")
+                sys.exit(75)
             found = outcome(case, Path(folder) / str(number))
             rows.append({"case": case.name} | found._asdict())
+            if kept:
+                kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
             if asked.all or found.kind not in GOOD:
                 print(f"{found.kind:10} {case.name}\n{'':11}{found.said}", flush=True)
     counts = collections.Counter(row["kind"] for row in rows)

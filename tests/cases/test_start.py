@@ -36,11 +36,11 @@ def folder(tmp_path: Path) -> Path:
 WRONG = {
     ("--config_file", "CONFIGS/infrence.json"): "--config_file CONFIGS/infrence.json: no such file; did you mean "
     "CONFIGS/inference.json?",
-    ("--config_file=CONFIGS/infer.jsn",): "--config_file CONFIGS/infer.jsn: must be one of .json, .yaml, "
-    ".yml; did you mean CONFIGS/inference.json?",
+    ("--config_file=CONFIGS/infer.jsn",): "--config_file CONFIGS/infer.jsn: must be one of .json, .yaml, .yml; did "
+    "you mean CONFIGS/inference.json?",
     ("--config_file", "nowhere/a.json"): "--config_file nowhere/a.json: no such file; there is no folder nowhere",
     ("--config_file", "['CONFIGS/inference.json','CONFIGS/x.json']"): "--config_file CONFIGS/x.json: no such file; ",
-    ("--config_file", "HERE/cut.json"): "--config_file HERE/cut.json: cannot be read (Expecting value: line 3 column 1 ",
+    ("--config_file", "HERE/cut.json"): "--config_file HERE/cut.json: cannot be read (Expecting value: line 3 column",
     ("--config_file", "HERE/cut.yaml"): "--config_file HERE/cut.yaml: cannot be read (while parsing a flow sequence",
     ("--config_file", "HERE/five.json"): "--config_file HERE/five.json: must hold a dictionary, got int",
     ("--config_file", "HERE/other.json"): "--config_file HERE/other.json: is no config of these bundles; ",
