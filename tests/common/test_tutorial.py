@@ -38,7 +38,7 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(rows) == {"plain", "refined", "trained"}
     before, after, dice_before, dice_after = rows["plain"]
     assert after < 0.7 * before and dice_after > dice_before + 0.05
-    assert rows["refined"][1] < 0.8 * after and rows["refined"][3] > dice_after
+    assert rows["refined"][1] < 0.9 * after and rows["refined"][3] > dice_after
     carried = float(re.search(r"mean Dice of \d+ labels: ([\d.]+)", said)[1])
     assert abs(carried - dice_after) < 0.02, "the file applied by the command gives what the run itself has warped"
     assert re.search(r"epoch 2 of 2: loss ", said) and rows["trained"][2] == dice_before
