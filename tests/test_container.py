@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ class Container:
             self.user = words
 
     def run(self, line: list[str]) -> str:
-        env = self.env | {"PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        env = self.env | {"PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}  # 0: none, says pip
         env |= {"HOME": str(self.root / "tmp")}
         done = subprocess.run(line, cwd=self.inside("."), env=env, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -94,11 +95,13 @@ def test_steps_in_a_fresh_environment(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    subprocess.run([python, "-m", "pip", "uninstall", "-qy", "setuptools"], check=True)  # that of the tests is newer
     (site / "packages_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
     builder = Container(tmp_path / "build", python)
     container = Container(tmp_path / "final", python, built=tmp_path / "build")
     for box, steps in ((builder, build), (container, final)):
         (box.root / "tmp").mkdir(parents=True)
+        box.env["TORCH"] = version("torch").partition("+")[0]  # as by --build-arg
         for name, words in [*before, *steps]:
             box.take(name, words)
     assert container.user not in ("root", "0") and container.at == Path("/data")
