@@ -110,6 +110,7 @@ def test_steps_in_a_fresh_environment(tmp_path: Path) -> None:
         write_person(data, name, seed)
     where = container.run([str(python), "-c", "import common; print(common.__file__)"]).strip()
     assert where.startswith(str(site)), "the wheel's, not the repository's"
+    assert (site / "common/slicer/MonaiRegister/MonaiRegisterLib/job.py").is_file()
     words = ["--spacing", str(SPACING), "--device", "cpu", "--method", "samconvex", "--features", "mind"]
     assert "plausible" in container.run([*container.entry, "moving.nii.gz", "fixed.nii.gz", "out", *words]).lower()
     assert (data / "out" / "moving_to_fixed" / "transform.h5").is_file()

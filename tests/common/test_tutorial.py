@@ -41,5 +41,6 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["refined"][1] < 0.9 * after and rows["refined"][3] > dice_after
     carried = float(re.search(r"mean Dice of \d+ labels: ([\d.]+)", said)[1])
     assert abs(carried - dice_after) < 0.02, "the file applied by the command gives what the run itself has warped"
-    assert re.search(r"epoch 2 of 2: loss ", said) and rows["trained"][0] == before > 1.5 * rows["trained"][1]
+    assert re.search(r"epoch 2 of 2: loss ", said)
+    assert rows["trained"][0] == before > 1.2 * rows["trained"][1] and rows["trained"][3] > dice_before + 0.05
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
