@@ -29,6 +29,13 @@ class Later:
         return getattr(importlib.import_module(self._name), attribute)
 
 
+def bids(words: list[str]) -> str:
+    """Register every T1w scan of a BIDS data set to a template: bids BIDS_DIR OUT participant --fixed TEMPLATE."""
+    from common.run.bids import bids
+
+    return bids(words)
+
+
 np, io, mapping = Later("numpy"), Later("common.space.io"), Later("common.space.mapping")
 carry, transform_files = Later("common.space.carry"), Later("common.space.transform_files")
 EMPTY_CODE = 3  # exit code of a command whose result is written, and empty or nearly so
@@ -248,20 +255,24 @@ def pack_bundles(*names: str, output: str = "dist", url: str = ""):
     return _written(output, f"{', '.join(path.name for path in zips)}, .sha256 beside, models/model_info.json")
 
 
-def publish_bundle(name: str, folder: str, *, layout: str = "huggingface"):
-    """Write a bundle as the files of a Hugging Face repository, one repository a bundle.
+def publish_bundle(name: str, folder: str, *, layout: str = "huggingface", repo: str = ""):
+    """Write a bundle as the files of a Hugging Face repository, or of its entry in MONAI's Model Zoo.
 
-    Upload the folder, tag the commit with the bundle's version, and move the tag latest_version to it: that is where
-    `monai.bundle download --source huggingface_hub --repo OWNER/NAME` looks.
+    huggingface, one repository a bundle: upload the folder, tag the commit with the bundle's version, and move the tag
+    latest_version to it: that is where `monai.bundle download --source huggingface_hub --repo OWNER/NAME` looks.
+    model-zoo: the folder is hf_models/NAME of a fork of Project-MONAI/model-zoo; sign the commit off (git commit -s).
 
     Args:
         name: of a bundle, or its folder.
         folder: new folder for the files.
-        layout: huggingface.
+        layout: huggingface or model-zoo.
+        repo: OWNER/NAME of the repository on Hugging Face, of model-zoo.
     """
     from common.publish.hub import publish
 
-    return _written(publish(str(name), str(folder), layout=str(layout)), "tag its commit VERSION and latest_version")
+    path = publish(str(name), str(folder), layout=str(layout), repo=str(repo))
+    of_hub = "tag its commit VERSION and latest_version"
+    return _written(path, of_hub if layout == "huggingface" else "hf_models/NAME; commit it with git commit -s")
 
 
 def verify_zip(file: str, checksum: str = ""):
@@ -276,20 +287,25 @@ def verify_zip(file: str, checksum: str = ""):
     return f"{file}: is as published, SHA-256 {verify(str(file), str(checksum))}"
 
 
-def export_network(name: str, output: str, size: tuple[int, int, int], weights: str = "", config: str = ""):
-    """Write a bundle's network as a torch.export program (.pt2): torch.export.load(...).module()(image) gives disp.
+def export_network(
+    name: str, output: str, size: tuple[int, int, int], format: str = "", weights: str = "", config: str = ""
+):
+    """Write a bundle's network as one file (.pt2, .ts, .onnx): `image`, the stacked scans, gives `disp`.
+
+    In torch: torch.export.load(FILE).module()(image)["disp"], torch.jit.load(FILE)(image)["disp"].
 
     Args:
         name: of a bundle, or its folder.
-        output: file to write, ending in .pt2.
-        size: I,J,K of the images in voxels, as 96,112,96; the program takes this size only.
+        output: file to write: .pt2 for torch.export, .ts for TorchScript, .onnx for ONNX.
+        size: I,J,K of the images in voxels, as 96,112,96; a .pt2 and an .onnx take this size only, a .ts any.
+        format: pt2, torchscript or onnx, if it is not to be read from the ending.
         weights: of the network; models/model.pt if not given.
         config: one more config file, laid over inference.json, that changes network_def.
     """
     from common.publish.export import export
 
-    export(str(name), str(output), size=size, weights=str(weights), config=str(config))
-    return _written(output, f"torch.export program for images of {' x '.join(map(str, size))} voxels")
+    export(str(name), str(output), size=size, format=str(format), weights=str(weights), config=str(config))
+    return _written(output, f"the network, `image` of {' x '.join(map(str, size))} voxels in, `disp` out")
 
 
 def options(bundle: str, *, training: bool = False):
@@ -320,6 +336,7 @@ def _written(output: str, what: str) -> str:
 
 COMMANDS = {
     "register": register,
+    "bids": bids,
     "apply": apply,
     "compose": compose,
     "invert": invert,
@@ -350,7 +367,7 @@ def main() -> None:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
             raise InputError(f"{command}: there is no such command{hint}")
-        if command in ("register", "template"):  # their options are those of the bundles, and not in a signature
+        if command in ("register", "bids", "template"):  # their options are those of the bundles, in no signature
             if said := COMMANDS[command](words):
                 print(said)
             return
@@ -378,8 +395,9 @@ def _run(command: str, words: list[str]) -> bool:
 
 
 def register_main() -> None:
-    """`monai-register`, which the package installs."""
-    sys.argv.insert(1, "register")
+    """`monai-register`, which the package installs; `monai-register bids` is a command of its own."""
+    if sys.argv[1:2] != ["bids"]:
+        sys.argv.insert(1, "register")
     main()
 
 
