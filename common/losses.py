@@ -292,6 +292,7 @@ class RegistrationLoss(nn.Module):
     """
 
     SIMILARITIES = ("lncc", "mse")
+    capturable = True  # in a CUDA graph: nothing waits for the host
 
     def __init__(
         self,
