@@ -144,7 +144,6 @@ def as_on_cuda(count: Count, kernel: type[Kernel] = Kernel) -> None:
                 setattr(module, key, opened(value.op, count))
         sys.modules[f"common.ops.{name}"].choose = lambda *args, **options: "triton"
     from common import losses
-    from common.ops import norm_act as _, sacb  # noqa: F401
     from sacb_net import network
 
     norm_act = sys.modules["common.ops.norm_act"]

@@ -1,10 +1,11 @@
 """One table of every timing of operators and networks that was ever measured here, and a picture of the newest ones.
 
-    python tests/bench/bench_rows.py collect        # results/*.json, and what they were in git before -> results/rows.csv
+    python tests/bench/bench_rows.py collect        # results/*.json, and what they were in git -> results/rows.csv
     python tests/bench/bench_rows.py draw           # results/rows.csv -> results/rows.png
 
 A row of rows.csv: operator, size, channels, pass, layer, dtype, layout, device, torch, commit, seconds, mib, floor
-(seconds on paper: bytes over the bandwidth or products over the rate, whichever takes longer; where it is known).
+(seconds on paper, where known: bytes over the bandwidth or products over the rate, whichever takes longer; of a GPU
+bytes alone).
 Rows that are there stay; `collect` adds those that are new. On a CPU seconds are those of the process, on one thread.
 """
 
@@ -18,13 +19,19 @@ from pathlib import Path
 
 import fire
 from machine import ROOT
-from operator_cases import CASES, floor_warp
+from operator_cases import CASES, floor_match_both, floor_modulated_conv3d_both, floor_norm_act_both, floor_warp_both
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = "operator,size,channels,pass,layer,dtype,layout,device,torch,commit,seconds,mib,floor".split(",")
 BOTH = "forward + backward"
 CHANNELS = {1: 8, 2: 16, 4: 32, 8: 64}  # of SACB-Net's scales, by the divisor of the size
 WAYS = {"features": "features", "GiB": "budget_gib", "steps": "refine_steps"}  # of a table without variants
+FLOORS = {  # of bench_gpu.py's operators: scans in a batch, and stages of forward and backward pass
+    "warp": (1, floor_warp_both),
+    "match": (1, floor_match_both),
+    "norm_act": (2, floor_norm_act_both),
+    "modulated_conv3d": (2, floor_modulated_conv3d_both),
+}
 NAMED = {"half": 2, "quarter": 4, "eighth": 8}
 
 
@@ -51,14 +58,14 @@ def process_rows(found: dict, commit: str, operator: str) -> Iterator[dict]:
         size = row.get("size") or found["size"]
         fixed = {"operator": operator, "size": text(size), "channels": 1, "pass": row.get("kind", "forward")}
         fixed |= {"layer": name, "dtype": "float32", "layout": "", "device": machine.get("cpu", "CPU")}
-        mib = 1024 * (row["peak_gib"] - row.get("base_gib", 0))
-        yield fixed | {"torch": machine.get("torch", ""), "commit": commit, "seconds": row["cpu_s"], "mib": mib, "floor": ""}
+        fixed |= {"torch": machine.get("torch", ""), "commit": commit, "floor": ""}
+        yield fixed | {"seconds": row["cpu_s"], "mib": 1024 * (row["peak_gib"] - row.get("base_gib", 0))}
 
 
 def gpu_rows(found: dict, _: str) -> Iterator[dict]:
     """Of results/gpu_*.json, by bench_gpu.py and its forerunner; its file says which commit."""
     machine, size = found["hardware"], found["size"]
-    for part in (found, found.get("before", {"rows": {}})):
+    for part in (found.get("before", {"rows": {}}), found):
         fixed = {"device": machine["gpu"], "torch": machine["torch"], "commit": part.get("commit")}
         for name, row in part["rows"].items():
             if isinstance(row, dict):
@@ -93,22 +100,21 @@ def gpu_row(name: str, row: dict, size: list[int], rates: dict) -> Iterator[dict
                 yield fixed | {"layer": layer, "pass": "forward" if what == "pass" else what, "seconds": ms / 1000}
     elif words[0] == "op" or "," in name:
         operator = words[1] if words[0] == "op" else words[0].strip(",")
+        operator = "modulated_conv3d" if operator == "modulated" else operator
         divisor = int(words[3]) if words[0] == "op" else int(words[1].strip(",").split("/")[1])
         grid = [n // divisor for n in size]
         fixed |= {"operator": operator, "channels": CHANNELS[divisor], "size": text(grid)}
         fixed |= {"dtype": "bfloat16" if half else "float32", "layer": "default"}
         forward = row.get("forward", row.get("fwd", row))
         backward = row.get("backward", row.get("bwd"))
-        for what, value in (("forward", forward), ("backward", backward)):
+        for number, (what, value) in enumerate((("forward", forward), ("backward", backward))):
             if value is not None:
-                ms = value["ms"] if isinstance(value, dict) else value[0]
-                floor = warp_floor(grid, CHANNELS[divisor], half, rates) if (operator, what) == ("warp", "forward") else ""
+                ms, floor = value["ms"] if isinstance(value, dict) else value[0], ""
+                if operator in FLOORS:
+                    batch, floor_of = FLOORS[operator]
+                    numbers = batch * floor_of(prod(grid), CHANNELS[divisor])[number].numbers
+                    floor = numbers * (2 if half else 4) / (1e9 * rates["copy_gb_s"])
                 yield fixed | {"pass": what, "seconds": ms / 1000, "floor": floor}
-
-
-def warp_floor(grid: list[int], channels: int, half: object, rates: dict) -> float:
-    (stage,) = floor_warp(prod(grid), channels)
-    return stage.numbers * (2 if half else 4) / (1e9 * rates["copy_gb_s"])
 
 
 def text(size: list[int]) -> str:
@@ -188,7 +194,7 @@ def draw(table: str = str(RESULTS / "rows.csv"), output: str = str(RESULTS / "ro
     newest: dict[tuple, dict] = {}
     panels = []
     for title, some in (("one CPU thread", cpus), ("NVIDIA H200", gpus)):
-        newest = {(label(row), row["layer"], row["layout"]): row for row in some if row["layout"] or some is cpus}
+        newest = {(label(row), row["layer"], row["layout"]): row for row in some if some is cpus or shown(row)}
         panels.append((title, list(newest.values())))
     heights = [max(len({label(row) for row in some}), 1) for _, some in panels]
     figure, axes = plt.subplots(2, 1, figsize=(9, 0.19 * sum(heights) + 2), height_ratios=heights)
@@ -202,6 +208,7 @@ def draw(table: str = str(RESULTS / "rows.csv"), output: str = str(RESULTS / "ro
         places = [names.index(label(row)) for row in floors]
         axis.plot([1000 * float(row["floor"]) for row in floors], places, "kx", markersize=4, label="floor")
         axis.set_xscale("log")
+        axis.set_ylim(-1, len(names))
         axis.set_yticks(range(len(names)), names, fontsize=6)
         axis.grid(axis="x", alpha=0.3)
         axis.set_title(f"{title}, float32", fontsize=9, loc="left")
@@ -213,13 +220,20 @@ def draw(table: str = str(RESULTS / "rows.csv"), output: str = str(RESULTS / "ro
     print(f"{output}: {sum(len(some) for _, some in panels)} rows")
 
 
+def shown(row: dict) -> bool:
+    return bool(row["layout"]) and "benchmark" not in row["layer"] and "contiguous" not in row["layer"]
+
+
 def label(row: dict) -> str:
     return f"{row['operator']}, {row['pass']}, {row['size']}"
 
 
 def family(layer: str) -> str:
     """A colour of the picture."""
-    return "as a CUDA graph" if "CUDA graph" in layer else "cuDNN" if layer.startswith("cuDNN") else layer
+    for name in ("as a CUDA graph", "cuDNN tf32", "cuDNN fp32"):
+        if name in layer:
+            return name
+    return layer
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What the compiler makes of every Triton kernel that SACB-Net launches, for sm_90 and without a GPU.
 
-    python tests/bench/compile_probe.py                    # a step of training at 160x192x224: table, and what has grown
-    python tests/bench/compile_probe.py --write True       # keep it as results/kernels_sm90.json
+    python tests/bench/compile_probe.py                 # a step of training at 160x192x224, and what has grown
+    python tests/bench/compile_probe.py --write True    # keep the table as results/kernels_sm90.json
 
-A pass and a step run on fake tensors (account.py); each launch with other types or constants is compiled once. Registers
-and bytes of the stack (where registers are spilled to) are those that the assembler reports; both must not grow. They are compared
-with those of the same version of Triton only; bytes of the stack must not be there at all where they are 0 in the file.
+The step runs on fake tensors (account.py); each launch with other types or constants is compiled once. Registers, and
+bytes of the stack, where registers are spilled to, are those that the assembler reports. Neither may grow; registers
+are compared with those of the same version of Triton only.
 """
 
 import collections
