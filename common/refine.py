@@ -15,9 +15,9 @@ from tqdm import trange
 from common import RegistrationWarning
 from common.fields import pool_disp, resize_disp, sample_at, unfold, unpool_disp
 from common.graphs import Graphed
-from common.losses import box_sum, diffusion, lncc
+from common.losses import diffusion, lncc
 from common.mind import mind_features
-from common.ops import plain, warp
+from common.ops import box_sum, plain, warp
 
 
 def smooth(disp: Tensor, *, times: int = 2) -> Tensor:

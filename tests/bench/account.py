@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path[:0] = [str(ROOT), str(ROOT / "bundles" / "sacb_net")]
-OPS = "conv", "warp", "match", "sacb", "kmeans", "norm_act", "scale"
+OPS = "box", "conv", "warp", "match", "sacb", "kmeans", "norm_act", "scale"
 RATE = 2.8e12  # bytes a second
 GOALS = {"pass": {"launches": 400, "gb": 25, "ms": 20}, "step": {"gb": 70, "ms": 60}}  # below these
 FREE = {"empty", "detach", "new_empty", "empty_strided", "empty_like", "lift_fresh", "alias"}  # no launch
