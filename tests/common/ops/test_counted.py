@@ -40,18 +40,18 @@ def test_registers_and_spills(tmp_path: Path) -> None:
         pytest.skip(f"this Triton brings no {tool.name}, which reads registers")
     done = run_bench("compile_probe.py", "pass", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "0 have grown" in done.stdout
+    assert "0 spill; 0 have grown" in done.stdout
 
 
 def test_growth_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     from compile_probe import grown
 
-    kept = {"triton": "1", "kernels": {"a": {"registers": 100, "stack": 0}, "b": {"registers": 255, "stack": 8}}}
+    kept = {"triton": "1", "kernels": {"a": {"registers": 100, "spills": 0}, "b": {"registers": 255, "spills": 8}}}
     same = {name: dict(row) for name, row in kept["kernels"].items()}
     assert grown(same, kept, "1") == []
     same["a"]["registers"] = 101
     assert grown(same, kept, "2") == [] and len(grown(same, kept, "1")) == 1
-    same["a"]["stack"], same["b"]["stack"] = 8, 16
+    same["a"]["spills"], same["b"]["spills"] = 8, 16
     assert len(grown(same, kept, "2")) == 2
-    assert grown({"new": {"registers": 1, "stack": 8}}, kept, "1") == ["new: 8 bytes of stack"]
+    assert grown({"new": {"registers": 1, "spills": 8}}, kept, "1") == ["new: 8 instructions that spill"]
