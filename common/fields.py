@@ -108,7 +108,7 @@ def _invert_at(field: Tensor, points: Tensor, iterations: int, tolerance: float)
 
 def sample_at(field: Tensor, points: Tensor) -> Tensor:
     """Values (3, N) of a displacement (3, I, J, K) at points (3, N) in voxels, the border repeated outside."""
-    largest = points.new_tensor(field.shape[1:])[:, None] - 1
+    largest = torch.stack([points.new_full((1,), n - 1) for n in field.shape[1:]])  # made where they are: no copy
     unit = (2 * points / largest.clamp(min=1) - 1).flip(0).T  # grid_sample has the last axis first
     options = {"mode": "bilinear", "padding_mode": "border", "align_corners": True}
     return F.grid_sample(field[None], unit[None, :, None, None], **options)[0, :, :, 0, 0]

@@ -69,6 +69,7 @@ INFERENCE = {
     "refine_similarity": Option("word", "what those steps compare", ("lncc", "mind", "features", "auto")),
     "memory": Option("number", "GiB that may be used; by default most of what is free", low=0.001, none=True),
     "too_large": Option("word", "what to do with a pair that needs more memory", ("stop", "tile", "coarsen")),
+    "cuda_graphs": Option("switch", "on a GPU, replay what is repeated at one size as a CUDA graph"),
     "save_inverse": Option("switch", "also write the inverse transform"),
     "crop": Option("switch", "lay the network's grid around the foreground only"),
     "trained_on": Option("word", "what the weights know", ("brain_t1", "hippocampus"), none=True, empty=True),
