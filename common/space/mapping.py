@@ -156,7 +156,7 @@ def resample(
     """Values of a scan at transform(x) for every voxel x of another grid. One interpolation.
 
     Args:
-        array: (I, J, K) scan on the grid `affine_ras`.
+        array: (I, J, K) scan on the grid `affine_ras`; where it is linear also (C, I, J, K), all at once.
         size, onto_ras: the grid to fill.
         transform: point map from the new grid's space to the scan's; None is the identity.
         nearest: nearest neighbour, for labels, whose type is kept; else linear.
@@ -165,21 +165,21 @@ def resample(
         outside: value where the scan does not reach: beyond half a voxel outside of it, as in ITK.
 
     Returns:
-        (I', J', K') float32, or with `nearest` or `voted` in the type of `array`.
+        ([C,] I', J', K') float32, or with `nearest` or `voted` in the type of `array`.
     """
     size = tuple(int(n) for n in size)
     if math.prod(size) > LARGEST:
         raise InputError(f"a grid of {' x '.join(map(str, size))} voxels is too large")
     source = torch.from_numpy(np.ascontiguousarray(array, dtype=None if nearest or voted else np.float32))
-    out = torch.empty(size, dtype=source.dtype)
+    out = torch.empty(source.shape[:-3] + size, dtype=source.dtype)
     to_voxel = np.linalg.inv(affine_ras)
-    if size == source.shape and (transform is None or transform.linear):
+    if size == source.shape[-3:] and (transform is None or transform.linear):
         matrix = np.eye(4) if transform is None else matrix_of(transform)
         if np.allclose(to_voxel @ matrix @ onto_ras, np.eye(4), rtol=0, atol=1e-6):
             return source.numpy().copy()  # the same grid: every bit is kept
     for rows, coords, frame in _places(transform, size, onto_ras):
         voxels = _moved(to_voxel @ frame, coords)
-        out[rows] = (_nearest if nearest else _voted if voted else _linear)(source, voxels, outside)
+        out[..., rows, :, :] = (_nearest if nearest else _voted if voted else _linear)(source, voxels, outside)
     return out.numpy()
 
 
@@ -270,8 +270,9 @@ def _displaced(disp: np.ndarray, voxels: Tensor) -> Tensor:
 
 
 def _linear(source: Tensor, voxels: Tensor, outside: float) -> Tensor:
-    found = _grid_sample(source[None], voxels)[0]
-    return found.masked_fill_(~_inside(voxels, source.shape), outside)
+    size = source.shape[-3:]
+    found = _grid_sample(source.view(-1, *size), voxels).masked_fill_(~_inside(voxels, size), outside)
+    return found.view(source.shape[:-3] + found.shape[1:])
 
 
 def _nearest(source: Tensor, voxels: Tensor, outside: float) -> Tensor:
@@ -279,7 +280,7 @@ def _nearest(source: Tensor, voxels: Tensor, outside: float) -> Tensor:
     inside = _inside(voxels, source.shape)
     index = torch.zeros(voxels.shape[1:], dtype=torch.int64)
     for v, n in zip(voxels, source.shape):
-        index = index * n + (v + 0.5).floor().long().clamp(0, n - 1)
+        index.mul_(n).add_((v + 0.5).floor_().long().clamp_(0, n - 1))
     return source.flatten()[index].masked_fill_(~inside, outside)
 
 
