@@ -2,22 +2,27 @@
 
 A transform T takes a point of the fixed space to its place in the moving space, so that warped(x) = moving(T(x)). It is
 a row of parts that a point goes through: affine maps, displacement fields, and whatever else ITK has read. Matrices,
-grids and arrays are RAS mm, as everywhere here; points are LPS mm, as in files. Files: `transform_files`.
+grids and arrays are RAS mm, as everywhere here; points are LPS mm, as in files. Files: `transform_files`. Points are
+mapped without torch, which takes seconds to load.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from common import InputError, fields
+from common import InputError, Later
 from common.space.io import LPS_FROM_RAS
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch, F, fields = Later("torch"), Later("torch.nn.functional"), Later("common.fields")
 Grid = tuple[tuple[int, int, int], np.ndarray]  # size and affine_ras
 CONVERGED_MM = 1e-3  # a point counts as inverted when its image is this close to the target
 LARGEST = 2**31  # voxels of a grid that anybody could mean
@@ -188,7 +193,7 @@ def displacement_mm(transform: Transform, size: tuple[int, int, int], affine_ras
     found = torch.empty((3, *size), dtype=torch.float32)
     for rows, coords, frame in _places(transform, size, affine_ras):
         start = _lattice(size, rows)
-        if isinstance(coords, Tensor):
+        if isinstance(coords, torch.Tensor):
             there = _moved(LPS_FROM_RAS @ frame, coords)
             found[:, rows] = there - _moved(LPS_FROM_RAS @ affine_ras, start)
         else:  # linear: one matrix, whose difference is exact
@@ -232,7 +237,7 @@ def _places(
                 frame = part.matrix @ frame
                 continue
             to_own, own = np.linalg.inv(part.affine_ras) @ frame, part.disp.shape[1:] == size
-            own = own and not isinstance(coords, Tensor) and np.allclose(to_own, np.eye(4), rtol=0, atol=1e-6)
+            own = own and not isinstance(coords, torch.Tensor) and np.allclose(to_own, np.eye(4), rtol=0, atol=1e-6)
             coords = _moved(to_own, coords)
             moved = torch.from_numpy(part.disp[:, rows]).float() if own else _displaced(part.disp, coords)
             coords, frame = coords + moved, part.affine_ras
@@ -241,7 +246,7 @@ def _places(
 
 def _moved(matrix: np.ndarray, coords: Tensor | Lattice) -> Tensor:
     """The 4x4 map of coordinates: (3, I, J, K) float32."""
-    if isinstance(coords, Tensor):
+    if isinstance(coords, torch.Tensor):
         linear = torch.from_numpy(matrix[:3, :3]).float()
         shift = torch.from_numpy(matrix[:3, 3]).float().view(3, 1, 1, 1)
         return torch.einsum("ab,bijk->aijk", linear, coords) + shift
