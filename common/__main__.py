@@ -17,7 +17,6 @@ from common.label.command import label
 from common.run.cli import exact_words, printable, sentence_of
 from common.run.door import register, template
 
-
 np, io, mapping = Later("numpy"), Later("common.space.io"), Later("common.space.mapping")
 carry, transform_files = Later("common.space.carry"), Later("common.space.transform_files")
 EMPTY_CODE = 3  # exit code of a command whose result is written, and empty or nearly so

@@ -38,7 +38,7 @@ SHARED = {
     "output_dir": Option("path", "folder for the results"),
     "quiet": Option("switch", "say nothing but what is wrong"),
     "device": Option("device", "where to compute, by default on a GPU, if there is one"),
-    "threads": Option("whole", "to compute with; by default one for each core that is idle", low=1, high=1024, none=True),
+    "threads": Option("whole", "to compute with; by default one for each idle core", low=1, high=1024, none=True),
     "amp": Option("switch", "mixed precision, on a GPU only"),
     "prealign": Option("word", "how the scans are brought together first", ("affine", "rigid", "none")),
     "spacing": Option("number", "mm of a voxel of the network's grid; 0 keeps the scan's", high=100, none=True),
