@@ -46,7 +46,7 @@ class Work(NamedTuple):
 
 
 # Of a step of the refinement, by what it compares; made by tests/bench/bench_forecast.py calibrate.
-STEP = {"lncc": Work(0.62, 184.0), "mind": Work(1.37, 132.0)}
+STEP = {"lncc": Work(0.62, 184.0), "mind": Work(1.37, 132.0), "auto": Work(1.37, 184.0)}
 UNIT_SIDE, UNIT_CHANNELS = 40, 8  # of the convolution that is the unit
 
 # Of warping, measuring, drawing and writing, without labels, a voxel of the fixed scan; always on the CPU. Held against

@@ -66,7 +66,7 @@ INFERENCE = {
     "series": Option("data", "UID or description of a DICOM series, or a list for both scans", none=True),
     "passes": Option("whole", "how often the network runs", low=1, high=50),
     "refine_steps": Option("whole", "steps of instance optimisation after the network", high=10000),
-    "refine_similarity": Option("word", "what those steps compare", ("lncc", "mind", "features")),
+    "refine_similarity": Option("word", "what those steps compare", ("lncc", "mind", "features", "auto")),
     "memory": Option("number", "GiB that may be used; by default most of what is free", low=0.001, none=True),
     "too_large": Option("word", "what to do with a pair that needs more memory", ("stop", "tile", "coarsen")),
     "cuda_graphs": Option("switch", "on a GPU, replay what is repeated at one size as a CUDA graph"),
