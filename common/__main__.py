@@ -1,7 +1,6 @@
 """python -m common COMMAND: what can be done with a registration without any bundle."""
 
 import difflib
-import importlib
 import inspect
 import math
 import os
@@ -12,21 +11,11 @@ from typing import Literal
 
 import fire
 
-from common import EmptyResult, InputError, RegistrationWarning
+from common import EmptyResult, InputError, Later, RegistrationWarning
 from common.deploy.command import deploy
 from common.label.command import label
 from common.run.cli import exact_words, printable, sentence_of
 from common.run.door import register, template
-
-
-class Later:
-    """A module that takes seconds to load, loaded when something of it is first used: help and mistakes do without."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, attribute: str) -> object:
-        return getattr(importlib.import_module(self._name), attribute)
 
 
 def bids(words: list[str]) -> str:
@@ -320,13 +309,8 @@ def options(bundle: str, *, training: bool = False):
     return help_of_bundle(bundle, training=training)
 
 
-def _grid(path: str) -> "mapping.Grid":
-    array, affine = io.read_scan(str(path))
-    return array.shape[1:], affine
-
-
 def _write_map(transform, output: str, reference: str) -> str:
-    transform_files.write_transform(transform, str(output), _grid(reference) if reference else None)
+    transform_files.write_transform(transform, str(output), io.read_grid(str(reference)) if reference else None)
     return _written(output, f"{len(mapping.parts(transform))} part(s)")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common import InputError, RegistrationWarning
 from common.fields import compose
+from common.graphs import Graphed, modules_state
 from common.holes import fill, spread
 from common.ops import plain, warp
 from common.refine import SIMILARITIES, Guide, refine
@@ -115,6 +116,8 @@ class RegistrationInferer(Inferer):
         cost: {"units": ..., "bytes": ...} that the network takes a voxel, as `forecast.Work` says; without, and with a
             refinement of which nothing is known, it is measured on a crop of the first pair that is large enough.
         guide: weight with which the points of a call guide the refinement, in mm.
+        cuda_graphs: on a GPU, replay what is repeated at one size as a CUDA graph: the steps of the refinement, and the
+            network from its second pair of a size on, if it says that it is `capturable`. The report says what was.
         options: further keyword arguments of `refine`.
     """
 
@@ -128,6 +131,7 @@ class RegistrationInferer(Inferer):
         too_large: str = "stop",
         cost: dict[str, float] | None = None,
         guide: float = 0.0,
+        cuda_graphs: bool = True,
         **options: Any,
     ) -> None:
         if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
@@ -146,6 +150,8 @@ class RegistrationInferer(Inferer):
         self.memory, self.too_large, self.guide = memory, too_large, guide
         self._work = None if cost is None else forecast.Work(**cost)
         self._cost: forecast.Cost | None = None  # once measured
+        self.cuda_graphs = cuda_graphs
+        self._graphed: Graphed | None = None  # the network that was run last
 
     def __call__(
         self,
@@ -196,7 +202,7 @@ class RegistrationInferer(Inferer):
             with warnings.catch_warnings():
                 if left:
                     warnings.simplefilter("ignore", RegistrationWarning)
-                further = network(pair, *args, **kwargs).float()
+                further = self._pass(network, pair, quiet, args, kwargs).float()
             disp = further if disp is None else compose(disp, further)
             if left:
                 pair = torch.cat([warp(moving, disp), fixed], 1)
@@ -214,10 +220,20 @@ class RegistrationInferer(Inferer):
             text = f"not with {name}, whose grid it does not take; mind or lncc would do"
             raise InputError(f"--refine_similarity features: {text}")
         options = {"similarity": similarity, "features": features, "mask": mask, "guide": guide} | self.options
-        options["progress"] = False if quiet else progress.step
+        options |= {"progress": False if quiet else progress.step, "graphs": self.cuda_graphs}
         if not quiet:
             progress.stage("refining" if similarity == self.similarity else f"refining by {similarity.upper()}")
         return refine(disp, image, steps, **options)
+
+    def _pass(self, network: Callable[..., Tensor], pair: Tensor, quiet: bool, args: tuple, kwargs: dict) -> Tensor:
+        if quiet or args or kwargs or not (self.cuda_graphs and getattr(network, "capturable", False)):
+            return network(pair, *args, **kwargs)
+        if self._graphed is None or self._graphed.function is not network:
+            self._graphed = Graphed(network, pair.device, state=lambda: modules_state(network))
+        disp = self._graphed(pair)
+        if self._graphed.told != "off":
+            progress.put(cuda_graph=self._graphed.told)
+        return disp
 
     def _forecast(
         self, image: Tensor, run: Callable[..., forecast.Run], started: float | None, scan_voxels: int
