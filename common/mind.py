@@ -43,7 +43,7 @@ def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 2) -> Tensor:
         i, j, k = (slice(b, b + n) for b, n in zip(begin, image.shape[2:]))
         return padded[:, :, i, j, k]
 
-    distance = image.new_empty(len(image), len(PAIRS), *image.shape[2:])
+    distance = image.new_empty((len(image), len(PAIRS), *image.shape[2:]))  # one tuple: MetaTensor takes no more
     for n, (a, b) in enumerate(PAIRS):  # volume by volume: what does not fit a CPU's cache takes it longest
         apart = box_mean((shifted(a) - shifted(b)).square(), radius=radius, padding="border")
         distance[:, n] = apart[:, 0]

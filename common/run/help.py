@@ -56,7 +56,8 @@ def help_of_bundle(bundle: str, *, training: bool = False) -> str:
 def help_of_register() -> str:
     """What the front door takes; the defaults are those of samconvex."""
     lines = ["monai-register MOVING FIXED OUT [--method METHOD] [--OPTION VALUE ...]", ""]
-    lines += ["Registers two scans; `python -m common register` is the same. --pairs TABLE OUT registers many.", ""]
+    lines += ["Registers two scans; `python -m common register` is the same. --pairs TABLE OUT registers many,"]
+    lines += ["`monai-register bids --help` says how those of a BIDS data set are.", ""]
     own = {
         "method": "auto looks at the scans and chooses; or the name or folder of a bundle: sacb_net, samconvex, "
         "dual_flownet, residual_aligner; default auto",
