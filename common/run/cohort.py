@@ -25,6 +25,7 @@ from common.quality.review import rows_of, write_review
 from common.quality.summary import draw_summary
 from common.run import progress
 from common.run.cli import sentence_of
+from common.run.data import NUMBERS
 from common.space.files import locked, output_folder, remove_leftovers, replaced, write_table
 from common.space.io import contrasts_of
 
@@ -57,7 +58,7 @@ class PairTable:
         self, output_dir: str, name: str = "register", *, resume: bool = True, settings: list[Any] | tuple = ()
     ) -> None:
         self.folder, self.name, self.resume = Path(output_dir), name, resume
-        self.path, self.rows = self.folder / "results.csv", {}
+        self.path, self.rows, self.settings_of = self.folder / "results.csv", {}, {}
         self.described = [described(item) for item in settings]
         self.settings = hashlib.sha256(json.dumps(self.described, default=str).encode()).hexdigest()[:12]
         self.saves = any(getattr(step, "save", False) for item in settings for step in getattr(item, "transforms", ()))
@@ -78,7 +79,7 @@ class PairTable:
 
     def add(self, row: dict) -> None:
         """Keep a row; process 0 writes the table, the others a line to a file of their own, which 0 reads."""
-        row = row | {"settings": self.settings}
+        row = row | {"settings": self.settings_of.get(row["id"], self.settings)}
         self.rows[row["id"]] = row
         if rank():
             with self._journal(rank()).open("a", encoding="utf-8") as file:
@@ -89,7 +90,7 @@ class PairTable:
     def write(self) -> None:
         """results.csv of all processes, in the order of the pairs."""
         for row in self._journals():
-            if row.get("settings") == self.settings:
+            if row.get("settings") == self.settings_of.get(row["id"]):
                 self.rows[row["id"]] = row
         self._write_table()
 
@@ -104,16 +105,23 @@ class PairTable:
     def begin(self, pairs: list[dict]) -> list[int]:
         """Numbers of the pairs that are still to be done; those done before keep their rows."""
         self.order = [pair["id"] for pair in pairs]
-        self.rows = {}
+        self.rows, self.settings_of = {}, {pair["id"]: self._settings_of(pair) for pair in pairs}
         if not self.resume or len(pairs) < 2:
             return list(range(len(pairs)))
         found = {row["id"]: row for row in [*_read_table(self.path), *self._journals()] if not row.get("error")}
         for pair in pairs:
             row = found.get(pair["id"])
-            expected = {name: str(pair.get(name)) for name in ("id", "fixed", "moving")} | {"settings": self.settings}
+            expected = {name: str(pair.get(name)) for name in ("id", "fixed", "moving")} | {
+                "settings": self.settings_of[pair["id"]]
+            }
             if row and all(str(row.get(name)) == expected[name] for name in IDENTITY) and self._stands(pair):
                 self.rows[pair["id"]] = row
         return [n for n, pair in enumerate(pairs) if pair["id"] not in self.rows]
+
+    def _settings_of(self, pair: dict) -> str:
+        """The settings of all pairs, and what the table says of this one's own."""
+        own = {name: pair[name] for name in NUMBERS if name in pair}
+        return hashlib.sha256(f"{self.settings}{own}".encode()).hexdigest()[:12] if own else self.settings
 
     def settle(self) -> None:
         """Take over the rows that a run which was killed left in journals, and clear what else it left behind."""
@@ -129,7 +137,8 @@ class PairTable:
         written = self.folder / pair["id"] / "report.json"
         if not self.saves:
             return True
-        files = [part for name, value in pair.items() if name != "id" for part in contrasts_of(value)]
+        names = [name for name in pair if name != "id" and name not in NUMBERS]
+        files = [part for name in names for part in contrasts_of(pair[name])]
         return written.exists() and all(
             os.path.exists(file) and os.path.getmtime(file) <= written.stat().st_mtime for file in files
         )

@@ -57,6 +57,8 @@ INFERENCE = {
     "fixed_mask": _scan("fixed", "mask, what is looked at,"),
     "moving_lesion": _scan("moving", "mask of a lesion, what is left out,"),
     "fixed_lesion": _scan("fixed", "mask of a lesion, what is left out,"),
+    "start": Option("path", "transform to start from, of fixed points to the moving scan, in place of the alignment"),
+    "midspace": Option("switch", "register both ways, and bring both scans into the space in their middle as well"),
     "lesion_margin": Option("number", "mm by which lesions are widened", high=1000),
     "guide": Option("number", "weight with which the landmarks guide the refinement; at 0 they are measured only"),
     "holdout_points": Option("number", "share of the landmarks that do not guide, and are measured", high=1),

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.fields import invert
+from common.halves import half
 from common.quality import measure, page, picture, report
 from common.run import progress
-from common.space import io, mapping, points
+from common.space import io, mapping, middle, points
 from common.space.transform_files import write_transform
 
 
@@ -34,6 +36,31 @@ def files_of(
         if lost := int(np.isnan(there).any(1).sum()):
             progress.note(f"{lost} of {len(there)} moving points have no place in the fixed scan: the map folds there")
         writers["warped_points.csv"] = partial(points.write_points, points.Points(there, pair.moving_points.names))
+    return writers
+
+
+def middle_files(pair: measure.Registration) -> dict[str, Callable[[Path], None]]:
+    """Both scans in the space in their middle, and the transforms from there to each; of a map that is symmetric.
+
+    The middle is H x, with H H the matrix of the alignment. There the displacement d of the pair is two halves: its half
+    h leads to the moving scan, h^-1 to the fixed one.
+    """
+    to_middle = middle.half_matrix(mapping.matrix_of(pair.start))
+    there = half(pair.disp[None])
+    work = to_middle @ pair.work_affine
+    ways = {"moving": (there, to_middle), "fixed": (invert(there), np.linalg.inv(to_middle))}
+    scans = {"moving": (pair.moving, pair.moving_affine), "fixed": (pair.fixed, pair.fixed_affine)}
+    grids = tuple((scan.shape[1:], affine) for scan, affine in (scans["fixed"], scans["moving"]))
+    size, onto = middle.middle_grid(grids, (to_middle, np.linalg.inv(to_middle)))
+    writers = {}
+    for name, (disp, matrix) in ways.items():
+        the_map = mapping.displacement_transform(disp[0].numpy(), work)
+        the_map = mapping.compose(the_map, mapping.affine_transform(matrix))
+        scan, affine = scans[name]
+        options = [{"outside": io.background(channel)} for channel in scan]
+        found = np.stack([mapping.resample(c, affine, size, onto, the_map, **o) for c, o in zip(scan, options)])
+        writers[f"middle_{name}.nii.gz"] = partial(io.write_scan, found, onto)
+        writers[f"middle_to_{name}.h5"] = partial(write_transform, the_map)
     return writers
 
 

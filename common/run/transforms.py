@@ -16,10 +16,10 @@ from monai.transforms import Transform
 from common import InputError, RegistrationWarning
 from common.quality import measure, report, verdict
 from common.run import forecast, outputs, progress
-from common.space import geometry, io, mapping, points
+from common.space import geometry, io, mapping, middle, points
 from common.space.headers import HEADERS
 from common.space.prealign import fit_points, prealign
-from common.space.transform_files import write_transform
+from common.space.transform_files import read_transform, write_transform
 
 WRITTEN = 2**21  # voxels of a fixed scan whose displacement is written without being asked for: some 15 MB
 PREALIGN = ("affine", "rigid", "none")
@@ -72,7 +72,7 @@ class LoadScansd(Transform):
         label_keys: of their label maps; KEY_label if not given.
         header: where NIfTI scans are: "sform" or "qform"; None is ITK's choice. What is doubtful is noted for the row.
         series: UID or description of the DICOM series, in a folder of several; a list if the scans' differ.
-        lesion_margin: mm by which lesions are widened.
+        lesion_margin: mm by which lesions are widened; a pair's own "lesion_margin" wins.
 
     Raises:
         InputError: what `io.read_scan` refuses, a constant scan, a label map of another shape than its scan, a mask
@@ -127,7 +127,7 @@ class LoadScansd(Transform):
                 name = {"mask": "mask", "lesion": "lesion mask"}[kind]
                 inside = io.read_mask(file, name, str(data[key].meta["filename_or_obj"]), scan, affine, self.header) > 0
                 if kind == "lesion":
-                    inside = ~geometry.dilated(inside[0], affine, self.lesion_margin)[None]
+                    inside = ~geometry.dilated(inside[0], affine, data.get("lesion_margin", self.lesion_margin))[None]
                 found = inside if found is None else found & inside
                 if not found.any():
                     where = data[key].meta["filename_or_obj"]
@@ -140,7 +140,9 @@ class AlignAndGridd(Transform):
     """Pre-align the pair and resample both scans onto the working grid of the fixed one.
 
     Adds "matrix" (4x4, RAS mm, fixed space -> moving space), "moving_work" and "fixed_work"; with masks also "mask"
-    (2, I, J, K), 0 or 1 on the working grid, moving then fixed, all 1 for a scan without.
+    (2, I, J, K), 0 or 1 on the working grid, moving then fixed, all 1 for a scan without. A path in "start" is that of a
+    transform to start from, fixed -> moving: the matrices at its end are the alignment, and what comes before becomes a
+    displacement on the working grid, "start" (3, I, J, K).
 
     Args:
         spacing: voxel size of the working grid in mm; None or 0 keeps the fixed scan's.
@@ -154,6 +156,9 @@ class AlignAndGridd(Transform):
         guide: above 0, the landmarks of the pair guide: the alignment starts from them, and "guides" (2, N, 3) are
             their voxels on the working grid, fixed then moving (aligned).
         holdout: share of the landmarks, evenly spread over their list, that do not guide, and are measured: "measured".
+            A pair's own "guide" and "holdout_points" win.
+        midspace: lay the working grid in the space in the middle of the scans, so that none of them is preferred: the
+            alignment is done both ways, and "matrix" the mean of the two.
 
     Raises:
         InputError: unknown `prealign`, different channel counts, scans that do not overlap after the alignment.
@@ -170,13 +175,14 @@ class AlignAndGridd(Transform):
         grid_size: tuple[int, int, int] | None = None,
         guide: float = 0.0,
         holdout: float = 0.2,
+        midspace: bool = False,
     ) -> None:
         if prealign not in PREALIGN:
             raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
         self.spacing, self.prealign, self.channels = checked_spacing(spacing), prealign, channels
         self.grid_size = checked_grid_size(grid_size)
         self.divisor, self.crop = divisor, crop
-        self.guide, self.holdout = guide, holdout
+        self.guide, self.holdout, self.midspace = guide, holdout, midspace
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
@@ -186,6 +192,7 @@ class AlignAndGridd(Transform):
             raise InputError(f"{names[0]}: has {len(moving)} channels, the fixed scan {names[1]} has {len(fixed)}")
         if self.channels is not None and len(fixed) != self.channels:
             raise InputError(f"{names[1]}: has {len(fixed)} channels, these weights take {self.channels}")
+        start = self._start(data, names)
         box = geometry.foreground_box(fixed[0]) if self.crop else None
         options = {"box": box, "divisor": self.divisor, "grid_size": self.grid_size}
         refuse_huge(geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing, **options)[0], self.spacing)
@@ -195,13 +202,21 @@ class AlignAndGridd(Transform):
             text = f"a grid of {self.spacing:g} mm voxels does not suit the size of {names[1]}"
             progress.note(f"{text}, one of {spacing:g} mm was used; choose another with --spacing")
         size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, spacing, **options)
-        progress.stage("no alignment" if self.prealign == "none" else f"{self.prealign} alignment")
+        progress.stage("no alignment" if self.prealign == "none" or start else f"{self.prealign} alignment")
         masks = {name: data[name].numpy()[0] for name in ("moving_mask", "fixed_mask") if name in data}
-        guides = self._guides(data, names[1]) if self.guide else None
-        if guides is not None and self.prealign != "none":
-            masks["start"] = fit_points(*guides, scaled=self.prealign == "affine")
-        matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign, **masks)
-        masks.pop("start", None)
+        guides = self._guides(data, names[1]) if data.get("guide", self.guide) else None
+        if start:
+            matrix, begun = mapping.split(start)
+            data |= {} if begun is None else {"start": torch.from_numpy(mapping.disp_of(begun, size, onto)).float()}
+        else:
+            matrix = self._aligned(fixed[0], fixed_affine, moving[0], moving_affine, guides, masks)
+        if self.midspace:
+            boxes = [middle.box_of(geometry.foreground_box(scan[0]) if self.crop else None, scan.shape[1:], affine)
+                     for scan, affine in ((fixed, fixed_affine), (moving, moving_affine))]
+            to_middle = middle.half_matrix(matrix)
+            covered, there = middle.middle_grid(boxes, (to_middle, np.linalg.inv(to_middle)))
+            size, onto = geometry.working_grid(covered, there, spacing, **(options | {"box": None}))
+            onto = np.linalg.inv(to_middle) @ onto  # a grid of the middle space, told in that of the fixed scan
         if guides is not None:
             back = np.linalg.inv(onto), np.linalg.inv(onto) @ np.linalg.inv(matrix)
             both = [nib.affines.apply_affine(to_voxel, marks) for to_voxel, marks in zip(back, guides)]
@@ -230,15 +245,33 @@ class AlignAndGridd(Transform):
         data["moving_work"], data["fixed_work"] = (scan_tensor(x, onto, n) for x, n in both)
         return data
 
+    def _start(self, data: dict, names: list[str]) -> mapping.Transform | None:
+        path = data.pop("start", None)
+        if path and self.midspace:
+            raise InputError(f"{names[0]}: --start and --midspace do not go together, a start is of one direction")
+        return read_transform(path) if path else None
+
+    def _aligned(self, fixed, fixed_affine, moving, moving_affine, guides, masks: dict) -> np.ndarray:
+        """The matrix of the alignment; for a middle, the mean of both directions."""
+        start = fit_points(*guides, scaled=self.prealign == "affine") if guides and self.prealign != "none" else None
+        matrix = prealign(fixed, fixed_affine, moving, moving_affine, self.prealign, start=start, **masks)
+        if not self.midspace:
+            return matrix
+        swapped = {f"{there}_mask": masks[f"{here}_mask"] for here, there in
+                   (("fixed", "moving"), ("moving", "fixed")) if f"{here}_mask" in masks}
+        start = fit_points(*guides[::-1], scaled=self.prealign == "affine") if start is not None else None
+        back = prealign(moving, moving_affine, fixed, fixed_affine, self.prealign, start=start, **swapped)
+        return middle.mean_matrix(matrix, back)
+
     def _guides(self, data: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Fixed and moving landmarks (N, 3) in RAS mm that guide; "measured" says which do not."""
         marks = _landmarks(data, {role: np.asarray(data[role].affine) for role in ("moving", "fixed")})
         if len(marks) < 2:
             raise InputError(f"{name}: --guide needs landmarks of both scans, --moving_points and --fixed_points")
-        number = np.arange(len(marks["fixed_points"].lps))
-        data["measured"] = np.floor((number + 1) * self.holdout + 1e-9) > np.floor(number * self.holdout + 1e-9)
+        number, holdout = np.arange(len(marks["fixed_points"].lps)), data.get("holdout_points", self.holdout)
+        data["measured"] = np.floor((number + 1) * holdout + 1e-9) > np.floor(number * holdout + 1e-9)
         if data["measured"].all():
-            raise InputError(f"{name}: with --holdout_points {self.holdout:g} none of its landmarks is left to guide")
+            raise InputError(f"{name}: with --holdout_points {holdout:g} none of its landmarks is left to guide")
         flip = np.array([-1.0, -1.0, 1.0])
         return tuple(marks[f"{role}_points"].lps[~data["measured"]] * flip for role in ("fixed", "moving"))
 
@@ -315,6 +348,7 @@ class DeliverPaird(Transform):
             None: of fixed scans of up to WRITTEN voxels.
         report: what is drawn: "png" report.png, "html" report.html and the thumbnail for the cohort's page, "both",
             or "none".
+        midspace: also write both scans in the space in their middle, and the transforms from there to each.
         trained_on: what the weights were trained on, a key of `common.quality.verdict.TRAINING`; None or "" if they
             were not.
     """
@@ -331,6 +365,7 @@ class DeliverPaird(Transform):
         displacement: bool | None = None,
         report: str = "both",
         trained_on: str | None = None,
+        midspace: bool = False,
     ) -> None:
         if report not in REPORTS:
             raise InputError(f"--report must be one of {', '.join(REPORTS)}, got {report}")
@@ -338,7 +373,7 @@ class DeliverPaird(Transform):
             raise InputError(f"--trained_on must be one of {', '.join(verdict.TRAINING)}, got {trained_on}")
         self.output_dir, self.save_inverse, self.surface = Path(output_dir), save_inverse, surface
         self.minimum, self.groups, self.save, self.trained_on = minimum, groups, save, trained_on or None
-        self.displacement, self.report = displacement, report
+        self.displacement, self.report, self.midspace = displacement, report, midspace
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
@@ -351,6 +386,8 @@ class DeliverPaird(Transform):
             progress.note("--groups: no label of theirs is in both label maps")
         small = pair.fixed[0].size <= WRITTEN
         writers = outputs.files_of(pair, warped, small if self.displacement is None else self.displacement)
+        if self.midspace:
+            writers |= outputs.middle_files(pair)
         for name in ("warped_segmentation", "fixed_segmentation"):
             if name in data:
                 writers[f"{name}.nii.gz"] = partial(outputs.write_classes, data[name], pair)
