@@ -16,7 +16,7 @@ from common import EmptyResult, InputError, RegistrationWarning
 from common.deploy.command import deploy
 from common.label.command import label
 from common.run.cli import exact_words, printable, sentence_of
-from common.run.door import register
+from common.run.door import register, series
 
 
 class Later:
@@ -307,6 +307,7 @@ def _written(output: str, what: str) -> str:
 
 COMMANDS = {
     "register": register,
+    "series": series,
     "apply": apply,
     "compose": compose,
     "invert": invert,
@@ -336,8 +337,8 @@ def main() -> None:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
             raise InputError(f"{command}: there is no such command{hint}")
-        if command == "register":  # its options are those of the bundles, and not in a signature
-            if said := register(words):
+        if command in ("register", "series"):  # their options are those of the bundles, and not in a signature
+            if said := COMMANDS[command](words):
                 print(said)
             return
         if {"--help", "-h"} & set(words):

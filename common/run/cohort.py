@@ -98,7 +98,7 @@ class PairTable:
         """Rows of pairs that are not of this run stay, if their files do: those of another job, or an earlier one."""
         own = [self.rows[name] for name in self.order if name in self.rows]
         with locked(self.path):
-            others = [row for row in _read_table(self.path) if row["id"] not in self.order]
+            others = [row for row in read_table(self.path) if row["id"] not in self.order]
             kept = [row for row in others if (self.folder / row["id"] / "report.json").exists()]
             write_table(self.path, [*kept, *own])
 
@@ -108,7 +108,7 @@ class PairTable:
         self.rows, self.settings_of = {}, {pair["id"]: self._settings_of(pair) for pair in pairs}
         if not self.resume or len(pairs) < 2:
             return list(range(len(pairs)))
-        found = {row["id"]: row for row in [*_read_table(self.path), *self._journals()] if not row.get("error")}
+        found = {row["id"]: row for row in [*read_table(self.path), *self._journals()] if not row.get("error")}
         for pair in pairs:
             row = found.get(pair["id"])
             expected = {name: str(pair.get(name)) for name in ("id", "fixed", "moving")} | {
@@ -172,7 +172,7 @@ class PairTable:
 
     def review(self) -> None:
         """index.html of all pairs in the table."""
-        rows = _read_table(self.path)
+        rows = read_table(self.path)
         replaced(self.folder / "index.html", lambda path: write_review(self.folder, rows, path))
 
     def summary(self) -> str:
@@ -283,7 +283,7 @@ def review_folder(folder: Path) -> tuple[Path, int]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    table = {row["id"]: row for row in _read_table(folder / "results.csv")}
+    table = {row["id"]: row for row in read_table(folder / "results.csv")}
     rows = list(({row["id"]: row for row in rows_of(folder)} | table).values())
     if not rows:
         raise InputError(f"{folder}: holds no results.csv and no pair's report.json")
@@ -346,7 +346,7 @@ def wait() -> None:
         torch.distributed.barrier()
 
 
-def _read_table(path: Path) -> list[dict]:
+def read_table(path: Path) -> list[dict]:
     """Rows of results.csv with numbers as numbers; [] if there is none or it is none of ours."""
     if not path.is_file():
         return []

@@ -24,6 +24,7 @@ from common.run import forecast, progress
 from common.run.cohort import PairTable, run
 
 __all__ = ["PairTable", "run"]  # which the configs name as part of this module
+GENTLE = 0.1  # learning rate of the steps from a start, which is near already: 0.5 first leads away from it
 UNGUIDED = "--guide: points guide the refinement, which needs --refine_steps, as 50"
 
 
@@ -93,7 +94,8 @@ class RegistrationInferer(Inferer):
     Before, time and memory of the two and of the pair as a whole are forecast, shown, and kept for the report; a pair
     that will not fit is stopped, tiled or coarsened. Up to `forecast.SIDE`^3 voxels nothing is forecast unless `memory`
     is given: measuring would be the registration itself, which takes seconds and 0.1 GiB. What network and refinement
-    warn of is kept for the row. What a mask leaves out is filled before the network sees it (`common.holes.fill`), and
+    warn of is kept for the row. From a `start`, a displacement (B, 3, I, J, K), the steps alone go on; without steps, the
+    network registers what is left. What a mask leaves out is filled before the network sees it (`common.holes.fill`), and
     there the displacement of the network is continued from around it. The call's `started` (time.time()) and
     `scan_voxels` (of the fixed scan) are for the forecast of the whole pair; without them it is of network and
     refinement alone.
@@ -206,7 +208,7 @@ class RegistrationInferer(Inferer):
         image = image if mask is None else fill(image, mask)
         moving, fixed = image.chunk(2, dim=1)
         pair, disp = image if start is None else torch.cat([warp(moving, start), fixed], 1), start
-        for left in reversed(range(self.passes)):
+        for left in reversed(range(self.passes if start is None or not steps else 0)):
             with warnings.catch_warnings():
                 if left:
                     warnings.simplefilter("ignore", RegistrationWarning)
@@ -227,6 +229,7 @@ class RegistrationInferer(Inferer):
             text = f"not with {name}, whose grid it does not take; mind or lncc would do"
             raise InputError(f"--refine_similarity features: {text}")
         options = {"similarity": self.similarity, "features": features, "mask": mask, "guide": guide} | self.options
+        options |= {} if start is None else {"learning_rate": GENTLE}
         if quiet or progress.quiet():
             options["progress"] = False
         else:

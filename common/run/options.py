@@ -119,6 +119,10 @@ TRAINING = {
     **{n: Option("number", "weight in the loss") for n in ("alpha", "beta", "gamma", "eta")},
     **{f"{n}_weight": Option("number", f"weight of the {n} term in the loss") for n in ("seg", "dice", "label")},
 }
+OF_SERIES = {
+    "reference": Option("path", "number of the phase that all are registered to, from 0, or mean; default 0"),
+    "cyclic": Option("switch", "the last phase is a neighbour of the first, as in a breath or a heartbeat"),
+}
 OWN = {  # of some bundles
     "residual_aligner": ("similarity", "edges", "consistency", "crop", "translation", "amplitude"),
     "samconvex": ("temperature", "sizes"),

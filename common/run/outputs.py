@@ -42,7 +42,7 @@ def files_of(
 def middle_files(pair: measure.Registration) -> dict[str, Callable[[Path], None]]:
     """Both scans in the space in their middle, and the transforms from there to each; of a map that is symmetric.
 
-    The middle is H x, with H H the matrix of the alignment. There the displacement d of the pair is two halves: its half
+    The middle is H x, with H H the matrix of the alignment. There the displacement of the pair is two halves: its half
     h leads to the moving scan, h^-1 to the fixed one.
     """
     to_middle = middle.half_matrix(mapping.matrix_of(pair.start))

@@ -23,6 +23,7 @@ from common.space.transform_files import read_transform, write_transform
 
 WRITTEN = 2**21  # voxels of a fixed scan whose displacement is written without being asked for: some 15 MB
 PREALIGN = ("affine", "rigid", "none")
+IN_TIME = "; if they are times, `python -m common series SERIES OUT` registers each of them"
 REPORTS = {"png": ("png",), "html": ("html",), "both": ("png", "html"), "none": ()}
 
 
@@ -140,9 +141,9 @@ class AlignAndGridd(Transform):
     """Pre-align the pair and resample both scans onto the working grid of the fixed one.
 
     Adds "matrix" (4x4, RAS mm, fixed space -> moving space), "moving_work" and "fixed_work"; with masks also "mask"
-    (2, I, J, K), 0 or 1 on the working grid, moving then fixed, all 1 for a scan without. A path in "start" is that of a
-    transform to start from, fixed -> moving: the matrices at its end are the alignment, and what comes before becomes a
-    displacement on the working grid, "start" (3, I, J, K).
+    (2, I, J, K), 0 or 1 on the working grid, moving then fixed, all 1 for a scan without. A path in "start" is that of
+    a transform to start from, fixed -> moving: the matrices at its end are the alignment, and what comes before becomes
+    a displacement on the working grid, "start" (3, I, J, K).
 
     Args:
         spacing: voxel size of the working grid in mm; None or 0 keeps the fixed scan's.
@@ -189,9 +190,10 @@ class AlignAndGridd(Transform):
         (moving, moving_affine), (fixed, fixed_affine) = plain_scan(data["moving"]), plain_scan(data["fixed"])
         names = [data[key].meta["filename_or_obj"] for key in ("moving", "fixed")]
         if len(moving) != len(fixed):
-            raise InputError(f"{names[0]}: has {len(moving)} channels, the fixed scan {names[1]} has {len(fixed)}")
+            numbers = f"has {len(moving)} channels, the fixed scan {names[1]} has {len(fixed)}"
+            raise InputError(f"{names[0]}: {numbers}{IN_TIME}")
         if self.channels is not None and len(fixed) != self.channels:
-            raise InputError(f"{names[1]}: has {len(fixed)} channels, these weights take {self.channels}")
+            raise InputError(f"{names[1]}: has {len(fixed)} channels, these weights take {self.channels}{IN_TIME}")
         start = self._start(data, names)
         box = geometry.foreground_box(fixed[0]) if self.crop else None
         options = {"box": box, "divisor": self.divisor, "grid_size": self.grid_size}
@@ -211,11 +213,13 @@ class AlignAndGridd(Transform):
         else:
             matrix = self._aligned(fixed[0], fixed_affine, moving[0], moving_affine, guides, masks)
         if self.midspace:
-            boxes = [middle.box_of(geometry.foreground_box(scan[0]) if self.crop else None, scan.shape[1:], affine)
-                     for scan, affine in ((fixed, fixed_affine), (moving, moving_affine))]
+            boxes = [
+                middle.box_of(geometry.foreground_box(scan[0]) if self.crop else None, scan.shape[1:], affine)
+                for scan, affine in ((fixed, fixed_affine), (moving, moving_affine))
+            ]
             to_middle = middle.half_matrix(matrix)
-            covered, there = middle.middle_grid(boxes, (to_middle, np.linalg.inv(to_middle)))
-            size, onto = geometry.working_grid(covered, there, spacing, **(options | {"box": None}))
+            covered = middle.middle_grid(boxes, (to_middle, np.linalg.inv(to_middle)))
+            size, onto = geometry.working_grid(*covered, spacing, **(options | {"box": None}))
             onto = np.linalg.inv(to_middle) @ onto  # a grid of the middle space, told in that of the fixed scan
         if guides is not None:
             back = np.linalg.inv(onto), np.linalg.inv(onto) @ np.linalg.inv(matrix)
@@ -257,8 +261,8 @@ class AlignAndGridd(Transform):
         matrix = prealign(fixed, fixed_affine, moving, moving_affine, self.prealign, start=start, **masks)
         if not self.midspace:
             return matrix
-        swapped = {f"{there}_mask": masks[f"{here}_mask"] for here, there in
-                   (("fixed", "moving"), ("moving", "fixed")) if f"{here}_mask" in masks}
+        other = {"fixed_mask": "moving_mask", "moving_mask": "fixed_mask"}
+        swapped = {other[name]: mask for name, mask in masks.items()}
         start = fit_points(*guides[::-1], scaled=self.prealign == "affine") if start is not None else None
         back = prealign(moving, moving_affine, fixed, fixed_affine, self.prealign, start=start, **swapped)
         return middle.mean_matrix(matrix, back)
