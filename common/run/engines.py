@@ -94,10 +94,10 @@ class RegistrationInferer(Inferer):
     Before, time and memory of the two and of the pair as a whole are forecast, shown, and kept for the report; a pair
     that will not fit is stopped, tiled or coarsened. Up to `forecast.SIDE`^3 voxels nothing is forecast unless `memory`
     is given: measuring would be the registration itself, which takes seconds and 0.1 GiB. What network and refinement
-    warn of is kept for the row. From a `start`, a displacement (B, 3, I, J, K), the steps alone go on; without steps, the
-    network registers what is left. What a mask leaves out is filled before the network sees it (`common.holes.fill`), and
-    there the displacement of the network is continued from around it. The call's `started` (time.time()) and
-    `scan_voxels` (of the fixed scan) are for the forecast of the whole pair; without them it is of network and
+    warn of is kept for the row. From a `start`, a displacement (B, 3, I, J, K), the steps alone go on; without steps,
+    the network registers what is left. What a mask leaves out is filled before the network sees it
+    (`common.holes.fill`), and there the displacement of the network is continued from around it. The call's `started`
+    (time.time()) and `scan_voxels` (of the fixed scan) are for the forecast of the whole pair; without them it is of network and
     refinement alone.
 
     Args:

@@ -64,11 +64,11 @@ def help_of_register() -> str:
 def help_of_series() -> str:
     """What `python -m common series` takes beside the options of `register`."""
     lines = ["python -m common series SERIES OUT [--reference N|mean] [--cyclic True] [--OPTION VALUE ...]", ""]
-    lines += ["Registers every phase of a 4-D NIfTI file, or of a folder with a file (or DICOM folder) a phase, to one"]
-    lines += ["of them, each started from what its neighbour has found. The same command again does what is missing."]
+    lines += ["Registers every phase of a 4-D NIfTI file, or of a folder with a file (or DICOM folder) a phase, to"]
+    lines += ["one of them, each started from what its neighbour has found. Run again, it does what is missing."]
     lines += ["", *(line for name, option in OF_SERIES.items() for line in _explained(name, option, None)), ""]
-    lines += ["--fixed_label, --fixed_points, --fixed_mask, --fixed_lesion are those of the reference. The other options"]
-    lines += ["are those of monai-register; --prealign none, --refine_steps 20, --report none are the defaults here."]
+    lines += ["--fixed_label, --fixed_points, --fixed_mask, --fixed_lesion are those of the reference. The others are"]
+    lines += ["those of monai-register; --prealign none, --refine_steps 20, --report none are the defaults here."]
     return "\n".join(lines)
 
 
