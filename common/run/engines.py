@@ -97,8 +97,8 @@ class RegistrationInferer(Inferer):
     warn of is kept for the row. From a `start`, a displacement (B, 3, I, J, K), the steps alone go on; without steps,
     the network registers what is left. What a mask leaves out is filled before the network sees it
     (`common.holes.fill`), and there the displacement of the network is continued from around it. The call's `started`
-    (time.time()) and `scan_voxels` (of the fixed scan) are for the forecast of the whole pair; without them it is of network and
-    refinement alone.
+    (time.time()) and `scan_voxels` (of the fixed scan) are for the forecast of the whole pair; without them it is of
+    network and refinement alone.
 
     Args:
         refine_steps: steps of `common.refine.refine`; 0 leaves the network's displacement.

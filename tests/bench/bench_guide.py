@@ -1,0 +1,91 @@
+"""What landmarks that guide are worth, measured on others that do not.
+
+    python tests/bench/bench_guide.py DATA [--pairs 2] [--steps 50] [--weight 0.1]
+
+DATA is the folder of the development data. Real brains: dev_small/brain_t1_2mm, the landmarks are the middles of its
+manual labels (of 20 voxels or more in both scans), every second one guides; the others are measured, and the Dice of all
+labels. A middle is no expert's landmark: it moves with the label's border. Lung: the phantom of the tests, 40 points
+guide and 40 are measured, 1.5 mm voxels. One CPU thread.
+"""
+
+import sys
+from pathlib import Path
+
+import fire
+from machine import ROOT
+
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "common"), str(ROOT / "bundles" / "samconvex")]
+LEAST = 20  # voxels of a label whose middle is a landmark
+
+
+def middles(label, codes):
+    """(N, 3) centres of the labels in voxels."""
+    import numpy as np
+
+    return np.stack([np.argwhere(label == code).mean(0) for code in codes])
+
+
+def brains(data, pairs, steps, weight):
+    import numpy as np
+    import torch
+    from bench_samconvex import load, network, pairs_of
+
+    from common.fields import sample_at
+    from common.ops import warp
+    from common.refine import Guide, refine
+
+    net, rows = network({"features": "sam"}), {}
+    for moving_case, fixed_case in pairs_of(Path(data) / "dev_small" / "brain_t1_2mm", pairs):
+        (moving, moving_label), (fixed, fixed_label) = load(moving_case), load(fixed_case)
+        image, labels = torch.cat([moving, fixed], 1), [x[0, 0].numpy() for x in (moving_label, fixed_label)]
+        counts = [dict(zip(*np.unique(x, return_counts=True))) for x in labels]
+        codes = [code for code in counts[0] if code and min(count.get(code, 0) for count in counts) >= LEAST]
+        there, here = (torch.from_numpy(middles(x, codes)).float() for x in labels)
+        guides = slice(0, None, 2)
+        with torch.no_grad():
+            start = net(image).float()
+        for name, guide in (
+            ("no guide", None),
+            ("guide", Guide(here[guides], there[guides], 2 * torch.eye(3), weight)),
+        ):
+            disp = refine(start, image, steps, guide=guide, progress=False)
+            apart = 2 * (here + sample_at(disp[0], here.T).T - there).norm(dim=1)
+            warped = warp(moving_label, disp, mode="nearest")[0, 0].numpy()
+            dice = [2 * ((warped == c) & (labels[1] == c)).sum() / (counts[1][c] + (warped == c).sum()) for c in codes]
+            before = 2 * (here - there).norm(dim=1)
+            for n, value in zip(("before", "guides", "others", "dice"),
+                                (before[1::2].mean(), apart[guides].mean(), apart[1::2].mean(), np.mean(dice))):
+                rows.setdefault(name, {}).setdefault(n, []).append(float(value))
+    return {f"brain, {name}": {n: sum(v) / len(v) for n, v in row.items()} for name, row in rows.items()}
+
+
+def lung(steps, weight):
+    import torch
+    from test_refine import breathing
+
+    from common.fields import sample_at
+    from common.refine import Guide, refine
+
+    image, disp, points, there = breathing(40)
+    rows = {}
+    for name, guide in (("no guide", None), ("guide", Guide(points[:40], there[:40], 1.5 * torch.eye(3), weight))):
+        found = refine(torch.zeros_like(disp), image, steps, guide=guide, progress=False)
+        apart = 1.5 * (points + sample_at(found[0], points.T).T - there).norm(dim=1)
+        before = 1.5 * (points - there).norm(dim=1)[40:]
+        rows[f"lung phantom, {name}"] = {"before": before.mean(), "guides": apart[:40].mean(), "others": apart[40:].mean()}
+    return rows
+
+
+def main(data, pairs=2, steps=50, weight=0.1):
+    import torch
+
+    torch.set_num_threads(1)
+    print("| | others before, mm | guides after, mm | others after, mm | Dice |\n|" + " --- |" * 5)
+    for name, row in (lung(steps, weight) | brains(data, pairs, steps, weight)).items():
+        cells = [f"{float(row[n]):.2f}" for n in ("before", "guides", "others")]
+        print(f"| {name} | {' | '.join(cells)} | {row['dice']:.3f} |" if "dice" in row else
+              f"| {name} | {' | '.join(cells)} | |", flush=True)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
