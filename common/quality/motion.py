@@ -62,7 +62,7 @@ def write_motion(
 
 
 def volumes_ml(codes: np.ndarray, affine_ras: np.ndarray, the_map: mapping.Transform | None) -> dict[int, float]:
-    """Volume in ml of each label (I, J, K) where a map T takes it: sum over its voxels of |det D T|; of None, its own."""
+    """Volume in ml of each label (I, J, K) where a map T takes it: sum over its voxels of |det D T|. None is x -> x."""
     grown = np.ones(codes.shape)
     if the_map is not None:
         disp = torch.from_numpy(mapping.disp_of(the_map, codes.shape, affine_ras)).double()

@@ -3,9 +3,9 @@
     python tests/bench/bench_guide.py DATA [--pairs 2] [--steps 50] [--weight 0.1]
 
 DATA is the folder of the development data. Real brains: dev_small/brain_t1_2mm, the landmarks are the middles of its
-manual labels (of 20 voxels or more in both scans), every second one guides; the others are measured, and the Dice of all
-labels. A middle is no expert's landmark: it moves with the label's border. Lung: the phantom of the tests, 40 points
-guide and 40 are measured, 1.5 mm voxels. One CPU thread.
+manual labels (of 20 voxels or more in both scans). Every second one guides; the others are measured, and the Dice of
+all labels. A middle is no expert's landmark: it moves with the label's border. Lung: the phantom of the tests, 40
+points guide and 40 are measured, 1.5 mm voxels. One CPU thread.
 """
 
 import sys
@@ -53,8 +53,8 @@ def brains(data, pairs, steps, weight):
             warped = warp(moving_label, disp, mode="nearest")[0, 0].numpy()
             dice = [2 * ((warped == c) & (labels[1] == c)).sum() / (counts[1][c] + (warped == c).sum()) for c in codes]
             before = 2 * (here - there).norm(dim=1)
-            for n, value in zip(("before", "guides", "others", "dice"),
-                                (before[1::2].mean(), apart[guides].mean(), apart[1::2].mean(), np.mean(dice))):
+            values = before[1::2].mean(), apart[guides].mean(), apart[1::2].mean(), np.mean(dice)
+            for n, value in zip(("before", "guides", "others", "dice"), values):
                 rows.setdefault(name, {}).setdefault(n, []).append(float(value))
     return {f"brain, {name}": {n: sum(v) / len(v) for n, v in row.items()} for name, row in rows.items()}
 
@@ -72,7 +72,8 @@ def lung(steps, weight):
         found = refine(torch.zeros_like(disp), image, steps, guide=guide, progress=False)
         apart = 1.5 * (points + sample_at(found[0], points.T).T - there).norm(dim=1)
         before = 1.5 * (points - there).norm(dim=1)[40:]
-        rows[f"lung phantom, {name}"] = {"before": before.mean(), "guides": apart[:40].mean(), "others": apart[40:].mean()}
+        row = {"before": before.mean(), "guides": apart[:40].mean(), "others": apart[40:].mean()}
+        rows[f"lung phantom, {name}"] = row
     return rows
 
 
@@ -83,8 +84,8 @@ def main(data, pairs=2, steps=50, weight=0.1):
     print("| | others before, mm | guides after, mm | others after, mm | Dice |\n|" + " --- |" * 5)
     for name, row in (lung(steps, weight) | brains(data, pairs, steps, weight)).items():
         cells = [f"{float(row[n]):.2f}" for n in ("before", "guides", "others")]
-        print(f"| {name} | {' | '.join(cells)} | {row['dice']:.3f} |" if "dice" in row else
-              f"| {name} | {' | '.join(cells)} | |", flush=True)
+        cells.append(f"{row['dice']:.3f}" if "dice" in row else "")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
