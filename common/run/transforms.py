@@ -23,7 +23,6 @@ from common.space.transform_files import read_transform, write_transform
 
 WRITTEN = 2**21  # voxels of a fixed scan whose displacement is written without being asked for: some 15 MB
 PREALIGN = ("affine", "rigid", "none")
-IN_TIME = "; if they are times, `python -m common series SERIES OUT` registers each of them"
 REPORTS = {"png": ("png",), "html": ("html",), "both": ("png", "html"), "none": ()}
 
 
@@ -190,10 +189,9 @@ class AlignAndGridd(Transform):
         (moving, moving_affine), (fixed, fixed_affine) = plain_scan(data["moving"]), plain_scan(data["fixed"])
         names = [data[key].meta["filename_or_obj"] for key in ("moving", "fixed")]
         if len(moving) != len(fixed):
-            numbers = f"has {len(moving)} channels, the fixed scan {names[1]} has {len(fixed)}"
-            raise InputError(f"{names[0]}: {numbers}{IN_TIME}")
+            raise InputError(f"{names[0]}: has {len(moving)} channels, the fixed scan {names[1]} has {len(fixed)}")
         if self.channels is not None and len(fixed) != self.channels:
-            raise InputError(f"{names[1]}: has {len(fixed)} channels, these weights take {self.channels}{IN_TIME}")
+            raise InputError(f"{names[1]}: has {len(fixed)} channels, these weights take {self.channels}")
         start = self._start(data, names)
         box = geometry.foreground_box(fixed[0]) if self.crop else None
         options = {"box": box, "divisor": self.divisor, "grid_size": self.grid_size}

@@ -144,6 +144,18 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(log(tmp_path)) == 16 and len(table(tmp_path)) == 5
 
 
+def test_a_number_of_the_table_is_a_setting_of_its_pair(tmp_path: Path) -> None:
+    first, changed = pairs(3), pairs(3)
+    first[1]["guide"], changed[1]["guide"] = 0.1, 0.2
+    cohort.run(evaluator(tmp_path, first))
+    settings = [row["settings"] for row in table(tmp_path)]
+    assert settings[0] == settings[2] != settings[1]
+    cohort.run(evaluator(tmp_path, first))
+    assert log(tmp_path) == ["1000", "1001", "1002"]
+    cohort.run(evaluator(tmp_path, changed))
+    assert log(tmp_path)[3:] == ["1001"] and table(tmp_path)[1]["settings"] != settings[1]
+
+
 def test_rows_of_other_processes_are_read_even_when_cut_off(tmp_path: Path) -> None:
     cohort.run(evaluator(tmp_path, pairs(3)))
     lines = (tmp_path / "results.csv").read_text().splitlines(True)
