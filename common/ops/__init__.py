@@ -4,6 +4,7 @@ May import: torch, and triton in `kernel.py`; nothing else of `common`.
 """
 
 from common.ops._dispatch import plain
+from common.ops.conv import conv3d
 from common.ops.cost_volume import CorrelationPyramid, cost_volume
 from common.ops.kmeans import kmeans
 from common.ops.match import match
@@ -14,6 +15,7 @@ from common.ops.warp import warp
 __all__ = [
     "CorrelationPyramid",
     "SACB",
+    "conv3d",
     "cost_volume",
     "kmeans",
     "match",

@@ -22,6 +22,14 @@ def voxel_of(v, I, J, K):  # noqa: E741
     return b, i, j, k
 
 
+@triton.jit
+def taps_of(i, j, k, t, SIGN: tl.constexpr, I, J, K):  # noqa: E741
+    """Offset of tap t in voxel rows, and whether the neighbour is inside."""
+    a, e, d = SIGN * (t // 9 - 1), SIGN * ((t // 3) % 3 - 1), SIGN * (t % 3 - 1)
+    inside = (i + a >= 0) & (i + a < I) & (j + e >= 0) & (j + e < J) & (k + d >= 0) & (k + d < K)
+    return (a * J + e) * K + d, inside
+
+
 def padded(channels: int, least: int = 1) -> int:
     """Channels of a tile: the next power of two; at least 16 where tensor cores multiply tiles."""
     return max(triton.next_power_of_2(channels), least)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.fields import compose
-from common.ops import SACB, match, norm_act, warp
+from common.ops import SACB, conv3d, match, norm_act, warp
 from common.ops.norm_act import conv_before_norm
 from common.ops.scale import double, halve
 
@@ -134,10 +134,11 @@ class SACBNet(nn.Module):
 
     def last(self, x: Tensor) -> Tensor:
         """The displacement from the last features, in float32 under autocast too: three digits of it are too few."""
+        layer = self.flow[-1]
         if not torch.is_autocast_enabled(x.device.type):
-            return self.flow[-1](x)
+            return conv3d(x, layer.weight, layer.bias)
         with torch.autocast(x.device.type, enabled=False):
-            return self.flow[-1](x.float())
+            return conv3d(x.float(), layer.weight, layer.bias)
 
     @staticmethod
     def both(module: nn.Module, moving: Tensor, fixed: Tensor) -> tuple:

@@ -12,8 +12,8 @@ from torch import Tensor
 from common.ops._triton import block_of, on_device, padded
 from common.ops.kmeans.reference import FULL_PASSES, lloyd, spread_start
 
-CHUNKS = 512  # programs of one batch entry
-JOINED = 8192  # partial sums that a program joins at a time
+PARTIALS = 65536  # numbers that every program of the next launch has to join: few programs where tables are large
+JOINED = 8192  # of them at a time
 MOST_TILES = 1024  # of a sample whose starts one program can look for
 
 
@@ -184,7 +184,8 @@ class _Passes:
     def __call__(self, stride: int, labels: Tensor | None = None) -> None:
         batch, total, channels = self.points.shape
         count = triton.cdiv(total, stride)
-        steps = triton.cdiv(count, self.block * CHUNKS)
+        most = max(PARTIALS // (self.widths["N_PAD"] * self.widths["C_PAD"]), 1)
+        steps = triton.cdiv(count, self.block * most)
         chunks = triton.cdiv(count, self.block * steps)
         clusters, last = self.centroids.shape[1], labels is not None
         sums, counts = self.sums, self.counts

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from common.ops import _checks
 from common.ops._dispatch import choose, on_plain_tensors, scripted_as
+from common.ops.conv import conv3d
 from common.ops.norm_act import reference
 from common.ops.norm_act.lean import norm_act_lean
 from common.ops.norm_act.reference import norm_act_reference
@@ -21,7 +22,7 @@ def conv_before_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv3d(x, weight, bias, padding=1)
     if torch.is_grad_enabled():
         weight = weight + 0 * bias.view(-1, 1, 1, 1, 1)
-    return F.conv3d(x, weight, None, padding=1)
+    return conv3d(x, weight)
 
 
 @scripted_as(reference.norm_act)

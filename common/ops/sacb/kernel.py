@@ -11,18 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.ops._triton import block_of, on_device, padded, precision, rows, volume, voxel_of
+from common.ops._triton import block_of, on_device, padded, precision, rows, taps_of, volume, voxel_of
 
-CHUNKS = 64  # partial sums of the weight gradient: 64 x 27 C O numbers
 WIDEST = 64  # channels of a tile: wider ones do not fit the memory that a program may share; more are taken in turns
-
-
-@triton.jit
-def taps_of(i, j, k, t, SIGN: tl.constexpr, I, J, K):  # noqa: E741
-    """Offset of tap t in voxel rows, and whether the neighbour is inside."""
-    a, e, d = SIGN * (t // 9 - 1), SIGN * ((t // 3) % 3 - 1), SIGN * (t % 3 - 1)
-    inside = (i + a >= 0) & (i + a < I) & (j + e >= 0) & (j + e < J) & (k + d >= 0) & (k + d < K)
-    return (a * J + e) * K + d, inside
+WIDEST_GRAD = 32  # outputs of the weight gradient, which holds nine taps of 16 channels
+BLOCK_GRAD = 32  # its voxels at a time
+PROGRAMS = 512  # of the weight gradient, about: each leaves sums of its own behind
 
 
 @triton.jit
@@ -68,43 +62,52 @@ def modulated_conv3d_weight_kernel(
     C: tl.constexpr, O: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
     C_PAD: tl.constexpr, O_PAD: tl.constexpr, BN_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk, tap, tile of dW_t): partial dW_t (C, O), da (B N), db (B N, O) over `steps` tiles of voxels."""
-    chunk, t, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    """Program (chunk, plane of nine taps, tile of dW): partial dW (9, C, O), da (9, B N), db (B N, O), `steps` tiles.
+
+    The nine taps of one offset along I are rows of one product, so that a tile of the gradient is read once for them.
+    """
+    TAPS: tl.constexpr = 16  # nine, padded
+    chunk, plane, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     parts: tl.constexpr = (O + O_PAD - 1) // O_PAD
     c, o = part // parts * C_PAD + tl.arange(0, C_PAD), part % parts * O_PAD + tl.arange(0, O_PAD)
-    n = tl.arange(0, BN_PAD)
-    in_kernel = (c < C)[:, None] & (o < O)[None, :]
-    kernel = tl.load(p_weight + (t * C + c[:, None]) * O + o[None, :], mask=in_kernel, other=0.0).to(tl.float32)
-    grad_weight = tl.zeros([C_PAD, O_PAD], tl.float32)
-    grad_modulation = tl.zeros([BN_PAD], tl.float32)
+    n, t = tl.arange(0, BN_PAD), tl.arange(0, TAPS)
+    tap = plane * 9 + t
+    used = (t < 9)[:, None] & (c < C)[None, :]
+    at_kernel = (tap[:, None, None] * C + c[None, :, None]) * O + o[None, None, :]
+    in_kernel = used[:, :, None] & (o < O)[None, None, :]
+    kernel = tl.load(p_weight + at_kernel, mask=in_kernel, other=0.0).to(tl.float32)
+    kernel = tl.reshape(kernel, [TAPS * C_PAD, O_PAD])
+    grad_weight = tl.zeros([TAPS * C_PAD, O_PAD], tl.float32)
+    grad_modulation = tl.zeros([TAPS, BN_PAD], tl.float32)
     grad_bias = tl.zeros([BN_PAD, O_PAD], tl.float32)
-    with_bias = (t == 13) & (part < parts)  # once for each tile of outputs
-    for tile in range(steps):
+    with_bias = (plane == 1) & (part < parts)  # once for each tile of outputs
+    for tile in tl.range(0, steps, num_stages=1):  # ahead of time they would be fetched by fours of bytes
         v = (chunk * steps + tile) * BLOCK + tl.arange(0, BLOCK)
         valid = v < voxels
         b, i, j, k = voxel_of(v, I, J, K)
-        step, inside = taps_of(i, j, k, t, 1, I, J, K)
-        inside = inside & valid
+        step, inside = taps_of(i[None, :], j[None, :], k[None, :], tap[:, None], 1, I, J, K)
+        inside = inside & valid[None, :] & (t < 9)[:, None]
         cluster = b * N + tl.load(p_labels + v, mask=valid, other=0)
-        scale = tl.load(p_modulation + cluster * 27 + t, mask=inside, other=0.0).to(tl.float32)
-        near = (v + step)[:, None] * C + c[None, :]
-        patch = tl.load(p_x + near, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        scale = tl.load(p_modulation + cluster[None, :] * 27 + tap[:, None], mask=inside, other=0.0).to(tl.float32)
+        near = (v[None, :] + step)[:, None, :] * C + c[None, :, None]
+        patch = tl.load(p_x + near, mask=inside[:, None, :] & (c < C)[None, :, None], other=0.0).to(tl.float32)
         at = v[:, None] * O + o[None, :]
         grad = tl.load(p_grad + at, mask=valid[:, None] & (o < O)[None, :], other=0.0).to(tl.float32)
-        grad_weight = tl.dot(tl.trans(patch * scale[:, None]), grad, grad_weight, input_precision=PRECISION)
-        pulled = tl.dot(grad, tl.trans(kernel), input_precision=PRECISION)
-        share = tl.sum(patch * pulled, 1)
-        member = (cluster[:, None] == n[None, :]) & valid[:, None]
-        grad_modulation += tl.sum(tl.where(member, share[:, None], 0.0), 0)
+        scaled = tl.reshape(patch * scale[:, None, :], [TAPS * C_PAD, BLOCK])
+        grad_weight = tl.dot(scaled, grad, grad_weight, input_precision=PRECISION)
+        pulled = tl.dot(kernel, tl.trans(grad), input_precision=PRECISION)
+        share = tl.sum(patch * tl.reshape(pulled, [TAPS, C_PAD, BLOCK]), 1)
+        member = ((cluster[:, None] == n[None, :]) & valid[:, None]).to(tl.float32)
+        grad_modulation = tl.dot(share, member, grad_modulation, input_precision="ieee")
         if with_bias:
-            grad_bias = tl.dot(tl.trans(member.to(tl.float32)), grad, grad_bias, input_precision="ieee")
-    into = (chunk * 27 + t) * C * O + c[:, None] * O + o[None, :]
-    tl.store(p_grad_weight + into, grad_weight, mask=in_kernel)
-    row = (chunk * 27 + t) * tl.num_programs(2) + part
-    tl.store(p_grad_modulation + row * BN + n, grad_modulation, mask=n < BN)
+            grad_bias = tl.dot(tl.trans(member), grad, grad_bias, input_precision="ieee")
+    grad_weight = tl.reshape(grad_weight, [TAPS, C_PAD, O_PAD])
+    tl.store(p_grad_weight + chunk * 27 * C * O + at_kernel, grad_weight, mask=in_kernel)
+    at = ((chunk * 27 + tap) * tl.num_programs(2) + part)[:, None] * BN + n[None, :]
+    tl.store(p_grad_modulation + at, grad_modulation, mask=(t < 9)[:, None] & (n < BN)[None, :])
     if with_bias:
-        at = (chunk * BN + n[:, None]) * O + o[None, :]
-        tl.store(p_grad_bias + at, grad_bias, mask=(n < BN)[:, None] & (o < O)[None, :])
+        at_bias = (chunk * BN + n[:, None]) * O + o[None, :]
+        tl.store(p_grad_bias + at_bias, grad_bias, mask=(n < BN)[:, None] & (o < O)[None, :])
 
 
 def modulated_conv3d_triton(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor) -> Tensor:
@@ -153,19 +156,18 @@ def _modulated_conv3d_backward(
     matrix = weight.permute(2, 3, 4, 1, 0).reshape(27, channels, outputs)
     grad_x = _convolve(g, matrix.transpose(1, 2), None, modulation, labels, to_data=True).to(x.dtype)
 
-    c_pad, o_pad = min(padded(channels, 16), WIDEST), min(padded(outputs, 16), WIDEST)
-    block = block_of(2 * max(c_pad, o_pad))
+    c_pad, o_pad = 16, min(padded(outputs, 16), WIDEST_GRAD)
     tiles = triton.cdiv(channels, c_pad) * triton.cdiv(outputs, o_pad)
-    steps = triton.cdiv(labels.numel(), block * CHUNKS)
-    chunks = triton.cdiv(labels.numel(), block * steps)
+    steps = triton.cdiv(labels.numel(), BLOCK_GRAD * max(PROGRAMS // (3 * tiles), 1))
+    chunks = triton.cdiv(labels.numel(), BLOCK_GRAD * steps)
     grad_weight = torch.empty(chunks, 27, channels, outputs, device=x.device)
     grad_modulation = torch.empty(chunks, 27, tiles, batch * clusters, device=x.device)
     grad_bias = torch.empty(chunks, batch * clusters, outputs, device=x.device)
-    modulated_conv3d_weight_kernel[(chunks, 27, tiles)](
+    modulated_conv3d_weight_kernel[(chunks, 3, tiles)](
         last, g, matrix.contiguous(), modulation.contiguous(), labels.contiguous(),
         grad_weight, grad_modulation, grad_bias,
         labels.numel(), steps, *size, clusters, batch * clusters, C=channels, O=outputs, PRECISION=precision(),
-        C_PAD=c_pad, O_PAD=o_pad, BN_PAD=padded(batch * clusters, 16), BLOCK=block,
+        C_PAD=c_pad, O_PAD=o_pad, BN_PAD=padded(batch * clusters, 16), BLOCK=BLOCK_GRAD, num_warps=8,
     )  # fmt: skip
     grad_weight = grad_weight.sum(0).view(3, 3, 3, channels, outputs).permute(4, 3, 0, 1, 2).contiguous()
     grad_modulation = grad_modulation.sum((0, 2)).t().contiguous().view(batch, clusters, 27)

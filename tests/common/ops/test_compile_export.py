@@ -79,8 +79,8 @@ def test_compile_kernels(kernel_device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_compile_on_gpu() -> None:
-    """CUDA tensors take the kernels by themselves, also under Inductor."""
+def test_compile_on_gpu(kernel_device: torch.device) -> None:
+    """CUDA tensors take the kernels by themselves, also under Inductor; both multiply in full float32."""
     net, pair = Registration(1).cuda(), images("cuda")
     compare(outcome(net, torch.compile(net, fullgraph=True), pair), outcome(net, net, pair))
 

@@ -58,6 +58,7 @@ def test_compiles(case: str, target: int, tmp_path: Path) -> None:
 
 def launches(case: str) -> Iterator[Callable[[], object]]:
     """Every operator, forward and backward; its constants differ from case to case, so that each of them occurs."""
+    from common.ops.conv.kernel import conv3d_triton
     from common.ops.cost_volume.kernel import cost_volume_triton
     from common.ops.kmeans.kernel import kmeans_triton
     from common.ops.match.kernel import match_triton
@@ -84,6 +85,8 @@ def launches(case: str) -> Iterator[Callable[[], object]]:
     yield modulated_conv3d
     if case == "wide":
         return
+    taps = torch.zeros(out, channels, 3, 3, 3, dtype=dtype, requires_grad=True)
+    yield lambda: conv3d_triton(features(), taps, None).sum().backward()
     yield lambda: match_triton(features(), features(), 1).sum().backward()
     yield lambda: warp_triton(features(), features(3), "linear", padding).sum().backward()
     yield lambda: warp_triton(features(), features(3).detach(), "nearest", padding)
@@ -109,7 +112,7 @@ class Launcher:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self.launch
 
-    def launch(self, *arguments: object, **options: object) -> None:
+    def launch(self, *arguments: object, num_warps: int = 4, **options: object) -> None:
         from triton.runtime.jit import mangle_type
 
         signature, constants = {}, {}
@@ -119,15 +122,16 @@ class Launcher:
             else:
                 signature[key] = mangle_type(value)
         self.count += 1
-        print(f"{self.name} {self.count}: {self.compile(signature, constants)}", flush=True)
+        print(f"{self.name} {self.count}: {self.compile(signature, constants, num_warps)}", flush=True)
 
-    def compile(self, signature: dict[str, str], constants: dict[str, object]) -> str:
+    def compile(self, signature: dict[str, str], constants: dict[str, object], warps: int) -> str:
         import triton
         from triton.backends.compiler import GPUTarget
 
         source = triton.compiler.ASTSource(self.kernel, signature, constants)
         try:
-            built = triton.compile(source, target=GPUTarget("cuda", self.target, 32))
+            target = GPUTarget("cuda", self.target, 32)
+            built = triton.compile(source, target=target, options={"num_warps": warps})
         except Exception as error:  # told line by line, so that one kernel does not hide the others
             return " ".join(f"{type(error).__name__} {error}".split())
         return str(built.metadata.shared) if built.asm["cubin"] else "no cubin"

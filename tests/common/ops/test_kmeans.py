@@ -162,7 +162,7 @@ def test_kernel_matches_reference(
 ) -> None:
     """Labels equal and centroids close, from strided points; tiles that are not full, alone and several a program."""
     monkeypatch.setattr("common.ops._triton.MAX_BLOCK", block)
-    monkeypatch.setattr(importlib.import_module("common.ops.kmeans.kernel"), "CHUNKS", chunks)
+    monkeypatch.setattr(importlib.import_module("common.ops.kmeans.kernel"), "PARTIALS", chunks * 16 * 16)
     points = torch.randn(17, count, 2).permute(2, 1, 0)
     labels, centroids = kmeans(points.to(kernel_device), 5, 2, init, sample=100, backend="triton")
     expected = kmeans(points.double(), 5, 2, init, sample=100, backend="reference")

@@ -112,8 +112,10 @@ def test_kernel_matches_reference(
     A weight gradient sums 120 products of which some reach 10; float32 keeps 1e-6 of that.
     """
     monkeypatch.setattr("common.ops._triton.MAX_BLOCK", block)
-    monkeypatch.setattr("common.ops.sacb.kernel.CHUNKS", 2)
+    monkeypatch.setattr("common.ops.sacb.kernel.PROGRAMS", 6)
+    monkeypatch.setattr("common.ops.sacb.kernel.BLOCK_GRAD", 16)
     monkeypatch.setattr("common.ops.sacb.kernel.WIDEST", 16)
+    monkeypatch.setattr("common.ops.sacb.kernel.WIDEST_GRAD", 16)
     given = arguments(**sizes)
     given["labels"] = given["labels"].clamp(max=max(given["modulation"].shape[1] - 2, 0)).int()
     assert_backends_agree(modulated_conv3d, given, arrange, backend="triton", rtol=1e-5, atol=3e-5)
