@@ -49,6 +49,7 @@ EXCLUDED = {
     "monai-register": "is tested from a wheel, test_door.py",
     "python tests/bench/bench_files.py measure": "needs raw scans and other tools; its results are committed",
     "python -m common register": "stands for monai-register; tests/common/run/test_door.py runs it",
+    "python -m common series": "takes a film of its own; tests/common/run/test_series.py runs it",
     "python -m common review": "needs the folder of a cohort; tests of quality/review.py make one",
     "monailabel": "needs MONAI Label; tests/common/label/test_server.py runs the line where it is installed",
     "curl": "needs the server; tests/common/label/test_server.py runs the lines against a real one",

@@ -19,7 +19,8 @@ from common import InputError
 from common.run.cli import bundle_folder, sentence_of
 from common.run.given import as_file
 from common.run.registrar import Registrar
-from common.space import io
+from common.space import io, mapping
+from common.space.transform_files import read_transform, write_transform
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -131,3 +132,46 @@ def test_what_is_no_scan(people: Path, registrar: Registrar, scan: object, sente
     with pytest.raises(InputError) as caught:
         registrar.register(scan, people / "b.nii.gz")
     assert str(caught.value).startswith(sentence)
+
+
+def test_midspace_is_the_same_from_either_side(people: Path, tmp_path: Path, registrar: Registrar) -> None:
+    """Both scans in one space, which does not change when the visits are swapped; ITK alone makes the same of them."""
+    a, b = people / "a.nii.gz", people / "b.nii.gz"
+    options = {"midspace": True, "prealign": "affine", "refine_steps": 3, "report": "none"}
+    one, other = (registrar.register(*pair, tmp_path / pair[0].stem, **options) for pair in ((a, b), (b, a)))
+    scans = {}
+    for name, swapped in (("moving", "fixed"), ("fixed", "moving")):
+        found, affine = io.read_scan(one.folder / f"middle_{name}.nii.gz")
+        again, there = io.read_scan(other.folder / f"middle_{swapped}.nii.gz")
+        np.testing.assert_allclose(affine, there, atol=1e-4)
+        assert np.corrcoef(found.ravel(), again.ravel())[0, 1] > 0.999
+        lps = io.LPS_FROM_RAS @ affine
+        points = np.argwhere(found[0] > 0)[::50] @ lps[:3, :3].T + lps[:3, 3]
+        maps = [read_transform(x.folder / f"middle_to_{n}.h5") for x, n in ((one, name), (other, swapped))]
+        apart = np.linalg.norm(mapping.map_points(maps[0], points) - mapping.map_points(maps[1], points), axis=1)
+        assert apart.mean() < 0.05 * SPACING and np.percentile(apart, 99) < 0.25 * SPACING
+        scans[name] = found[0]
+        resample = itk.ResampleImageFilter.New(itk.imread(str({"moving": a, "fixed": b}[name]), itk.F))
+        resample.SetReferenceImage(itk.imread(str(one.folder / f"middle_{name}.nii.gz"), itk.F))
+        resample.SetUseReferenceImage(True)
+        resample.SetTransform(itk.transformread(str(one.folder / f"middle_to_{name}.h5"))[0])
+        resample.Update()
+        alone = np.transpose(itk.array_from_image(resample.GetOutput()))
+        assert np.mean(np.abs(alone - found[0]) > 1e-3 * found.max()) < 1e-3
+    before = np.corrcoef(*(io.read_scan(one.folder / "warped.nii.gz")[0].ravel(), io.read_scan(b)[0].ravel()))[0, 1]
+    assert np.corrcoef(scans["moving"].ravel(), scans["fixed"].ravel())[0, 1] > before - 0.02
+    with pytest.raises(Exception) as caught:
+        registrar.register(a, b, start=one.folder / "transform.h5", **options)
+    assert sentence_of(caught.value).endswith("--start and --midspace do not go together, a start is of one direction")
+
+
+def test_start_takes_the_place_of_the_alignment(people: Path, tmp_path: Path, registrar: Registrar) -> None:
+    """From its own result, steps go on; from a matrix alone, all is done."""
+    a, b = people / "a.nii.gz", people / "b.nii.gz"
+    first = registrar.register(a, b, tmp_path / "first", report="none", refine_steps=3)
+    again = registrar.register(a, b, start=first.folder / "transform.h5", refine_steps=1)
+    assert np.abs(again.displacement - first.displacement).mean() < 0.5, "0.1 voxels a step, of 8 mm"
+    np.testing.assert_allclose(mapping.matrix_of(again.pair.start), mapping.matrix_of(first.pair.start), atol=1e-4)
+    write_transform(first.pair.start, tmp_path / "affine.h5")
+    same = registrar.register(a, b, start=tmp_path / "affine.h5", refine_steps=3)
+    np.testing.assert_allclose(same.displacement, first.displacement, atol=0.05)
