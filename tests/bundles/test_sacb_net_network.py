@@ -392,3 +392,40 @@ def test_on_kernels(kernel_device: torch.device) -> None:
     assert expected.abs().mean() > 0.05
     error = (disp - expected).abs()  # not every voxel: rounding may move one to another k-means cluster
     assert error.mean() <= 1e-4 and (error <= 1e-3).double().mean() >= 0.99
+
+
+def train(net: SACBNet, image: Tensor, steps: int) -> tuple[list[float], list[Tensor]]:
+    """Losses of `steps` steps of Adam on one pair, and the weights after each."""
+    loss, optimizer = RegistrationLoss(window=5), torch.optim.Adam(net.parameters(), lr=1e-3)
+    losses, weights = [], []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        value = loss(net(image), image)
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+        weights.append(torch.cat([parameter.detach().flatten().clone() for parameter in net.parameters()]))
+    return losses, weights
+
+
+def compare_training(device: torch.device, size: int, steps: int, close: float) -> None:
+    nets = [SACBNet(backend=backend).to(device) for backend in ("lean", "triton")]
+    nets[1].load_state_dict(nets[0].state_dict())
+    image = scans((size, size, size)).to(device)
+    (losses, weights), (on_kernels, weights_on_kernels) = (train(net, image, steps) for net in nets)
+    torch.testing.assert_close(on_kernels, losses, rtol=0, atol=close)
+    assert steps == 1 or losses[-1] < losses[0]
+    for number, (first, second) in enumerate(zip(weights, weights_on_kernels), 1):
+        # Adam's step is its learning rate wherever the sign of a gradient is sure; near zero it may differ
+        assert (first - second).abs().mean() <= 1e-4 * number, f"weights after step {number}"
+
+
+@pytest.mark.slow
+def test_trains_on_kernels(kernel_device: torch.device) -> None:
+    """A step on the kernels is the step of the lean layer; the interpreter takes a minute for it."""
+    compare_training(kernel_device, 16, 1, 1e-5)
+
+
+@pytest.mark.gpu
+def test_trains_on_kernels_for_long() -> None:
+    compare_training(torch.device("cuda"), 64, 20, 5e-3)
