@@ -16,7 +16,7 @@ from common import EmptyResult, InputError, RegistrationWarning
 from common.deploy.command import deploy
 from common.label.command import label
 from common.run.cli import exact_words, printable, sentence_of
-from common.run.door import register, series
+from common.run.door import register, series, template
 
 
 class Later:
@@ -53,8 +53,8 @@ def apply(
         files: one or more files, then the transform, then the output. A file is a scan or label map (NIfTI, also 4-D,
             MetaImage, NRRD, DICOM folder), or points: .csv with columns x,y,z (LPS mm, as ANTs) or i,j,k (voxels),
             .fcsv or .mrk.json of 3-D Slicer. The transform is .h5, .tfm, .txt, .mat, .lta, elastix's parameters, or a
-            displacement image (.nii.gz, LPS mm). The output is a file, points as .csv or .fcsv in LPS mm; of several
-            files it is a folder.
+            displacement image (.nii.gz, LPS mm). The output is a file, points .csv, .fcsv or .mrk.json in LPS mm; of
+            several files it is a folder.
         reference: scan whose grid the result gets, as the fixed one; for points in voxels, the scan they belong to.
         label: how labels are brought along: "nearest" (also --label alone), "linear" (each label's share linearly, the
             largest wins: smoother borders), "auto" (nearest for what looks like a label map), "no".
@@ -99,21 +99,24 @@ def compose(output: str, *transforms: str, reference: str = ""):
 def invert(transform: str, output: str, *, reference: str = ""):
     """The inverse of a transform; says how far points of the reference come to lie from where they started.
 
+    That is there by the transform and back by the inverse that is written: inverse_file_error_mm of a bundle's report.
     Affine parts are inverted exactly, displacement fields on their own grid. Where a field folds there is no inverse.
 
     Args:
         transform: .h5, .tfm, .txt, .mat, or a displacement image.
         output: file to write: .h5, or a displacement image on the grid of --reference.
-        reference: scan on whose voxels the error is measured: the fixed one.
+        reference: scan in whose foreground the error is measured: the fixed one.
     """
     the_map = transform_files.read_transform(str(transform))
     back = mapping.invert(the_map)
     text = ""
     if reference:
-        size, affine = _grid(reference)
-        error = mapping.inverse_error_mm(the_map, back, size, affine)
-        spread = f"median {np.median(error):.3f} mm, 99th percentile {np.percentile(error, 99):.3f} mm"
-        text = f"; inverse-consistency error on {reference}: {spread}"
+        from common.quality.measure import inverse_error_inside
+
+        scan, affine = io.read_scan(reference)
+        error = inverse_error_inside(the_map, back, scan[0], affine)
+        spread = f"mean {error.mean():.3f} mm, 99th percentile {np.percentile(error, 99):.3f} mm"
+        text = f"; error of this inverse in the foreground of {reference}: {spread}"
     return _write_map(back, output, reference) + text
 
 
@@ -128,9 +131,13 @@ def make_report(
     moving_points: str = "",
     fixed_points: str = "",
     spacing: float = 0,
+    start: str = "",
     neurological: bool = False,
 ):
     """Judge a registration made by any tool: report.json, report.png and report.html, and in words what looks wrong.
+
+    "Before" is, as in a bundle's report, after the linear alignment: the linear parts of the transform, if it has
+    others as well. One displacement image does not show them: then "before" is the scans as they lie, or --start.
 
     Args:
         moving: moving scan, in its own space.
@@ -142,9 +149,10 @@ def make_report(
         moving_points: landmarks of the moving scan (.csv, .fcsv, .mrk.json); with the fixed ones gives the TRE in mm.
         fixed_points: landmarks of the fixed scan, in the same order.
         spacing: voxel size in mm on which the deformation is measured; 0 keeps the fixed scan's.
+        start: the alignment that "before" is: a linear transform of fixed points to the moving scan.
         neurological: draw the patient's left on the left.
     """
-    from common.quality import measure, page, picture, report, verdict
+    from common.quality import measure, page, picture, report, verdict, views
 
     paths = {"moving_label": moving_label, "fixed_label": fixed_label}
     paths |= {"moving_points": moving_points, "fixed_points": fixed_points}
@@ -155,21 +163,26 @@ def make_report(
     if not isinstance(spacing, (int, float)) or not 0 <= spacing < math.inf:
         raise InputError(f"--spacing must be a size in mm, or 0 for that of the fixed scan, got {spacing}")
     given = {name: str(path) for name, path in paths.items() if path}
+    given |= {"start": str(start)}
     pair = measure.read_registration(str(moving), str(fixed), str(transform), spacing=spacing or None, **given)
     row, details = measure.measure(pair, measure.warp_pair(pair))
     scans = {str(moving): pair.moving[0], str(fixed): pair.fixed[0]}
     halves = dict(zip(scans, (half[0].numpy() for half in pair.work.chunk(2))))
     notes = verdict.judge_scans(scans, halves, None) + verdict.judge(row)
     row = {"id": Path(str(output)).name, "fixed": str(fixed), "moving": str(moving)} | row
-    content = report.report(row, details, notes, {"transform": str(transform)})
+    inputs = {"moving": str(moving), "fixed": str(fixed), "transform": str(transform)} | given
+    run = {"transform": str(transform), "inputs": report.inputs_of(inputs)}
+    content = report.report(row, details, notes, run)
     folder = io.output_folder(str(output))
     io.replaced(folder / "report.json", lambda path: report.write_report(content, path))
-    body = picture.draw_planes(pair, neurological=neurological)
-    io.replaced(folder / "report.png", lambda path: picture.draw_report(pair, row, notes, path, body=body))
+    looked = views.Views(pair)
+    body = picture.draw_planes(looked, neurological=neurological)
+    io.replaced(folder / "report.png", lambda path: picture.draw_report(looked, content, path, body=body))
     options = {"neurological": neurological}
-    io.replaced(folder / "report.html", lambda path: page.write_page(pair, content, body, path, **options))
+    io.replaced(folder / "report.html", lambda path: page.write_page(looked, content, body, path, **options))
     io.replaced(folder / "thumbnail.webp", lambda path: page.write_thumbnail(body, path))
-    return "\n  ".join([_written(output, f"report.html, report.png and report.json, {content['verdict']}"), *notes])
+    told = _written(output, "report.html, report.png and report.json")
+    return "\n    - ".join([f"{told}\n  verdict: {content['verdict'].upper()}", *notes])
 
 
 def review(folder: str):
@@ -313,6 +326,7 @@ COMMANDS = {
     "invert": invert,
     "report": make_report,
     "review": review,
+    "template": template,
     "options": options,
     "phantom": make_phantom,
     "datalist": datalist,
@@ -337,7 +351,7 @@ def main() -> None:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
             raise InputError(f"{command}: there is no such command{hint}")
-        if command in ("register", "series"):  # their options are those of the bundles, and not in a signature
+        if command in ("register", "series", "template"):  # their options are those of the bundles
             if said := COMMANDS[command](words):
                 print(said)
             return

@@ -1,5 +1,6 @@
 """Instance optimisation: improve any method's displacement for one pair, by the images alone."""
 
+import itertools
 import sys
 import warnings
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adam import adam
 from tqdm import trange
 
 from common import RegistrationWarning
@@ -56,7 +58,7 @@ def refine(
     shrink: int = 2,
     coarse_share: float = 0.2,
     start_means: int = 8,
-    progress: bool = True,
+    progress: bool | Callable[[int, int], None] = True,
 ) -> Tensor:
     """Minimise dissimilarity(moving(x + disp(x)), fixed) + smoothness * diffusion(disp) over the displacement, by Adam.
 
@@ -92,7 +94,7 @@ def refine(
         shrink: reduction of the coarse stage.
         coarse_share: share of the steps spent there.
         start_means: 3x3x3 box means of the given displacement, 0 for none; 8 was chosen on two validation pairs.
-        progress: show a bar.
+        progress: show a bar, in a terminal only; or a function that is told the steps done and their number.
 
     Returns:
         (B, 3, I, J, K) displacement, unfolded: the result, or the given one as it is where the loss of the last stage
@@ -134,11 +136,20 @@ def refine(
     if guide is not None:
         pulls = [_pull(guide, size, at, pooled=similarity == "mind") for _, at, _ in stages]
         stages = [(_both(fit, pull, guide.weight), at, n) for (fit, at, n), pull in zip(stages, pulls)]
-    bar = trange(steps, desc="refine", unit="step", file=sys.stderr, leave=False, disable=not progress)
+    shown = None if progress is True else True  # to tqdm, None is: not in a log
+    bar = trange(steps, desc="refine", unit="step", file=sys.stderr, leave=False, disable=shown)
+    done = itertools.count(1)
+
+    def follow(loss: float) -> None:
+        bar.update()
+        bar.set_postfix_str(f"loss {loss:.4f}")
+        if callable(progress):
+            progress(next(done), steps)
+
     start, result = result, smooth(result, times=start_means)
     result = result if guide is None else _drawn(guide, result, smoothness)
     for fit, at, count in stages:
-        result = result + to_scan(_descend(fit, to_grid(result, at), count, smoothness, learning_rate, bar))
+        result = result + to_scan(_descend(fit, to_grid(result, at), count, smoothness, learning_rate, follow))
     bar.close()
     with torch.no_grad():
         before, after = (fit(d) + smoothness * diffusion(d) for d in (to_grid(d, at) for d in (start, result)))
@@ -176,11 +187,9 @@ def _drawn(guide: Guide, disp: Tensor, smoothness: float) -> Tensor:
         at = tuple(max(-(-n // knots), 4) for n in size)
         left = guide._replace(moving=guide.moving - sample_at(disp[0], guide.fixed.T).T)
         update = torch.zeros((1, 3, *at), device=disp.device, requires_grad=True)
-        pull, optimizer = _pull(left, size, at), torch.optim.Adam([update], lr=0.1)
+        pull, optimizer = _pull(left, size, at), _Adam(update, 0.1)
         for _ in range(60):
-            optimizer.zero_grad()
-            (pull(update) + smoothness * diffusion(update)).backward()
-            optimizer.step()
+            optimizer.step(pull(update) + smoothness * diffusion(update))
         disp = disp + resize_disp(update.detach(), size)
     return disp
 
@@ -230,16 +239,31 @@ def _feature_fit(
     return fit, tuple(fixed.shape[2:])
 
 
-def _descend(fit: Callable[[Tensor], Tensor], start: Tensor, steps: int, smoothness: float, rate: float, bar) -> Tensor:
+def _descend(
+    fit: Callable[[Tensor], Tensor], start: Tensor, steps: int, smoothness: float, rate: float, follow: Callable
+) -> Tensor:
     """Smoothed update of `start` after so many steps of Adam."""
     update = torch.zeros_like(start, requires_grad=True)
-    optimizer = torch.optim.Adam([update], lr=rate)
+    optimizer = _Adam(update, rate)
     for _ in range(steps):
         disp = start + smooth(update)
         loss = fit(disp) + smoothness * diffusion(disp)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        bar.update()
-        bar.set_postfix_str(f"loss {loss.item():.4f}")
+        optimizer.step(loss)
+        follow(loss.item())
     return smooth(update).detach()
+
+
+class _Adam:
+    """torch.optim.Adam of one tensor, without its class: that loads torch's compiler, which takes two CPU-seconds."""
+
+    def __init__(self, parameter: Tensor, rate: float) -> None:
+        self.parameter, self.rate = parameter, rate
+        self.means, self.squares = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        self.count = torch.tensor(0.0)
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> None:
+        (slope,) = torch.autograd.grad(loss, self.parameter)
+        state = [self.parameter], [slope], [self.means], [self.squares], [], [self.count]
+        options = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8, "maximize": False}
+        adam(*state, lr=self.rate, **options)

@@ -47,6 +47,36 @@ def plain(value: Any) -> Any:
     return value.as_tensor() if hasattr(value, "as_tensor") else value
 
 
+def custom_op(name: str) -> Callable[[Callable], Callable]:
+    """Decorator: `torch.library.custom_op`, of which no more than the function itself runs where only values are asked
+    for: before its first call torch would load the whole of its compiler, two CPU-seconds.
+
+    As an operator it is called where a gradient is, and wherever something else than real tensors goes in: while
+    compiling or exporting, of meta and fake tensors.
+    """
+
+    def mark(function: Callable) -> Callable:
+        op = torch.library.custom_op(name, function, mutates_args=())
+
+        @functools.wraps(function)
+        def run(*args: Any) -> Any:
+            return function(*args) if _only_values(args) else op(*args)
+
+        run.register_fake, run.register_autograd = op.register_fake, op.register_autograd
+        return run
+
+    return mark
+
+
+def _only_values(args: tuple) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
 def scripted_as(scripted: Callable) -> Callable:
     """Decorator of an operator's face: torch.jit.script compiles `scripted`, a function of the same name and
     arguments, in its place.

@@ -7,9 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import InputError
 from common.fields import round_trip
+from common.mind import mind_features
 from common.ops import warp
-from common.quality.metrics import label_overlap, mean_over_labels, ncc, nmi, regularity, ssim, structure
+from common.quality.metrics import concordance, halved, label_overlap, mean_over_labels, ncc, nmi, regularity, ssim
+from common.quality.sides import both_ways
 from common.space import geometry, io, mapping
 from common.space.points import Points, read_matching
 from common.space.transform_files import read_transform
@@ -40,6 +43,12 @@ class Registration:
     measured: np.ndarray | None = None  # (N,) which of the points are measured; the others have guided
 
     @property
+    def before(self) -> str:
+        """What "before" is of this pair, in words: in every report the scans after what is linear, if anything is."""
+        still = not mapping.deforms(self.start) and np.allclose(mapping.matrix_of(self.start), np.eye(4), atol=1e-9)
+        return "the scans as they lie, not aligned" if still else "the scans after the alignment"
+
+    @property
     def inside(self) -> Tensor:
         """(i, j, k) voxels of the working grid where the fixed scan is above 0; all, if there are none."""
         inside = self.work[len(self.work) // 2] > 0
@@ -56,14 +65,16 @@ def read_registration(
     moving_points: str | None = None,
     fixed_points: str | None = None,
     spacing: float | None = None,
+    start: str = "",
 ) -> Registration:
-    """A registration made by any tool, from its files; what it began with are the linear parts of its transform, if it
-    also has others, else the identity.
+    """A registration made by any tool, from its files. "Before" is after the linear parts of its transform, if it also
+    has others, else, as of one displacement image, the scans as they lie.
 
     Args:
         moving, fixed: scans, each in its own space.
         transform: what `read_transform` reads, fixed -> moving.
         spacing: of the grid on which the deformation is measured, mm; None keeps the fixed scan's.
+        start: file of the alignment that is to be "before" instead, fixed -> moving.
 
     Raises:
         InputError: what the readers refuse.
@@ -73,11 +84,16 @@ def read_registration(
     whole = read_transform(transform)
     linear = [part for part in mapping.parts(whole) if part.linear]
     deforms = len(linear) < len(mapping.parts(whole))
-    start = mapping.compose(*linear) if linear and deforms else mapping.affine_transform(np.eye(4))
+    if start:
+        begin = read_transform(start)
+        if mapping.deforms(begin):
+            raise InputError(f"{start}: the alignment must be linear, as a rigid or affine one")
+    else:
+        begin = mapping.compose(*linear) if linear and deforms else mapping.affine_transform(np.eye(4))
     box = geometry.foreground_box(target[0])
     size, onto = geometry.working_grid(target.shape[1:], target_affine, spacing, box=box)
     work = []
-    for array, own, matrix in ((scan, affine, mapping.matrix_of(start)), (target, target_affine, None)):
+    for array, own, matrix in ((scan, affine, mapping.matrix_of(begin)), (target, target_affine, None)):
         channel = geometry.to_working_grid(array[:1], own, size, onto, matrix)
         low, high = geometry.foreground_range(channel[0])
         work.append(np.clip((channel - low) / max(high - low, 1e-12), 0, 1))
@@ -90,10 +106,10 @@ def read_registration(
         marks = dict(zip(("moving_points", "fixed_points"), both))
     return Registration(
         *(scan, affine, target, target_affine),
-        start=start,
+        start=begin,
         whole=whole,
         work=torch.from_numpy(np.concatenate(work).astype(np.float32)),
-        disp=torch.from_numpy(mapping.disp_of(mapping.compose(whole, mapping.invert(start)), size, onto)).float(),
+        disp=torch.from_numpy(mapping.disp_of(mapping.compose(whole, mapping.invert(begin)), size, onto)).float(),
         work_affine=onto,
         **labels,
         **marks,
@@ -156,33 +172,44 @@ def measure(
         found, details["landmarks"] = _landmarks(pair)
         row |= found
     length = geometry.length_mm(pair.disp.numpy(), pair.work_affine)[pair.inside.numpy()]
+    details["before"] = pair.before
     details["displacement_mm"] = {f"p{p}": float(np.percentile(length, p)) for p in PERCENTILES}
     row |= {"disp_mean_mm": float(length.mean()), "disp_max_mm": float(length.max())}
     return row | regularity(pair.disp[None], pair.inside) | _one_to_one(pair), details
 
 
 def _one_to_one(pair: Registration) -> dict[str, float]:
-    """What `inverse_error` says, of at most SAMPLE voxels of the working grid and without an inverse to write."""
+    """Whether the map is one-to-one: |x' - x| in mm, x' being sought until T(x') = T(x), of at most SAMPLE voxels of
+    the working grid's foreground. An inverse in a file is less exact, see `inverse_error`.
+    """
     points = pair.inside.nonzero().T.float()
     points = points[:, :: -(-points.shape[1] // SAMPLE)]
-    return _error_row(geometry.length_mm(round_trip(pair.disp, points).numpy(), pair.work_affine), pair)
+    return _error_row("inverse", geometry.length_mm(round_trip(pair.disp, points).numpy(), pair.work_affine), pair)
 
 
 def inverse_error(pair: Registration, inverse: mapping.Transform) -> dict[str, float]:
-    """|T^-1(T(x)) - x| in mm of an inverse over the fixed foreground: mean, 99th percentile, share above half a voxel.
+    """|T^-1(T(x)) - x| in mm of an inverse that is written: mean, 99th percentile, share above half a voxel.
 
     The voxel is that of the working grid, on which displacement and inverse live.
     """
-    error = mapping.inverse_error_mm(pair.whole, inverse, pair.fixed.shape[1:], pair.fixed_affine)
-    return _error_row(error[pair.fixed[0] > geometry.foreground_floor(pair.fixed[0])], pair)
+    error = inverse_error_inside(pair.whole, inverse, pair.fixed[0], pair.fixed_affine)
+    return _error_row("inverse_file", error, pair)
 
 
-def _error_row(error: np.ndarray, pair: Registration) -> dict[str, float]:
+def inverse_error_inside(
+    transform: mapping.Transform, inverse: mapping.Transform, fixed: np.ndarray, fixed_affine: np.ndarray
+) -> np.ndarray:
+    """|T^-1(T(x)) - x| in mm at every voxel of the foreground of a scan (I, J, K): (N,)."""
+    error = mapping.inverse_error_mm(transform, inverse, fixed.shape, fixed_affine)
+    return error[fixed > geometry.foreground_floor(fixed)]
+
+
+def _error_row(name: str, error: np.ndarray, pair: Registration) -> dict[str, float]:
     half = float(np.linalg.norm(pair.work_affine[:3, :3], axis=0).min()) / 2
     return {
-        "inverse_error_mm": float(error.mean()),
-        "inverse_error_p99_mm": float(np.percentile(error, 99)),
-        "inverse_failed_pct": 100 * float((error > half).mean()),
+        f"{name}_error_mm": float(error.mean()),
+        f"{name}_error_p99_mm": float(np.percentile(error, 99)),
+        f"{name}_failed_pct": 100 * float((error > half).mean()),
     }
 
 
@@ -201,13 +228,17 @@ def _similarity(pair: Registration, warped: Warped, structural: bool) -> dict[st
 
 
 def _structure(pair: Registration) -> dict[str, float]:
-    """Agreement of MIND-SSC on the working grid, first channels; also of the moving scan turned left to right there."""
-    moving, fixed = (half[:1] for half in pair.work.float().chunk(2))
-    middle = int(pair.inside.nonzero()[:, 0].float().mean().mul(2).round())  # of the fixed foreground, times two
-    across = (middle - torch.arange(moving.shape[1])).clamp(0, moving.shape[1] - 1)
-    scans = torch.stack([moving, warp(moving[None], pair.disp[None])[0], moving[:, across]])
-    names = ("structure_before", "structure_after", "structure_mirrored")
-    return dict(zip(names, structure(scans, fixed[None], pair.inside)))
+    """Agreement of MIND-SSC on the working grid, first channels; and how much it would rise with left and right
+    exchanged, both aligned alike."""
+    moving, fixed = (half[None, :1] for half in pair.work.float().chunk(2))
+    inside = halved(pair.inside)
+    target, before, after = (mind_features(x)[0] for x in (fixed, moving, warp(moving, pair.disp[None])))
+    row = {
+        f"structure_{name}": concordance(features[:, inside], target[:, inside])
+        for name, features in (("before", before), ("after", after))
+    }
+    as_it_is, turned = both_ways(before, target, inside)
+    return row | {"structure_aligned": as_it_is, "structure_mirrored": turned}
 
 
 def _overlap(

@@ -3,6 +3,8 @@
 MONAI takes seconds to load: it is imported where labels are measured.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import find_objects
@@ -54,11 +56,13 @@ def _surface_distances(a: Tensor, b: Tensor, spacing: list[float]) -> dict[str, 
     from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 
     options = {"include_background": True, "spacing": spacing}
-    found = (
-        compute_hausdorff_distance(a, b, **options),
-        compute_hausdorff_distance(a, b, percentile=95, **options),
-        compute_average_surface_distance(a, b, symmetric=True, **options),
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)  # MONAI 1.6 warns of itself
+        found = (
+            compute_hausdorff_distance(a, b, **options),
+            compute_hausdorff_distance(a, b, percentile=95, **options),
+            compute_average_surface_distance(a, b, symmetric=True, **options),
+        )
     return dict(zip(DISTANCES, map(float, found)))
 
 
@@ -145,15 +149,23 @@ def structure(scans: Tensor, fixed: Tensor, mask: Tensor) -> list[float]:
 
     Source: Lin, Biometrics 1989 (concordance); MIND-SSC as `common.mind` says.
     """
-    inside = F.avg_pool3d(mask[None, None].float(), 2, ceil_mode=True, count_include_pad=False)[0, 0] > 0.5
-    if not inside.any():
-        return [float("nan")] * len(scans)
-    target, *others = (mind_features(scan[None])[0][:, inside].double() for scan in (fixed[0], *scans))
-    found = []
-    for other in others:
-        chance = target.var(1, correction=0) + other.var(1, correction=0) + (target.mean(1) - other.mean(1)).square()
-        found.append(1 - float((target - other).square().mean(1).sum() / chance.sum().clamp(min=1e-12)))
-    return found
+    inside = halved(mask)
+    target, *others = (mind_features(scan[None])[0][:, inside] for scan in (fixed[0], *scans))
+    return [concordance(other, target) for other in others]
+
+
+def halved(mask: Tensor) -> Tensor:
+    """(I, J, K) -> (I/2, ...): blocks of 2^3 voxels of which more than half count; the grid of `mind_features`."""
+    return F.avg_pool3d(mask[None, None].float(), 2, ceil_mode=True, count_include_pad=False)[0, 0] > 0.5
+
+
+def concordance(one: Tensor, other: Tensor) -> float:
+    """Lin's concordance of (C, N), all channels as one, as in `structure`; nan of nothing."""
+    if not one.shape[1]:
+        return float("nan")
+    a, b = one.double(), other.double()
+    chance = a.var(1, correction=0) + b.var(1, correction=0) + (a.mean(1) - b.mean(1)).square()
+    return 1 - float((a - b).square().mean(1).sum() / chance.sum().clamp(min=1e-12))
 
 
 def regularity(disp: Tensor, mask: Tensor | None = None) -> dict[str, float]:

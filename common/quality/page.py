@@ -1,31 +1,27 @@
 """report.html: a registration to look through in a browser. One file, no network, no server.
 
 The scans travel in it as pictures: a mosaic of the axial slices of a volume, which the page's script takes apart. What
-is smooth, or looked at only, is packed with a loss (WebP), what has a meaning voxel by voxel without (PNG).
+is looked at only is packed with a loss (JPEG: a tenth of WebP's time), what has a meaning voxel by voxel without (PNG).
 """
 
 import base64
-import datetime
 import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 import common
-from common.fields import jacobian_determinant
-from common.ops import warp
-from common.quality import picture, verdict
+from common.quality import picture, report, verdict
 from common.quality.measure import Registration
-from common.space import geometry, mapping
+from common.quality.views import Views
 
 VOXELS = 2**20  # of a volume in the page, at most: of larger grids every second voxel along each axis, or fewer
-MARKS = 400  # landmarks that are drawn, at most
 EVERY = 2  # voxels of the page between those at which the displacement is kept
 MARKED = {  # measure: words, digits
     "ncc": ("correlation inside the fixed foreground", 3),
@@ -40,6 +36,7 @@ MARKED = {  # measure: words, digits
     "overlap": ("overlap of the foregrounds (Dice), aligned", 2),
     "folding_pct": ("folding, % of the fixed foreground", 3),
     "inverse_failed_pct": ("not one-to-one: half a voxel off or more, %", 2),
+    "inverse_file_failed_pct": ("the inverse file half a voxel off or more, %", 2),
     "sdlogj": ("roughness: SD of the logarithm of the volume change", 3),
     "disp_mean_mm": ("mean displacement, mm", 2),
     "disp_max_mm": ("largest displacement, mm", 2),
@@ -47,56 +44,60 @@ MARKED = {  # measure: words, digits
 }
 
 
-def write_page(pair: Registration, content: dict, body: Image.Image, path: Path, *, neurological: bool = False) -> None:
+def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, neurological: bool = False) -> None:
     """The page of a pair.
 
     Args:
-        pair: the registration.
+        views: of the registration.
         content: what `common.quality.report.report` returns.
         body: what `common.quality.picture.draw_planes` returns: the first view, and what is printed.
         neurological: the patient's left on the left, at first.
     """
-    step = next(n for n in range(1, 1000) if math.prod(-(-m // n) for m in pair.disp.shape[1:]) <= VOXELS)
-    size, onto = page_grid(pair, step)
-    lengths = geometry.length_mm(pair.disp.numpy(), pair.work_affine)
-    furthest = max(float(pair.disp.abs().max()) / step, 1e-3)
-    landmarks = _landmarks(pair, onto)
-    to_voxel = np.linalg.inv(pair.fixed_affine) @ onto
-    mm = float(np.linalg.norm(onto[:3, :3], axis=0).mean())
+    step = next(n for n in range(1, 1000) if math.prod(-(-m // n) for m in views.fixed.shape) <= VOXELS)
+    size, onto = page_grid(views.pair, step)
+    furthest = max(float(views.pair.disp.abs().max()) / step, 1e-3)
+    to_voxel = np.linalg.inv(views.pair.fixed_affine) @ onto
+    # What the first reason is about is seen at once.
+    deformed = any(reason.startswith(verdict.OF_DEFORMATION) for reason in content["warnings"][:1])
+    edges = content["verdict"] != "plausible" and not deformed
     data = {
         "size": size,
-        "middle": [n // step for n in picture.middle_of(pair)],
-        "mm": mm,
+        "middle": [n // step for n in views.middle],
+        "mm": views.mm * step,
         "to_mm": onto.tolist(),
         "to_voxel": to_voxel.tolist(),
         "axes": axes_of(to_voxel),
-        "fixed_size": pair.fixed.shape[1:],
+        "fixed_size": views.pair.fixed.shape[1:],
         "every": EVERY,
         "furthest": furthest,
-        "longest": float(np.percentile(lengths[pair.inside.numpy()], 99)) or 1.0,
+        "longest": views.longest,
         "spacing_of_grid": max(max(size) // picture.LINES, 1),
         "radiological": not neurological,
+        "view": "volume change" if deformed else "after",
+        "edges": edges,
         "purples": picture.PURPLES,
         "lengths": picture.LENGTHS,
-        "landmarks": landmarks,
-        "volumes": _volumes(pair, step, size, onto, furthest),
+        "landmarks": [_scaled(mark, step) for mark in views.landmarks],
+        "volumes": _volumes(views, step, size, furthest),
     }
-    run = content["run"]
+    run, names = content["run"], report.names_of(content)
     values = {
         "doubtful": content["verdict"] != "plausible",
-        "reasons": content["warnings"],
+        "reasons": [_led(sentence) for sentence in content["warnings"]],
+        "edges": edges,
+        "remarks": run.get("remarks", []),
         "name": content.get("id", ""),
-        "fixed": Path(content["fixed"]).name,
-        "moving": Path(content["moving"]).name,
-        "method": method_of(run),
-        "date": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
-        "picture": encoded(body, "WEBP", quality=82, method=1),
-        "caption": picture.caption(pair, neurological=neurological),
+        "moving": names[0],
+        "fixed": names[1],
+        "method": report.method_of(run),
+        "picture": encoded(body, "JPEG", quality=90, subsampling=0),
+        "caption": picture.caption(views, neurological=neurological),
+        "before": views.pair.before,
         "measures": list(measures_of(content)),
         "marks": content["landmarks"].get("each"),
         "each": content["overlap"].get("each"),
-        "labelled": "fixed_label" in data["volumes"],
-        "landmarks": bool(landmarks),
+        "labelled": views.labelled,
+        "landmarks": bool(views.landmarks),
         "step": step,
         "views": 7,
         "run": json.dumps({name: run[name] for name in run if name != "stages_cpu_s"}, indent=2, default=str),
@@ -147,6 +148,12 @@ def encoded(image: Image.Image, kind: str, **options: object) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def _led(sentence: str) -> tuple[str, str]:
+    """What a sentence is about, and the rest of it."""
+    head = re.split(r"(?<=.)(?=: | \()", sentence, maxsplit=1)
+    return head[0], sentence[len(head[0]) :]
+
+
 def page_grid(pair: Registration, step: int) -> tuple[tuple[int, int, int], np.ndarray]:
     """Every `step`th voxel of the working grid: its size and affine."""
     return tuple(-(-n // step) for n in pair.disp.shape[1:]), pair.work_affine @ np.diag([step, step, step, 1.0])
@@ -157,30 +164,27 @@ def axes_of(to_voxel: np.ndarray) -> list[int]:
     return [int(n) for n in np.abs(to_voxel[:3, :3]).argmax(0)]
 
 
-def _volumes(pair: Registration, step: int, size: tuple[int, ...], onto: np.ndarray, furthest: float) -> dict:
-    some = (slice(None, None, step),) * 3
-    moving, fixed = (half[:1] for half in pair.work.float().chunk(2))
-    scans = {"fixed": fixed, "before": moving, "after": warp(moving[None], pair.disp[None])[0]}
-    top = max(float(fixed.max()), 1e-6)
-    found = {}
-    for name, scan in scans.items():
-        grey = (scan[0][some] / top).clamp(0, 1).mul(255).byte().numpy()
-        found[name] = _mosaic(grey[None], "WEBP", quality=78, method=0)
-    level = jacobian_determinant(pair.disp[None])[0, 0][some]  # 1 halved, 128 unchanged, 255 doubled, 0 folded
-    change = (level.clamp(0.5, 2).log2() * 127 + 128).round().byte()
-    found["jacobian"] = _mosaic(torch.where(level > 0, change, 0).byte().numpy()[None], "PNG", compress_level=1)
-    coarse = (pair.disp / step)[(slice(None), *(slice(None, None, step * EVERY),) * 3)]
+def _volumes(views: Views, step: int, size: tuple[int, int, int], furthest: float) -> dict:
+    some, found = (slice(None, None, step),) * 3, {}
+    for name, scan in (("fixed", views.fixed), ("before", views.moving), ("after", views.warped)):
+        grey = np.multiply(scan[some], 255 / views.top).clip(0, 255).astype(np.uint8)
+        found[name] = _mosaic(grey[None], "JPEG", quality=88)
+    level = views.determinant[some]  # 1 halved, 128 unchanged, 255 doubled, 0 folded
+    change = (np.log2(level.clip(0.5, 2)) * 127 + 128).round().astype(np.uint8)
+    found["jacobian"] = _mosaic(np.where(level > 0, change, 0).astype(np.uint8)[None], "PNG", compress_level=1)
+    coarse = views.pair.disp[(slice(None), *(slice(None, None, step * EVERY),) * 3)] / step
     moves = ((coarse / furthest + 1) * 127.5).round().clamp(0, 255).byte().numpy()
     found["disp"] = _mosaic(moves, "PNG", compress_level=1)
-    if pair.fixed_label is not None and pair.moving_label is not None:
-        maps = (
-            mapping.resample(pair.fixed_label, pair.fixed_affine, size, onto, nearest=True),
-            mapping.resample(pair.moving_label, pair.moving_affine, size, onto, pair.whole, nearest=True),
-        )
-        for name, label in zip(("fixed_label", "warped_label"), maps):
-            code = label.round().astype(np.int64) % 256  # outlines only: two neighbours of one remainder are rare
-            found[name] = _mosaic(code.astype(np.uint8)[None], "PNG", compress_level=1)
+    if views.labelled:
+        for name, label in zip(("fixed_label", "warped_label"), views.labels((0, 0, 0), size, step)):
+            code = (label.round().astype(np.int64) % 256).astype(np.uint8)  # outlines only: two neighbours of one
+            found[name] = _mosaic(code[None], "PNG", compress_level=1)  # remainder are rare
     return found
+
+
+def _scaled(mark: dict, step: int) -> dict:
+    places = {name: mark[name] and [round(x / step, 2) for x in mark[name]] for name in ("fixed", "warped")}
+    return {"name": mark["name"]} | places
 
 
 def _mosaic(channels: np.ndarray, kind: str, **options: object) -> dict:
@@ -193,35 +197,6 @@ def _mosaic(channels: np.ndarray, kind: str, **options: object) -> dict:
     sheet = tiles.reshape(rows, columns, j, i, count).transpose(0, 2, 1, 3, 4).reshape(rows * j, columns * i, count)
     image = Image.fromarray(np.ascontiguousarray(sheet[..., 0] if count == 1 else sheet))
     return {"src": encoded(image, kind, **options), "columns": columns, "channels": count, "size": [i, j, k]}
-
-
-def _landmarks(pair: Registration, onto: np.ndarray) -> list[dict]:
-    """Places in voxels of the page: of the fixed landmarks, and where those of the moving scan come to lie."""
-    if pair.fixed_points is None or pair.moving_points is None:
-        return []
-    flip = np.diag([-1.0, -1, 1, 1])
-    to_page = np.linalg.inv(onto) @ flip
-    fixed = pair.fixed_points.lps[:MARKS]
-    back = mapping.invert(pair.start)  # what T(x) misses y by, taken back through the alignment: to first order
-    there = pair.moving_points.lps[:MARKS], mapping.map_points(pair.whole, fixed)
-    wanted, came = (mapping.map_points(back, points) for points in there)
-    warped = fixed + wanted - came
-    places = [(points @ to_page[:3, :3].T + to_page[:3, 3]).round(2) for points in (fixed, warped)]
-    names = pair.fixed_points.names
-    return [
-        {"name": str(name), "fixed": a.tolist(), "warped": b.tolist() if np.isfinite(b).all() else None}
-        for name, a, b in zip(names, *places)
-    ]
-
-
-def method_of(run: dict) -> str:
-    """The network and its weights in words, as far as a report's run says."""
-    networks = [item for item in run.get("settings") or [] if isinstance(item, dict) and "network" in item]
-    if not networks:
-        return f"transform {Path(run['transform']).name}" if "transform" in run else ""
-    network = networks[0]
-    weights = f"weights {Path(network['file']).name} {network['sha256'][:8]}" if network.get("file") else "no weights"
-    return f"{network['network']}, {weights}, version {common.__version__}"
 
 
 def measures_of(content: dict):

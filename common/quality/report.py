@@ -1,8 +1,11 @@
 """report.json: everything that is known about one registration, and whether to trust it."""
 
+import datetime
 import json
 import math
+import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +14,8 @@ import torch
 
 import common
 from common.quality.verdict import verdict_of
+from common.space.files import sha256_of
+from common.space.io import contrasts_of
 
 VERSIONS = {
     "common": common.__version__,
@@ -36,16 +41,52 @@ def report(row: dict, details: dict[str, dict], warnings: list[str], run: dict) 
         row: measures, and id, fixed, moving.
         details: what `common.quality.measure.measure` adds to the row.
         warnings: sentences; none of them makes the verdict "plausible", any "doubtful".
-        run: seconds, peak_memory_mib, forecast, device, network, weights, settings.
+        run: seconds, peak_memory_mib, forecast, device, threads, network, weights, settings.
     """
     found = {name: row[name] for name in ("id", "fixed", "moving") if name in row}
-    found |= {"verdict": verdict_of(warnings), "warnings": warnings}
+    found |= {"verdict": verdict_of(warnings), "warnings": warnings, "before": details["before"]}
     for section, begins in SECTIONS.items():
         found[section] = {name: value for name, value in row.items() if name.startswith(begins) and name != "id"}
     found["overlap"] |= {"each": details["labels"]} if "labels" in details else {}
     found["landmarks"] |= {"each": details["landmarks"]} if "landmarks" in details else {}
     found["deformation"]["displacement_mm"] = details["displacement_mm"]
-    return found | {"run": run | {"versions": VERSIONS}}
+    made = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return found | {"run": run | {"date": made, "versions": VERSIONS}}
+
+
+def inputs_of(given: Mapping[str, object]) -> dict[str, dict[str, object]]:
+    """The files that a result was made from, with their SHA-256: {"moving": {"file": ..., "sha256": ...}, ...}.
+
+    Args:
+        given: path, or None, by the role of each; of several contrasts, what `io.contrasts_of` takes.
+    """
+    found = {}
+    for role, name in given.items():
+        files = [os.path.abspath(part) for part in contrasts_of(str(name))] if name else []
+        if files and all(os.path.exists(file) for file in files):
+            known = [{"file": file, "sha256": sha256_of(file)} for file in files]
+            found[role] = known[0] if len(known) == 1 else known
+    return found
+
+
+def names_of(content: dict) -> tuple[str, str]:
+    """The moving and the fixed scan of a report, without their folders."""
+    return tuple(Path(str(content.get(role, ""))).name for role in ("moving", "fixed"))
+
+
+def method_of(run: dict) -> str:
+    """Method, weights, version of this software and date in words, as far as a report's run says."""
+    networks = [item for item in run.get("settings") or [] if isinstance(item, dict) and "network" in item]
+    found = []
+    if networks:
+        steps = [part for item in run["settings"] if isinstance(item, dict) for part in item.values()]
+        steps = [part["refine_steps"] for part in steps if isinstance(part, dict) and part.get("refine_steps")]
+        found.append(networks[0]["network"] + (f" and {steps[0]} steps" if steps else ""))
+        file = networks[0].get("file")
+        found.append(f"weights {Path(file).name} {networks[0]['sha256'][:8]}" if file else "no weights")
+    elif "transform" in run:
+        found.append(f"transform {Path(run['transform']).name}")
+    return ", ".join([*found, f"version {VERSIONS['common']}", run.get("date", "")[:16].replace("T", " ")]).rstrip(", ")
 
 
 def write_report(content: dict, path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 import common
 from common.quality.page import render
-from common.quality.verdict import verdict_of
+from common.quality.verdict import joined, parted, verdict_of
 
 COLUMNS = {  # of a row: words, digits, whether high is good (1), bad (-1), or neither
     "structure_after": ("structure", 3, 1),
@@ -39,8 +39,9 @@ def write_review(folder: Path, rows: list[dict], path: Path) -> None:
     for n, row in enumerate(rows):
         odd = {name: _outside(numbers[name][n], fences[name]) for name in numbers}
         error, warnings = row.get("error") or "", row.get("warnings") or ""
-        verdict = "failed" if error else verdict_of(warnings)
-        suspicion = 1000 * (verdict == "failed") + 10 * len([w for w in warnings.split("; ") if w]) + sum(odd.values())
+        reasons = parted(warnings)
+        verdict = "failed" if error else verdict_of(reasons)
+        suspicion = 1000 * (verdict == "failed") + 10 * len(reasons) + sum(odd.values())
         cells = {
             name: {"text": _text(values[n], COLUMNS[name][1]), "value": _text(values[n], 6), "odd": odd[name]}
             for name, values in numbers.items()
@@ -50,7 +51,8 @@ def write_review(folder: Path, rows: list[dict], path: Path) -> None:
         here = {} if error else {kind: file for kind, file in files.items() if file.is_file()}
         there = {kind: f"{quote(str(row['id']))}/{file.name}" for kind, file in here.items()}
         lines.append(
-            {"id": row["id"], "verdict": verdict, "reason": error or warnings, "suspicion": suspicion, "cells": cells}
+            {"id": row["id"], "verdict": verdict, "reasons": [error] if error else reasons}
+            | {"suspicion": suspicion, "cells": cells}
             | {"thumbnail": there.get("thumbnail"), "page": there.get("page", there.get("picture"))}
         )
     words = ("plausible", "doubtful", "failed")
@@ -72,7 +74,7 @@ def rows_of(folder: Path) -> list[dict]:
     for path in sorted(folder.glob("*/report.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         row = {name: value for part in found.values() if isinstance(part, dict) for name, value in part.items()}
-        rows.append(row | {"id": path.parent.name, "warnings": "; ".join(found.get("warnings", []))})
+        rows.append(row | {"id": path.parent.name, "warnings": joined(found.get("warnings", []))})
     return rows
 
 
@@ -104,7 +106,7 @@ def _plot(name: str, values: list[float | None], fences: tuple[float, float], ro
     for value, row in zip(values, rows):
         if value is None:
             continue
-        x = round(12 + 276 * (value - low) / (high - low or 1), 1)
+        x = round(12 + 126 * (value - low) / (high - low or 1), 1)
         level = heights[round(x / 6)] = heights.get(round(x / 6), -1) + 1
         dot = {"id": row["id"], "x": x, "y": 46 - 4 * (level % 11), "value": _text(value, 3)}
         dots.append(dot | {"odd": _outside(value, fences)})

@@ -93,6 +93,18 @@ def bundle_folder(name: str | os.PathLike) -> Path:
     raise InputError(f"{name}: no such bundle, nor a folder with configs/inference.json{there}")
 
 
+def config_file(config: str, bundle: Path) -> str:
+    """One more config: a file, or the name of one of the bundle.
+
+    Raises:
+        InputError: there is none.
+    """
+    for path in (Path(config), bundle / "configs" / config):
+        if path.is_file():
+            return os.path.abspath(path)
+    raise InputError(f"--config {config}: no such file, nor a config of {bundle.name}")
+
+
 def exact_words(name: str, command: Callable[..., str], words: list[str]) -> list[str]:
     """The words of `python -m common NAME WORDS`, so written that fire hands them on as they were typed.
 

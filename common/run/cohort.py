@@ -10,6 +10,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,18 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from common import InputError
+from common.quality import verdict
 from common.quality.review import rows_of, write_review
 from common.quality.summary import draw_summary
 from common.run import progress
+from common.run.claims import claimed, lineage
 from common.run.cli import sentence_of
 from common.run.data import NUMBERS
 from common.space.files import locked, output_folder, remove_leftovers, replaced, write_table
 from common.space.io import contrasts_of
 
-IDENTITY = ("id", "fixed", "moving", "settings")  # columns that say which pair a row is of, and how it was made
+TOLD = 5  # doubtful pairs of a cohort whose reasons are printed
+IDENTITY = ("id", "fixed", "moving")  # columns that say which pair a row is of
 UNTOLD = (
     "training",
     "output_dir",
@@ -58,7 +63,7 @@ class PairTable:
         self, output_dir: str, name: str = "register", *, resume: bool = True, settings: list[Any] | tuple = ()
     ) -> None:
         self.folder, self.name, self.resume = Path(output_dir), name, resume
-        self.path, self.rows, self.settings_of = self.folder / "results.csv", {}, {}
+        self.path, self.rows = self.folder / "results.csv", {}
         self.described = [described(item) for item in settings]
         self.settings = hashlib.sha256(json.dumps(self.described, default=str).encode()).hexdigest()[:12]
         self.saves = any(getattr(step, "save", False) for item in settings for step in getattr(item, "transforms", ()))
@@ -78,96 +83,108 @@ class PairTable:
         self.failure = error
 
     def add(self, row: dict) -> None:
-        """Keep a row; process 0 writes the table, the others a line to a file of their own, which 0 reads."""
-        row = row | {"settings": self.settings_of.get(row["id"], self.settings)}
+        """Keep a row, and write the table."""
+        row = row | {"settings": self.expected[row["id"]]["settings"]}
         self.rows[row["id"]] = row
-        if rank():
-            with self._journal(rank()).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        else:
-            self.write()
+        self.write()
 
-    def write(self) -> None:
-        """results.csv of all processes, in the order of the pairs."""
-        for row in self._journals():
-            if row.get("settings") == self.settings_of.get(row["id"]):
-                self.rows[row["id"]] = row
-        self._write_table()
+    def write(self) -> list[dict]:
+        """Put this process's rows into results.csv, beside those of the others; returns those of this cohort, in order.
 
-    def _write_table(self) -> None:
-        """Rows of pairs that are not of this run stay, if their files do: those of another job, or an earlier one."""
-        own = [self.rows[name] for name in self.order if name in self.rows]
+        Rows of pairs that are not of it stay, if their files do: those of another job, or an earlier one.
+        """
         with locked(self.path):
-            others = [row for row in read_table(self.path) if row["id"] not in self.order]
-            kept = [row for row in others if (self.folder / row["id"] / "report.json").exists()]
+            found = {row["id"]: row for row in read_table(self.path)}
+            own = [row for name in self.order if (row := self._newest(name, found.pop(name, None)))]
+            kept = [row for row in found.values() if (self.folder / row["id"] / "report.json").exists()]
             write_table(self.path, [*kept, *own])
+        return own
+
+    def _newest(self, name: str, found: dict | None) -> dict | None:
+        """The row of a pair: this process's own, or that of another one, which may have done what failed here."""
+        own = self.rows.get(name)
+        if not self._is_of(found):
+            return own
+        return found if own is None or (own.get("error") and not found.get("error")) else own
+
+    def _is_of(self, row: dict | None) -> bool:
+        """Whether a row is of a pair of this cohort, its files and settings."""
+        return bool(row) and all(str(row.get(name)) == text for name, text in self.expected[row["id"]].items())
 
     def begin(self, pairs: list[dict]) -> list[int]:
         """Numbers of the pairs that are still to be done; those done before keep their rows."""
         self.order = [pair["id"] for pair in pairs]
-        self.rows, self.settings_of = {}, {pair["id"]: self._settings_of(pair) for pair in pairs}
+        self.expected = {
+            pair["id"]: {name: str(pair.get(name)) for name in IDENTITY} | {"settings": self._settings_of(pair)}
+            for pair in pairs
+        }
+        self.rows, self.failed = {}, {}
+        self.lineage = lineage(pairs, self.folder)
         if not self.resume or len(pairs) < 2:
             return list(range(len(pairs)))
-        found = {row["id"]: row for row in [*read_table(self.path), *self._journals()] if not row.get("error")}
-        for pair in pairs:
-            row = found.get(pair["id"])
-            expected = {name: str(pair.get(name)) for name in ("id", "fixed", "moving")} | {
-                "settings": self.settings_of[pair["id"]]
-            }
-            if row and all(str(row.get(name)) == expected[name] for name in IDENTITY) and self._stands(pair):
-                self.rows[pair["id"]] = row
-        return [n for n, pair in enumerate(pairs) if pair["id"] not in self.rows]
+        found = {row["id"]: row for row in read_table(self.path)}
+        self.failed = {name: row["error"] for name, row in found.items() if row.get("error")}
+        by_id = {pair["id"]: pair for pair in pairs}
+        for name in sorted(by_id, key=lambda name: len(self.lineage[name])):
+            row, stands = found.get(name), all(before in self.rows for before in self.lineage[name])
+            if stands and self._is_of(row) and not row.get("error") and self._stands(by_id[name]):
+                self.rows[name] = row
+        return [n for n, name in enumerate(self.order) if name not in self.rows]
 
     def _settings_of(self, pair: dict) -> str:
         """The settings of all pairs, and what the table says of this one's own."""
-        own = {name: pair[name] for name in NUMBERS if name in pair}
+        own = {name: pair[name] for name in (*NUMBERS, "start") if name in pair}
         return hashlib.sha256(f"{self.settings}{own}".encode()).hexdigest()[:12] if own else self.settings
 
-    def settle(self) -> None:
-        """Take over the rows that a run which was killed left in journals, and clear what else it left behind."""
-        journals = list(self.folder.glob(".rows.*.jsonl"))
-        if journals and self.rows:
-            self._write_table()
-        for path in journals:
-            path.unlink()
-        remove_leftovers(self.folder)
+    def chains(self, numbers: list[int]) -> list[list[int]]:
+        """The numbers of the pairs that start from each other's results together, in the order in which to do them."""
+        found: dict[str, list[int]] = {}
+        for number in sorted(numbers, key=lambda number: len(self.lineage[self.order[number]])):
+            found.setdefault(self._first(number), []).append(number)
+        return [found[name] for name in dict.fromkeys(map(self._first, numbers))]
+
+    def _first(self, number: int) -> str:
+        name = self.order[number]
+        return (*self.lineage[name], name)[0]
+
+    def undone(self, pairs: list[dict], chains: list[list[int]]) -> Iterator[int]:
+        """Numbers of those pairs that no other process does at the same time, or has done since `begin`."""
+        if not self.resume or len(pairs) < 2:
+            yield from (number for chain in chains for number in chain)
+            return
+        with closing(claimed(self.folder, [self._first(chain[0]) for chain in chains])) as places:
+            for number in (number for place in places for number in chains[place]):
+                if self._done_since(pairs[number]):
+                    progress.advance()
+                else:
+                    yield number
+
+    def _done_since(self, pair: dict) -> bool:
+        """Whether another process has done a pair after this one began; a failure counts unless it is to be retried."""
+        row = next((row for row in read_table(self.path) if row["id"] == pair["id"]), None)
+        if not self._is_of(row):
+            return False
+        return row["error"] != self.failed.get(pair["id"]) if row.get("error") else self._stands(pair)
 
     def _stands(self, pair: dict) -> bool:
         """Whether the pair's folder is there, if there should be one, and not older than its files."""
         written = self.folder / pair["id"] / "report.json"
         if not self.saves:
             return True
-        names = [name for name in pair if name != "id" and name not in NUMBERS]
-        files = [part for name in names for part in contrasts_of(pair[name])]
+        files = [part for name, value in pair.items() if name not in ("id", *NUMBERS) for part in contrasts_of(value)]
         return written.exists() and all(
             os.path.exists(file) and os.path.getmtime(file) <= written.stat().st_mtime for file in files
         )
 
-    def _journal(self, number: int) -> Path:
-        return self.folder / f".rows.{number}.jsonl"
-
-    def _journals(self) -> list[dict]:
-        """Rows that other processes have written; the last line of a process that was killed may be cut off."""
-        rows = []
-        for path in sorted(self.folder.glob(".rows.*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue
-        return rows
-
     def finish(self) -> list[dict]:
         """The last table, summary.png of a cohort whose files are kept, and the summary in words."""
-        self.write()
-        for path in self.folder.glob(".rows.*.jsonl"):
-            path.unlink()
-        rows = [self.rows[name] for name in self.order]
+        rows = self.write()
+        self.rows = {row["id"]: row for row in rows}
         if self.saves and len(rows) > 1:
             replaced(self.folder / "summary.png", lambda path: draw_summary(rows, path))
             if any((self.folder / row["id"] / "report.html").is_file() for row in rows):
                 self.review()
-        print(self.summary(), flush=True)
+        progress.tell(self.summary())
         return rows
 
     def review(self) -> None:
@@ -184,6 +201,7 @@ class PairTable:
         if len(folders) > 1:
             where = f"; the files of a pair are in a folder of its name, as {folders[0]}"
         lines.append(f"  {self.path.name}: a row a pair{where}")
+        lines += self._verdicts(rows)
         words = {
             "ssim": "structural similarity",
             "ncc": "correlation inside the fixed foreground",
@@ -199,13 +217,31 @@ class PairTable:
                 lines.append(f"  {text}: {before:.3f} after pre-alignment, {after:.3f} after registration")
         folding = f"{_mean(rows, 'folding_pct'):.3f} % of the fixed foreground"
         lines.append(f"  folding: {folding}, SDlogJ {_mean(rows, 'sdlogj'):.3f}")
-        if warned := [row for row in rows if row.get("warnings")]:
-            text = f"{warned[0]['id']}: {warned[0]['warnings']}"
-            lines.append(f"  warnings for {len(warned)} of the pairs, first {text}")
         lines.append(
             f"  displacement: mean {_mean(rows, 'disp_mean_mm'):.1f} mm; {_mean(rows, 'seconds'):.1f} s a pair"
         )
         return "\n".join(lines)
+
+    def _verdicts(self, rows: list[dict]) -> list[str]:
+        """The verdict of a pair with its reasons, or how many got which, and the most suspicious of them."""
+        reasons = {row["id"]: verdict.parted(row.get("warnings") or "") for row in rows}
+        doubtful = sorted((name for name in reasons if reasons[name]), key=lambda name: -len(reasons[name]))
+        if len(reasons) == 1:
+            (found,) = reasons.values()
+            return [f"  verdict: {verdict.verdict_of(found).upper()}", *(f"    - {reason}" for reason in found)]
+        counts = {"plausible": len(rows) - len(doubtful), "doubtful": len(doubtful)}
+        counts["failed"] = len(self.rows) - len(rows)
+        lines = [f"  verdicts: {', '.join(f'{count} {word}' for word, count in counts.items())}"]
+        lines += [f"    - {name}: {'; '.join(reasons[name])}" for name in doubtful[:TOLD]]
+        return lines + ([f"    - and {len(doubtful) - TOLD} more"] if len(doubtful) > TOLD else [])
+
+    def told(self, name: str) -> str:
+        """A pair's verdict and its first reason, or why it failed, in a line."""
+        row = self.rows[name]
+        if row.get("error"):
+            return f"{name}: failed: {row['error']}"
+        reasons = verdict.parted(row.get("warnings") or "")
+        return f"{name}: {verdict.verdict_of(reasons)}" + (f": {reasons[0]}" if reasons else "")
 
 
 def leave_group() -> None:
@@ -225,7 +261,8 @@ def run(engine: Evaluator) -> None:
     """Run an evaluator over the pairs of its data, one by one; its own log is kept quiet.
 
     A pair that fails gets a row with its reason and the next one begins. Under torchrun each process takes its share of
-    the pairs, and process 0 collects the rows. A single pair fails as an error.
+    the pairs, and process 0 sums up. Runs of the same command that were started at once share the pairs as well: what
+    one has in hand or has done the others leave out. A single pair fails as an error.
 
     Raises:
         InputError: at the end, if any pair of a cohort failed.
@@ -238,31 +275,32 @@ def run(engine: Evaluator) -> None:
         atexit.register(leave_group)
         ignite.distributed.sync()
     pairs = loader.dataset.data
-    output_folder(table.folder)
     todo = table.begin(pairs)
+    output_folder(table.folder)
     wait()  # nobody writes before all have read what is done
     if not rank():
-        table.settle()
+        remove_leftovers(table.folder)
     wait()
     if len(todo) < len(pairs) and not rank():
-        print(f"{len(pairs) - len(todo)} of {len(pairs)} pairs were done before, with these settings", flush=True)
-    share = todo[rank() :: processes()]
-    progress.start(len(share), table.name)
-    for n in share:
+        progress.tell(f"{len(pairs) - len(todo)} of {len(pairs)} pairs were done before, with these settings")
+    share = table.chains(todo)[rank() :: processes()]
+    progress.start(sum(map(len, share)), table.name if processes() == 1 else f"{table.name} (process {rank()})")
+    for n in (undone := table.undone(pairs, share)):
         engine.data_loader = DataLoader(Subset(loader.dataset, [n]), batch_size=1, collate_fn=loader.collate_fn)
         engine.state.epoch_length = 1
         progress.take()
-        progress.put(device=str(engine.state.device), settings=table.described)
+        progress.put(device=str(engine.state.device), threads=torch.get_num_threads(), settings=table.described)
         table.failure = None
         engine.run()
         if table.failure is not None:
             if len(pairs) == 1 or not isinstance(table.failure, Exception):
                 progress.close()
+                undone.close()
                 if not any(table.folder.iterdir()):
                     table.folder.rmdir()
                 raise table.failure
             table.add(_failed(pairs[n], table.failure))
-        progress.advance()
+        progress.advance(table.told(pairs[n]["id"]))
     engine.data_loader = loader
     progress.close()
     wait()
@@ -270,6 +308,7 @@ def run(engine: Evaluator) -> None:
     if rank():
         return
     engine.state.rows = rows = table.finish()
+    remove_leftovers(table.folder)  # of runs beside this one that were killed meanwhile
     if failed := [row for row in rows if row["error"]]:
         count = f"{len(failed)} of {len(rows)} pairs failed, first {failed[0]['id']}"
         raise InputError(f"{table.path}: {count} ({failed[0]['error']}); run the same command again to retry them")
@@ -352,8 +391,9 @@ def read_table(path: Path) -> list[dict]:
         return []
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
+    words = (*IDENTITY, "settings", "warnings", "error")
     return [
-        {name: text if name in IDENTITY + ("warnings", "error") else _value(text) for name, text in row.items()}
+        {name: text if name in words else _value(text) for name, text in row.items()}
         for row in rows
         if row.get("id")
     ]

@@ -208,7 +208,7 @@ def _rows(path: str, text: str, same: dict[str, str], needed: list[str], role: s
         if unknown := [name for name in columns if name not in PAIR_COLUMNS]:
             raise InputError(f"{path}: unknown column {unknown[0]!r}, the columns are {', '.join(PAIR_COLUMNS)}")
         if role and (twice := [name for name in columns if name.partition("_")[0] == role]):
-            raise InputError(f"{path}: has a column {twice[0]}, but --{role} is given for all pairs")
+            raise InputError(f"{path}: has a column {twice[0]}, but the {role} scan is the same for all pairs")
         rows = []
         for line in reader:
             if None in line:

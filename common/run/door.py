@@ -1,8 +1,9 @@
 """The front doors: `python -m common register MOVING FIXED OUT`, and `monai-register` of an installed package; and
 `python -m common series SERIES OUT`, for phases in time.
 
-They run a bundle's own inference.json, with the options of `monai.bundle run` by the same names. What takes seconds to
-load is imported where it is needed, so that help and mistakes do without.
+They run a bundle's own inference.json, with the options of `monai.bundle run` by the same names; so does the way in to
+templates, `python -m common template SCANS OUT`. What takes seconds to load is imported where it is needed, so that
+help and mistakes do without.
 """
 
 import contextlib
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from common import InputError
-from common.run.cli import bundle_folder, refuse_unknown, sentence_of
-from common.run.help import help_of_register, help_of_series
-from common.run.options import FOR_INFERENCE, OF_SERIES, Option
+from common.run.cli import bundle_folder, config_file, refuse_unknown, sentence_of
+from common.run.help import help_of_register, help_of_series, help_of_template
+from common.run.options import FOR_INFERENCE, OF_ALL, OF_SERIES, TEMPLATE, Option
 
 PLACES = ("moving", "fixed", "output_dir")
 OWN = ("method", "config")  # options of the door itself
@@ -42,10 +43,9 @@ def register(words: list[str]) -> str:
         raise InputError("register needs MOVING FIXED OUT; monai-register --help")
     bundle, config, asked, told = _way(method, config, given, given)
 
-    from common.run import progress
     from common.run.registrar import Registrar
 
-    with _sentences(), progress.telling(method=told):
+    with _running(told):
         Registrar(bundle, config=config).run(**asked)
     return ""
 
@@ -81,10 +81,9 @@ def series(words: list[str]) -> str:
     pair = {"moving": files[first - 1], "fixed": files[first]}
     bundle, config, asked, told = _way(method, config, given, given | pair)
 
-    from common.run import progress
     from common.run.registrar import Registrar
 
-    with _sentences(), progress.telling(method=told):
+    with _running(told):
         path = run_series(Registrar(bundle, config=config), files, folder, reference, cyclic=cyclic, **asked)
     return f"wrote {path}: {len(files)} phases; warped.nii.gz holds them in one space, series.png their motion"
 
@@ -97,25 +96,61 @@ def _way(method: str, config: str, given: dict[str, Any], pair: dict[str, Any]) 
         config = config or (str(bundle / "configs" / choice.config) if choice.config else "")
     else:
         bundle, settings, reason = bundle_folder(method), {}, "asked for by name"
-    config = _found(config, bundle) if config else ""
+    config = config_file(config, bundle) if config else ""
     asked = settings | given
     _refuse_others(asked, bundle)
     shown = {name: value for name, value in asked.items() if name in settings}
     line = shlex.join([bundle.name, *(f"--{n}={v}" for n, v in shown.items()), *([Path(config).name] * bool(config))])
-    print(f"method: {line} ({reason})", flush=True)
+    if not given.get("quiet"):
+        print(f"method: {line} ({reason})", flush=True)
     told = {"bundle": bundle.name, "config": Path(config).name, "options": shown, "reason": reason}
     return bundle, config, asked, told
 
 
 @contextlib.contextmanager
-def _sentences() -> Iterator[None]:
-    """What MONAI wraps around one of our sentences is taken off."""
+def _running(told: dict) -> Iterator[None]:
+    """As a program of its own, which puts into reports what it is told; of an error, our sentence is what is left."""
+    from common.run import progress
+    from common.run.machine import keep_memory, leave_room
+
+    keep_memory()
+    leave_room()
     try:
-        yield
+        with progress.telling(method=told):
+            yield
     except Exception as error:
         if (sentence := sentence_of(error)) is None or isinstance(error, InputError):
             raise
         raise InputError(sentence) from error
+
+
+def template(words: list[str]) -> str:
+    """A template of mean shape and mean intensity from all scans of a folder or CSV; goes on where it was stopped.
+
+    Returns what there is to say; `words` are those of the command line.
+
+    Raises:
+        InputError: a word, an option or a scan that is wrong; a registration that fails.
+    """
+    if {"--help", "-h"} & set(words):
+        return help_of_template()
+
+    from common.run.words import split
+
+    table = TEMPLATE | {name: FOR_INFERENCE[name] for name in OF_ALL}
+    given, places = split(words, set(table))
+    for name in given:
+        elsewhere = "the registration of a pair" if name in FOR_INFERENCE and name not in table else ""
+        refuse_unknown(name, name, table, elsewhere)
+    values = _values(given, table)
+    if len(places) != 2:
+        lacks = f"{places[2]}: is one word too many" if len(places) > 2 else "template needs SCANS and OUT"
+        raise InputError(f"{lacks}; python -m common template --help")
+
+    from common.run.template import make_template
+
+    folder = make_template(*places, **values)
+    return f"wrote {folder}: template.nii.gz, mean.nii.gz, spread.nii.gz, results.csv, and transform.h5 of each scan"
 
 
 def _options(words: list[str]) -> dict[str, str | None]:
@@ -160,14 +195,6 @@ def _chosen(given: dict[str, Any]) -> Any:
     labels = tuple(row[name] for name in ("moving_label", "fixed_label") if name in row)
     how = {"header": given.get("header") or "", "series": given.get("series") or ""}
     return choose(facts_of(row["moving"], row["fixed"], labels, mode=given.get("prealign", "affine"), **how))
-
-
-def _found(config: str, bundle: Path) -> str:
-    """One more config: a file, or the name of one of the bundle."""
-    for path in (Path(config), bundle / "configs" / config):
-        if path.is_file():
-            return os.path.abspath(path)
-    raise InputError(f"--config {config}: no such file, nor a config of {bundle.name}")
 
 
 def _refuse_others(asked: dict[str, Any], bundle: Path) -> None:

@@ -230,9 +230,8 @@ class RegistrationInferer(Inferer):
             raise InputError(f"--refine_similarity features: {text}")
         options = {"similarity": self.similarity, "features": features, "mask": mask, "guide": guide} | self.options
         options |= {} if start is None else {"learning_rate": GENTLE}
-        if quiet or progress.quiet():
-            options["progress"] = False
-        else:
+        options["progress"] = False if quiet else progress.step
+        if not quiet:
             progress.stage("refining")
         return refine(disp, image, steps, **options)
 
@@ -264,6 +263,7 @@ class RegistrationInferer(Inferer):
         if started is not None:  # a pair read from files and delivered to files
             pair = forecast.whole_pair(network, image.device, scan_voxels, time.time() - started)
             told |= {"pair_seconds": pair.seconds, "pair_gib": pair.bytes / forecast.GIB}
+            progress.expect(pair.seconds)
             text = f"{told['pair_seconds']:.0f} s and {told['pair_gib']:.1f} GiB in all, {text}"
         progress.put(forecast=told)
         free_text = "unknown" if free is None else f"{told['free_gib']:.1f} GiB"

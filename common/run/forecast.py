@@ -19,6 +19,7 @@ from torch import Tensor
 
 from common import InputError
 from common.fields import resize_disp
+from common.run.machine import give_back_memory
 
 SIDE = 64  # of the crop that is measured; below this, sizes that do not depend on the voxels dominate
 PROBE = 4  # steps of the refinement that are timed: of one alone, any other job on the machine is the larger part
@@ -179,6 +180,7 @@ def whole_pair(network: Cost, device: torch.device, scan_voxels: int, seconds: f
     Returns:
         Seconds, and peak bytes of the process's own memory.
     """
+    give_back_memory()
     now, peak = resident_memory() or 0, peak_memory(torch.device("cpu")) or 0
     working = network.bytes if device.type == "cpu" else 0.0
     memory = max(peak, now + working, now + DELIVERY.bytes * scan_voxels)

@@ -25,18 +25,29 @@ def as_file(name: str, scan: Any, folder: Path) -> str:
     """
     if isinstance(scan, (str, os.PathLike)):
         return os.path.abspath(scan)
-    array, affine = _array_of(name, scan)
-    if array.ndim not in (3, 4) or np.shape(affine) != (4, 4):
-        raise InputError(f"{name}: must be (I, J, K) or (C, I, J, K) with a 4 x 4 affine, got {array.shape}")
-    array = array if array.ndim == 4 else array[None]
+    array, affine = scan_of(name, scan)
     path = folder / f"{name}.nii"
     if name.endswith(("_label", "_mask", "_lesion")):
         if not np.array_equal(array, np.rint(array)):
             raise InputError(f"{name}: a label map has whole numbers, this one has others")
-        io.write_label(np.rint(array).astype(np.int64)[0], affine, path)
+        io.write_label(np.rint(array).astype(np.int64), affine, path)
     else:
         io.write_scan(np.ascontiguousarray(array, dtype=np.float32), affine, path)
     return str(path)
+
+
+def scan_of(name: str, scan: Any, *, label: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(C, I, J, K) and affine (RAS) of a scan, given as `as_file` takes it; a path is read, as label map if `label`.
+
+    Raises:
+        InputError: what `as_file` refuses.
+    """
+    if isinstance(scan, (str, os.PathLike)):
+        return io.read_label(scan) if label else io.read_scan(scan)
+    array, affine = _array_of(name, scan)
+    if array.ndim not in (3, 4) or np.shape(affine) != (4, 4):
+        raise InputError(f"{name}: must be (I, J, K) or (C, I, J, K) with a 4 x 4 affine, got {array.shape}")
+    return array if array.ndim == 4 else array[None], affine
 
 
 def _array_of(name: str, scan: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +59,9 @@ def _array_of(name: str, scan: Any) -> tuple[np.ndarray, np.ndarray]:
     if hasattr(scan, "GetDirection") and hasattr(scan, "GetSpacing"):
         return _of_itk(scan)
     if hasattr(scan, "affine"):  # a MetaTensor
-        return _numbers(scan), np.asarray(_numbers(scan.affine), np.float64)
+        affine = np.asarray(_numbers(scan.affine), np.float64)
+        lps = getattr(scan, "meta", {}).get("space") == "LPS"  # of LoadImage(affine_lps_to_ras=False)
+        return _numbers(scan), io.LPS_FROM_RAS @ affine if lps else affine
     if hasattr(scan, "shape"):
         raise InputError(f"{name}: an array alone does not say where it is; give (array, affine)")
     raise InputError(f"{name}: must be {KINDS}, got {type(scan).__name__}")

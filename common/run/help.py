@@ -6,7 +6,16 @@ import textwrap
 from pathlib import Path
 
 from common.run.cli import bundle_folder
-from common.run.options import FOR_INFERENCE, FOR_TRAINING, OF_SERIES, Option, wanted
+from common.run.options import (
+    FOR_INFERENCE,
+    FOR_TRAINING,
+    OF_ALL,
+    OF_SERIES,
+    TEMPLATE,
+    TEMPLATE_DEFAULTS,
+    Option,
+    wanted,
+)
 
 WIDTH = 110
 
@@ -72,6 +81,21 @@ def help_of_series() -> str:
     return "\n".join(lines)
 
 
+def help_of_template() -> str:
+    """What `python -m common template` takes."""
+    lines = ["python -m common template SCANS OUT [--OPTION VALUE ...]", ""]
+    lines += [
+        "Makes a template of mean shape and intensity of all scans in a folder, or in a CSV with the column moving.",
+        "With its column moving_label, or --labels, label maps are fused. The same line again goes on.",
+        "",
+    ]
+    lines += [line for n, option in TEMPLATE.items() for line in _explained(n, option, TEMPLATE_DEFAULTS[n])]
+    config = json.loads((bundle_folder("samconvex") / "configs" / "inference.json").read_text(encoding="utf-8"))
+    lines += ["", "Of every registration, as of `monai-register`; defaults are those of samconvex:", ""]
+    lines += [line for name in OF_ALL for line in _explained(name, FOR_INFERENCE[name], config.get(name))]
+    return "\n".join([*lines, "", "More: common/run/README.md."])
+
+
 def _explained(name: str, option: Option, default: object) -> list[str]:
     takes = "" if option.kind == "path" else f" ({wanted(option)})"
     default = "" if "by default" in option.text else _default(default)
@@ -84,7 +108,7 @@ def _wrapped(name: str, text: str) -> list[str]:
 
 
 def _default(value: object) -> str:
-    if value is None:
+    if value is None or value == "":
         return ""
     if isinstance(value, str) and value.startswith("$@bundle_root + "):
         return f"default BUNDLE{value.split(chr(39))[1]}"

@@ -36,6 +36,7 @@ def _scan(role: str, what: str) -> Option:
 SHARED = {
     "dataset_dir": Option("path", "folder of a dataset.json"),
     "output_dir": Option("path", "folder for the results"),
+    "quiet": Option("switch", "say nothing but what is wrong"),
     "device": Option("device", "where to compute, by default on a GPU, if there is one"),
     "amp": Option("switch", "mixed precision, on a GPU only"),
     "prealign": Option("word", "how the scans are brought together first", ("affine", "rigid", "none")),
@@ -131,6 +132,20 @@ OWN = {  # of some bundles
     + ("labelled", "bad_labels", "region_reduction"),
 }
 TRAINING |= {name: TRAINING[name]._replace(of=bundle) for bundle, names in OWN.items() for name in names}
+TEMPLATE = {  # of `python -m common template`, beside options of a registration
+    "method": Option("path", "auto looks at the first two scans and chooses; or the name or folder of a bundle"),
+    "config": Option("path", "one more config of the bundle, laid over its inference.json", empty=True),
+    "rounds": Option("whole", "registrations of every scan to the mean so far; 0 is the affine mean", high=50),
+    "labels": Option("path", "folder of label maps with the scans' file names; fused by vote", empty=True),
+    "reference": Option("path", "scan in whose pose the template lies, by default the first", empty=True),
+    "voxel_size": Option("number", "mm of its voxels, by default as fine as the scans", low=0.01, high=100, none=True),
+    "resume": Option("switch", "go on where a run was stopped; False begins anew"),
+}
+TEMPLATE_DEFAULTS = {"method": "auto", "config": "", "rounds": 4, "labels": "", "reference": "", "voxel_size": None}
+TEMPLATE_DEFAULTS |= {"resume": True}
+OF_ALL = ("prealign", "refine_steps", "refine_similarity", "features", "passes", "spacing", "crop", "grid_size")
+OF_ALL += ("intensity_range", "weights", "trained_on", "header", "series", "lesion_margin", "device", "amp", "memory")
+OF_ALL += ("too_large",)  # of INFERENCE, taken by a template for every registration
 FOR_INFERENCE, FOR_TRAINING = SHARED | INFERENCE, SHARED | TRAINING
 TAKES = {
     "path": "a path",

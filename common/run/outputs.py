@@ -1,25 +1,27 @@
 """The files of a pair's folder: each a function that writes one, by the file's name."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.fields import invert
 from common.halves import half
 from common.quality import measure, page, picture, report
+from common.quality.views import Views
 from common.run import progress
 from common.space import io, mapping, middle, points
 from common.space.transform_files import write_transform
 
 
 def files_of(
-    pair: measure.Registration, warped: measure.Warped, displacement: bool
+    pair: measure.Registration, warped: measure.Warped, displacement: bool, *, points_like: str = ""
 ) -> dict[str, Callable[[Path], None]]:
-    """The files of a pair's folder that need nothing but the pair."""
+    """The files of a pair's folder that need nothing but the pair; points also in the form of a file `points_like`."""
     onto = pair.fixed.shape[1:], pair.fixed_affine
     writers = {
         "warped.nii.gz": partial(io.write_scan, warped.after, pair.fixed_affine),
@@ -35,7 +37,10 @@ def files_of(
         there = mapping.invert_at(pair.whole, pair.moving_points.lps)
         if lost := int(np.isnan(there).any(1).sum()):
             progress.note(f"{lost} of {len(there)} moving points have no place in the fixed scan: the map folds there")
-        writers["warped_points.csv"] = partial(points.write_points, points.Points(there, pair.moving_points.names))
+        form = next((form for form in (".fcsv", ".json") if points_like.lower().endswith(form)), ".csv")
+        for ending in {".csv", ".mrk.json" if form == ".json" else form}:
+            write = partial(points.write_points, points.Points(there, pair.moving_points.names))
+            writers[f"warped_points{ending}"] = write
     return writers
 
 
@@ -65,23 +70,22 @@ def middle_files(pair: measure.Registration) -> dict[str, Callable[[Path], None]
 
 
 def drawings(
-    pair: measure.Registration, row: dict, notes: list[str], content: dict, kinds: tuple[str, ...]
+    pair: measure.Registration, content: dict, kinds: tuple[str, ...]
 ) -> dict[str, Callable[[Path], None]]:
     """The files to look at; the planes are drawn once for all of them."""
-    drawn = []
 
-    def body():
+    @cache
+    def planes() -> tuple[Views, Image.Image]:
         progress.stage("drawing")
-        if not drawn:
-            drawn.append(picture.draw_planes(pair))
-        return drawn[0]
+        views = Views(pair)
+        return views, picture.draw_planes(views)
 
     found = {}
     if "png" in kinds:
-        found["report.png"] = lambda path: picture.draw_report(pair, row, notes, path, body=body())
+        found["report.png"] = lambda path: picture.draw_report(planes()[0], content, path, body=planes()[1])
     if "html" in kinds:
-        found["thumbnail.webp"] = lambda path: page.write_thumbnail(body(), path)
-        found["report.html"] = lambda path: page.write_page(pair, content, body(), path)
+        found["thumbnail.webp"] = lambda path: page.write_thumbnail(planes()[1], path)
+        found["report.html"] = lambda path: page.write_page(planes()[0], content, planes()[1], path)
     return found
 
 

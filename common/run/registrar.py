@@ -28,7 +28,7 @@ from common.space import mapping
 OF_A_PAIR = ("moving", "fixed", "moving_label", "fixed_label", "moving_points", "fixed_points", "moving_mask")
 OF_A_PAIR += ("fixed_mask", "output_dir", "prealign", "passes", "refine_steps", "refine_similarity", "save_inverse")
 OF_A_PAIR += ("surface", "displacement", "moving_lesion", "fixed_lesion", "lesion_margin", "guide")
-OF_A_PAIR += ("holdout_points", "report", "start", "midspace")
+OF_A_PAIR += ("holdout_points", "report", "quiet", "start", "midspace")
 IN_MEMORY = ("moving_label", "fixed_label", "moving_mask", "fixed_mask")  # beside the scans
 IN_MEMORY += ("moving_lesion", "fixed_lesion")
 _ONE_AT_A_TIME = threading.Lock()  # sys.path, the progress bar and its notes belong to the process
@@ -163,13 +163,9 @@ class Registrar:
         lasting = json.dumps({n: v for n, v in asked.items() if n not in OF_A_PAIR}, sort_keys=True, default=str)
         with _ONE_AT_A_TIME, _own_search_path(), contextlib.nullcontext() if verbose else progress.silent():
             kept = {"network": self._kept[1]} if self._kept and self._kept[0] == lasting else {}
-            workflow = ConfigWorkflow(
-                self.files,
-                logging_file=False,
-                workflow_type="inference",
-                bundle_root=str(self.root),
-                **kept,
-            )
+            options = {"workflow_type": "inference", "bundle_root": str(self.root)} | kept
+            with progress.unlogged():  # that there is no logging file
+                workflow = ConfigWorkflow(self.files, logging_file=False, **options)
             # `take_options` gives them to the parser as values: in the config itself they would be text to evaluate.
             workflow.given_options = {"bundle_root": str(self.root)} | asked
             workflow.initialize()

@@ -14,13 +14,16 @@ from monai.data import MetaTensor
 from monai.transforms import Transform
 
 from common import InputError, RegistrationWarning
+from common.ops import plain
 from common.quality import measure, report, verdict
 from common.run import forecast, outputs, progress
+from common.run.pipeline import RegisterDeformabled
 from common.space import geometry, io, mapping, middle, points
 from common.space.headers import HEADERS
 from common.space.prealign import fit_points, prealign
 from common.space.transform_files import read_transform, write_transform
 
+__all__ = ["RegisterDeformabled"]  # beside what is here: all of these steps in one, for pipelines of MONAI
 WRITTEN = 2**21  # voxels of a fixed scan whose displacement is written without being asked for: some 15 MB
 PREALIGN = ("affine", "rigid", "none")
 REPORTS = {"png": ("png",), "html": ("html",), "both": ("png", "html"), "none": ()}
@@ -102,6 +105,9 @@ class LoadScansd(Transform):
         return data
 
     def _load(self, data: dict) -> None:
+        kinds = ("", "_label", "_points", "_mask", "_lesion")
+        given = {f"{key}{kind}": data.get(f"{key}{kind}") for key in self.keys for kind in kinds}
+        progress.put(inputs=report.inputs_of(given))
         for key, label_key in zip(self.keys, self.label_keys):
             path = str(data[key])
             array, affine = io.read_scan(path, header=self.header, series=self.series)
@@ -200,7 +206,7 @@ class AlignAndGridd(Transform):
         spacing = geometry.fitting_spacing(*organ)
         if spacing != self.spacing:
             text = f"a grid of {self.spacing:g} mm voxels does not suit the size of {names[1]}"
-            progress.note(f"{text}, one of {spacing:g} mm was used; choose another with --spacing")
+            progress.remark(f"{text}, one of {spacing:g} mm was used; choose another with --spacing")
         size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, spacing, **options)
         progress.stage("no alignment" if self.prealign == "none" or start else f"{self.prealign} alignment")
         masks = {name: data[name].numpy()[0] for name in ("moving_mask", "fixed_mask") if name in data}
@@ -385,9 +391,10 @@ class DeliverPaird(Transform):
         progress.stage("measuring")
         found, details = measure.measure(pair, warped, surface=self.surface, minimum=self.minimum, groups=self.groups)
         if self.groups and math.isnan(found.get("dice_coarse_after", 0.0)):
-            progress.note("--groups: no label of theirs is in both label maps")
+            progress.remark("--groups: no label of theirs is in both label maps")
         small = pair.fixed[0].size <= WRITTEN
-        writers = outputs.files_of(pair, warped, small if self.displacement is None else self.displacement)
+        whole = small if self.displacement is None else self.displacement
+        writers = outputs.files_of(pair, warped, whole, points_like=str(data.get("moving_points", "")))
         if self.midspace:
             writers |= outputs.middle_files(pair)
         for name in ("warped_segmentation", "fixed_segmentation"):
@@ -404,13 +411,13 @@ class DeliverPaird(Transform):
         notes += verdict.judge_scans(scans, halves, self.trained_on) + verdict.judge(found)
         row = {"id": data["id"]} | names | found
         row |= {} if pair.measured is None else {"guides": int((~pair.measured).sum())}
-        row |= {"warnings": "; ".join(notes), "seconds": time.time() - float(data["started"])}
+        row |= {"warnings": verdict.joined(notes), "seconds": time.time() - float(data["started"])}
         peak = forecast.peak_memory(torch.as_tensor(data["pred"]).device)
         facts |= {"seconds": row["seconds"], "peak_memory_mib": None if peak is None else peak / 2**20}
         if self.save:
             progress.stage("writing")
             content = report.report(row, details, notes, facts)
-            writers |= outputs.drawings(pair, row, notes, content, REPORTS[self.report])
+            writers |= outputs.drawings(pair, content, REPORTS[self.report])
             writers["report.json"] = partial(outputs.write_report, content)  # the last
             io.write_folder(self.output_dir / data["id"], writers)
         row["seconds"] = time.time() - float(data["started"])
@@ -420,7 +427,7 @@ class DeliverPaird(Transform):
 
 def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
     """The pair of a bundle's run: displacement "pred" on the working grid of "image", then "matrix"."""
-    disp = torch.as_tensor(data["pred"]).cpu().float()
+    disp = plain(torch.as_tensor(data["pred"])).cpu().float()
     onto = np.asarray(data["image"].affine, dtype=np.float64)
     start = mapping.affine_transform(np.asarray(data["matrix"], dtype=np.float64))
     scans = {role: plain_scan(data[role].cpu()) for role in ("moving", "fixed")}
@@ -430,7 +437,7 @@ def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
         *scans["fixed"],
         start=start,
         whole=mapping.compose(mapping.displacement_transform(disp.numpy(), onto), start),
-        work=torch.as_tensor(data["image"]).cpu().float(),
+        work=plain(torch.as_tensor(data["image"])).cpu().float(),
         disp=disp,
         work_affine=onto,
         **labels,

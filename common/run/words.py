@@ -22,8 +22,10 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle import run as bundle_run
 
 from common import InputError
+from common.run import progress
 from common.run.cli import refuse_unknown
 from common.run.help import help_of
+from common.run.machine import keep_memory, leave_room
 from common.run.options import FOR_INFERENCE, FOR_TRAINING, Option
 from common.run.values import check, read
 
@@ -107,8 +109,12 @@ def take_options() -> None:
     given = getattr(workflow, "given_options", None)
     if given is None:
         given = _of_command_line()
+        if given and parser is not None and "train" not in parser.get():
+            keep_memory()
+            leave_room()
     if parser is not None:
         parser.ref_resolver.resolved_content.update(given)
+        progress.hush(given.get("quiet", parser.config.get("quiet", False)))
         if "bundle_root" in given:  # read by MONAI already, and perhaps not as it stands
             sys.path.insert(1, os.path.abspath(given["bundle_root"]))
 

@@ -143,7 +143,6 @@ def names_in(folder: str, files: tuple[str, ...]) -> list[str]:
     """
     names = [Path(file).name for file in files]
     names = [n if n.lower().endswith((*io.IMAGE_ENDINGS, *POINT_ENDINGS)) else f"{n}.nii.gz" for n in names]
-    names = [f"{n[: -len('.mrk.json')]}.fcsv" if n.lower().endswith(".mrk.json") else n for n in names]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"{folder}: two of the files would both be called {twice[0]} there")
     return [os.path.join(folder, name) for name in names]

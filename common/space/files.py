@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import hashlib
 import itertools
 import math
 import os
@@ -25,7 +26,26 @@ except ImportError:  # not on Windows
 
 HOST = re.sub(r"[^\w.]", "_", socket.gethostname())[:40]
 DAY = 24 * 3600  # seconds
+HEADERS_OF = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz"), ".hdr": (".img",)}  # files of two parts
 _NUMBERS = itertools.count()
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, as sha256sum says; of a folder, or of a header with its data beside it, of the bytes of the
+    files one after the other, in the order of their names."""
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    elif path.suffix.lower() in HEADERS_OF:
+        others = (path.with_suffix(ending) for ending in HEADERS_OF[path.suffix.lower()])
+        files = sorted([path, *(file for file in others if file.is_file())])
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while part := stream.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def write_folder(path: Path, writers: dict) -> None:
@@ -36,7 +56,7 @@ def write_folder(path: Path, writers: dict) -> None:
     Raises:
         InputError: the disk is full, or the folder cannot be written to.
     """
-    partial = _beside(path, ".partial")
+    partial = beside(path, ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
@@ -53,7 +73,7 @@ def write_folder(path: Path, writers: dict) -> None:
 def _put(partial: Path, path: Path) -> None:
     """Give a folder its name; what had it goes, also if another process puts its own there at the same moment."""
     for _ in range(100):
-        old = _beside(path, ".old")
+        old = beside(path, ".old")
         with contextlib.suppress(FileNotFoundError):
             path.rename(old)
         try:
@@ -113,7 +133,7 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _beside(path: Path, ending: str) -> Path:
+def beside(path: Path, ending: str) -> Path:
     """A name for a file or folder that becomes `path`: no other process, and no other call, has it."""
     return path.with_name(f".{HOST}-{os.getpid()}-{next(_NUMBERS)}{ending}")
 
@@ -125,7 +145,7 @@ def replaced(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
         InputError: the disk is full, the folder is missing or cannot be written to.
     """
     path = Path(path)
-    partial = _beside(path, "".join(path.suffixes[-2:]) if path.name.lower().endswith(".gz") else path.suffix)
+    partial = beside(path, "".join(path.suffixes[-2:]) if path.name.lower().endswith(".gz") else path.suffix)
     try:
         with partial.open("wb"):
             pass
@@ -206,7 +226,7 @@ def locked(path: Path, patience: float = 30) -> Iterator[None]:
     held = False
     while not held and time.monotonic() < end:
         try:
-            os.close(os.open(mine := _beside(path, ".lock"), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.close(os.open(mine := beside(path, ".lock"), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except OSError:
             break  # the folder cannot be written to, which the writer will say
         try:
@@ -229,6 +249,10 @@ def locked(path: Path, patience: float = 30) -> Iterator[None]:
 
 def _remove_stale(lock: Path) -> None:
     with contextlib.suppress(OSError, ValueError):
-        host, process = lock.read_text(encoding="utf-8").split()
+        held = lock.read_text(encoding="utf-8")
+        host, process = held.split()
         if host == HOST and not _runs(int(process)) or time.time() - lock.stat().st_mtime > 60:
-            lock.unlink()
+            lock.rename(taken := beside(lock, ".lock"))
+            if taken.read_text(encoding="utf-8") != held:  # another process was quicker, and this is its own
+                os.link(taken, lock)
+            taken.unlink()

@@ -99,7 +99,7 @@ def overlap(
 
 def length_mm(disp: np.ndarray, affine_ras: np.ndarray) -> np.ndarray:
     """Length in mm of displacements (3, ...) in voxels of a grid: (...), as (I, J, K)."""
-    return np.linalg.norm(np.einsum("ab,b...->a...", affine_ras[:3, :3], disp), axis=0)
+    return np.linalg.norm(np.tensordot(affine_ras[:3, :3], disp, 1), axis=0)
 
 
 def foreground_floor(channel: np.ndarray) -> float:

@@ -239,8 +239,11 @@ def _places(
             if isinstance(part, Affine):
                 frame = part.matrix @ frame
                 continue
-            coords = _moved(np.linalg.inv(part.affine_ras) @ frame, coords)
-            coords, frame = coords + _displaced(part.disp, coords), part.affine_ras
+            to_own, own = np.linalg.inv(part.affine_ras) @ frame, part.disp.shape[1:] == size
+            own = own and not isinstance(coords, Tensor) and np.allclose(to_own, np.eye(4), rtol=0, atol=1e-6)
+            coords = _moved(to_own, coords)
+            moved = torch.from_numpy(part.disp[:, rows]).float() if own else _displaced(part.disp, coords)
+            coords, frame = coords + moved, part.affine_ras
         yield rows, coords, frame
 
 

@@ -15,6 +15,8 @@ from common.space.io import LPS_FROM_RAS, replaced
 
 SPACES = {"LPS": 1.0, "1": 1.0, "RAS": -1.0, "0": -1.0}  # sign of the first two axes; 0 and 1 are Slicer's numbers
 NAMES = ("name", "label", "id")
+SCHEMA = "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/Resources/Schema/"
+SCHEMA += "markups-schema-v1.0.3.json#"  # which Slicer asks for
 FORMS = "columns x, y, z (LPS mm), or i, j, k (voxels), or three numbers a line without a header (voxels)"
 
 
@@ -141,13 +143,18 @@ def _read_json(text: str) -> tuple[list, list[str], bool, list[bool]]:
 
 
 def write_points(points: Points, path: str | os.PathLike) -> None:
-    """Write landmarks in LPS mm: .csv with columns name, x, y, z, or .fcsv for 3-D Slicer. nan where a point has none.
+    """Write landmarks in LPS mm: .csv with columns name, x, y, z; .mrk.json or .fcsv for 3-D Slicer.
+
+    A point without a place is nan in .csv and .fcsv, and one that is not placed in .mrk.json, which knows no nan.
 
     Raises:
         InputError: another ending.
     """
+    if str(path).lower().endswith(".json"):
+        replaced(path, lambda partial: partial.write_text(json.dumps(_markup(points), indent=1), encoding="utf-8"))
+        return
     if not str(path).lower().endswith((".csv", ".fcsv")):
-        raise InputError(f"{path}: points are written as .csv or .fcsv")
+        raise InputError(f"{path}: points are written as .csv, .fcsv or .mrk.json")
     slicer = str(path).lower().endswith(".fcsv")
     head = ["# Markups fiducial file version = 4.11", "# CoordinateSystem = LPS"]
     head = [*head, "# columns = id,x,y,z,ow,ox,oy,oz,vis,sel,lock,label,desc,associatedNodeID"] if slicer else []
@@ -162,6 +169,18 @@ def write_points(points: Points, path: str | os.PathLike) -> None:
             csv.writer(file, lineterminator="\n").writerows(lines)
 
     replaced(path, write)
+
+
+def _markup(points: Points) -> dict:
+    """Slicer's list of fiducials."""
+    control = []
+    for number, (name, point) in enumerate(zip(points.names, points.lps), 1):
+        placed = bool(np.isfinite(point).all())
+        place = {"position": [round(float(x), 4) for x in point]} if placed else {}
+        status = "defined" if placed else "undefined"
+        control.append({"id": str(number), "label": str(name)} | place | {"positionStatus": status})
+    markup = {"type": "Fiducial", "coordinateSystem": "LPS", "coordinateUnits": "mm", "controlPoints": control}
+    return {"@schema": SCHEMA, "markups": [markup]}
 
 
 def read_matching(

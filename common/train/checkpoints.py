@@ -6,18 +6,21 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.data.utils import set_rnd
 from monai.handlers import CheckpointLoader
 from monai.utils import set_determinism
 from torch import nn
 
 from common import InputError
+from common.space.files import remove_leftovers, replaced
 
 
 class LastCheckpoint:
     """Save the whole state of a training after every epoch, and go on from it when the run is started again.
 
-    Network, optimizer, learning rate and epoch come from the checkpoint; the pairs are drawn anew, from a seed that
-    depends on the epoch, so that a run that is stopped often does not see the same few pairs again and again.
+    Network, optimizer, learning rate and epoch come from the checkpoint. What is random is drawn anew in every epoch,
+    from a seed that depends on the epoch alone, so that a run that is stopped, at whatever moment, and started again
+    has the numbers of one that was not.
 
     Args:
         folder: where checkpoint_epoch=N.pt is kept (the newest only).
@@ -37,14 +40,20 @@ class LastCheckpoint:
         self.write, self.seed = write, seed
 
     def attach(self, engine: Engine) -> None:
-        found = sorted(self.folder.glob("checkpoint_epoch=*.pt"), key=lambda path: path.stat().st_mtime)
-        if found:
-            self._resume(engine, found[-1])
+        if found := list(self.folder.glob("checkpoint_epoch=*.pt")):
+            self._resume(engine, max(found, key=_epoch))
+        engine.add_event_handler(Events.EPOCH_STARTED, self._draw_anew)
         if self.write:
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
 
+    def _draw_anew(self, engine: Engine) -> None:
+        seed = self.seed + 1000 * (engine.state.epoch - 1)
+        set_determinism(seed)
+        set_rnd(getattr(engine.state.dataloader, "dataset", None), seed)  # MONAI's random transforms have their own
+        engine.set_data(engine.state.dataloader)
+
     def _resume(self, engine: Engine, path: Path) -> None:
-        epoch, asked = int(path.stem.split("=")[1]), {}
+        epoch, asked = _epoch(path), {}
         anew = "give another --output_dir to begin anew"
         if engine.state.max_epochs is not None and engine.state.max_epochs < epoch:
             raise InputError(f"{path}: --max_epochs {engine.state.max_epochs} ends before this epoch; {anew}")
@@ -57,7 +66,6 @@ class LastCheckpoint:
             if asked["length"] not in (None, engine.state.epoch_length):
                 lengths = f"has epochs of {engine.state.epoch_length} iterations, not {asked['length']}"
                 raise InputError(f"{path}: {lengths}; {anew}")
-            set_determinism(self.seed + 1000 * epoch)
 
         engine.add_event_handler(Events.STARTED, lambda e: asked.update(length=e.state.epoch_length))
         everything = self.objects | {"trainer": engine}
@@ -69,11 +77,15 @@ class LastCheckpoint:
         state = {name: getattr(item, "module", item).state_dict() for name, item in everything.items()}
         path = self.folder / f"checkpoint_epoch={engine.state.epoch}.pt"
         self.folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state, self.folder / ".checkpoint.pt.partial")
-        (self.folder / ".checkpoint.pt.partial").replace(path)
+        replaced(path, lambda partial: torch.save(state, partial))
+        remove_leftovers(self.folder)
         for older in self.folder.glob("checkpoint_epoch=*.pt"):
             if older != path:
                 older.unlink()
+
+
+def _epoch(path: Path) -> int:
+    return int(path.stem.split("=")[1])
 
 
 class BestCheckpoint:
@@ -102,7 +114,6 @@ class BestCheckpoint:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         network = getattr(self.network, "module", self.network)
-        torch.save(network.state_dict(), self.folder / ".model.pt.partial")
-        (self.folder / ".model.pt.partial").replace(self.folder / "model.pt")
+        replaced(self.folder / "model.pt", lambda partial: torch.save(network.state_dict(), partial))
         told = {"epoch": engine.state.epoch, self.metric: value if value == value else None}
-        note.write_text(json.dumps(told) + "\n")
+        replaced(note, lambda partial: partial.write_text(json.dumps(told) + "\n", encoding="utf-8"))

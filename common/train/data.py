@@ -1,15 +1,16 @@
 """The scans of a folder or a dataset.json to train and to validate on, and their ordered pairs."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from common import InputError
 from common.run.data import absolute, held_out, is_scan, read_dataset, stem
 from common.run.example import write_phantom
+from common.run.progress import counted
+
+BESIDE = tuple(f"{mark}{word}" for mark in "_-." for word in ("label", "labels", "seg", "segmentation", "mask"))
 
 
 def validation_pairs(dataset_dir: str | None, *, limit: int | None = None) -> list[tuple[str, str]] | None:
@@ -86,6 +87,12 @@ def _plain_folder(root: Path, part: str) -> list[dict[str, str]]:
     """Scans of a folder without a dataset.json, with their labels if it has folders images and labels."""
     images = root / "images" if (root / "images").is_dir() else root
     files = sorted(path for path in images.iterdir() if is_scan(path))
+    stems = {stem(path.name) for path in files}
+    beside = [path for path in files if any(stem(path.name) == f"{other}{end}" for other in stems for end in BESIDE)]
+    if beside and part == "training":
+        what = f"{len(beside)} files, first {beside[0].name}, are left out: by their names they are label maps or masks"
+        print(f"{images}: {what}; to train with labels, have folders images and labels with the same names", flush=True)
+    files = [path for path in files if path not in beside]
     scans = [{"id": stem(path.name), "image": str(path)} for path in files]
     labels = {stem(path.name): str(path) for path in (root / "labels").glob("*") if is_scan(path)}
     if images != root:
@@ -122,8 +129,7 @@ class OrderedPairs(Dataset):
         limit: int | None = None,
     ) -> None:
         self.data, self.pair_transform, self.kind = data, pair_transform, kind
-        bar = tqdm(data, desc="load", unit="scan", file=sys.stderr, disable=len(data) < 5)
-        self.scans = [transform(scan) if transform else scan for scan in bar]
+        self.scans = [transform(scan) if transform else scan for scan in counted(data, "load", "scan")]
         number = {scan["id"]: n for n, scan in enumerate(data)}
         if pairs:
             self.pairs = [(number[moving], number[fixed]) for moving, fixed in pairs]

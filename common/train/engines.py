@@ -2,8 +2,8 @@
 
 import atexit
 import copy
-import ctypes
 import math
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,26 +18,16 @@ from monai.handlers import IgniteMetricHandler
 from monai.metrics import CumulativeIterationMetric
 from torch import Tensor, nn
 
+from common import InputError
 from common.ops import plain
 from common.quality.metrics import label_overlap, mean_over_labels
+from common.run import progress
 from common.run.cohort import leave_group
 from common.run.engines import rank_device
+from common.run.machine import keep_memory
 
-__all__ = ["leave_group", "rank_device"]  # which the configs name as part of this module
-
-
-def keep_memory() -> None:
-    """Let this process keep the memory of tensors that it frees, for the next ones, until it ends.
-
-    glibc returns blocks above 32 MiB to the system at once, which then fills every page of the next one with zeros
-    again. With another C library nothing happens. For training; a server would hold its peak for ever.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        mallopt(option, value)
+TORCHRUN = "torchrun --standalone --nproc_per_node=GPUS"
+__all__ = ["keep_memory", "leave_group", "rank_device"]  # which the configs name as part of this module
 
 
 class LabelDice(CumulativeIterationMetric):
@@ -139,7 +129,7 @@ class EpochBar:
         self.name = name
 
     def attach(self, engine: Engine) -> None:
-        if not sys.stderr.isatty():
+        if progress.quiet() or not sys.stderr.isatty():
             return
         bar = ProgressBar(desc=self.name, persist=False)
         bar.attach(engine, output_transform=self._shown)
@@ -242,7 +232,15 @@ class EpochSampler:
 
 
 def init_processes() -> None:
-    """Join the process group that torchrun describes: NCCL on GPUs, gloo on CPUs."""
+    """Join the process group that torchrun describes: NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        InputError: torchrun has not started this process.
+    """
+    if "RANK" not in os.environ:
+        raise InputError(
+            f"multi_gpu_train.json: start it with {TORCHRUN} -m monai.bundle run ...; train.json needs none"
+        )
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(leave_group)

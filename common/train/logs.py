@@ -10,10 +10,12 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 
 from common.quality.metrics import ncc, regularity
+from common.run import progress
 
 
 class EpochLine:
-    """Print one line for every epoch, and at the end the file of weights with the option that takes it.
+    """Print one line for every epoch, with the time left by the pace so far, and at the end the file of weights with
+    the option that takes it.
 
     Args:
         validator: whose metrics are told; it must have run when this handler does.
@@ -24,6 +26,7 @@ class EpochLine:
     def __init__(self, validator: Engine, folder: str, metric: str = "mean_dice") -> None:
         self.validator, self.folder, self.metric = validator, Path(folder), metric
         self.losses: list[float] = []
+        self.begun: float | None = None  # when the first epoch of this process was
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
@@ -33,6 +36,8 @@ class EpochLine:
 
     def _begin(self, engine: Engine) -> None:
         self.started = time.time()
+        if self.begun is None:
+            self.begun, self.first = self.started, engine.state.epoch
         self.losses.clear()
 
     def _keep(self, engine: Engine) -> None:
@@ -45,17 +50,20 @@ class EpochLine:
             found = {name: float(value) for name, value in self.validator.state.metrics.items()}
             told = [f"{name} {value:.4f}" for name, value in found.items() if math.isfinite(value)]
             line += f", validation: {', '.join(told)}" if told else ""
-        print(f"{line}, {time.time() - self.started:.1f} s", flush=True)
+        now, done = time.time(), engine.state.epoch - self.first + 1
+        left = (now - self.begun) / done * (engine.state.max_epochs - engine.state.epoch)
+        rest = f", about {progress.duration(left)} left" if left >= 1 else ""
+        progress.tell(f"{line}, {now - self.started:.1f} s{rest}")
 
     def _end(self, engine: Engine) -> None:
         file, note = self.folder / "model.pt", self.folder / "model.json"
         if not file.is_file():
-            print("no weights were kept: no validation has run; --val_interval says how often it does", flush=True)
+            progress.tell("no weights were kept: no validation has run; --val_interval says how often it does")
             return
         told = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
         value = told.get(self.metric)
         what = "the last, as no validation pair has labels" if value is None else f"{self.metric} {value:.4f}"
-        print(f"weights of epoch {told.get('epoch', '?')} ({what}); take them with --weights {file}", flush=True)
+        progress.tell(f"weights of epoch {told.get('epoch', '?')} ({what}); take them with --weights {file}")
 
 
 class ValidationCurves:

@@ -1,6 +1,7 @@
 """How often the verdict is right: registrations whose error is known, good ones and spoilt ones.
 
     python tests/bench/bench_verdict.py measure DATA       # -> results/verdict.json, a row a registration
+    python tests/bench/bench_verdict.py sides DATA         # renews two of its columns, in two minutes
     python tests/bench/bench_verdict.py table              # sensitivity and false alarms, half by half
 
 DATA is the folder with dev and dev_small. Every registration runs on a 2 mm grid (hippocampus 1 mm, chest 3 mm), in one
@@ -28,10 +29,12 @@ from scipy.ndimage import gaussian_filter
 sys.path[:0] = [str(ROOT), *(str(ROOT / "bundles" / name) for name in ("sacb_net", "samconvex", "dual_flownet"))]
 
 from common import fields, phantom  # noqa: E402
+from common.mind import mind_features  # noqa: E402
 from common.ops import warp  # noqa: E402
 from common.quality import measure as measures  # noqa: E402
 from common.quality import verdict  # noqa: E402
-from common.quality.metrics import label_overlap, mean_over_labels  # noqa: E402
+from common.quality.metrics import halved, label_overlap, mean_over_labels  # noqa: E402
+from common.quality.sides import both_ways  # noqa: E402
 from common.refine import refine  # noqa: E402
 from common.space import geometry, io, mapping  # noqa: E402
 from common.space.prealign import prealign  # noqa: E402
@@ -247,9 +250,9 @@ def row_of(pair, disp, kind, way, *, moving=None, start=None):
 def errors(pair, disp):
     if pair.truth is not None:
         where = (torch.from_numpy(pair.fixed) > 0).nonzero().T[:, ::37].float()  # y, and x = y + v(y)
-        v = fields._sample(pair.truth, where)
+        v = fields.sample_at(pair.truth, where)
         there = where + v
-        off = there + fields._sample(disp, there) - where
+        off = there + fields.sample_at(disp, there) - where
         mm = float(np.linalg.norm(pair.affine[:3, 0]))
         return {"error_before": float(v.norm(dim=0).mean()) * mm, "error_after": float(off.norm(dim=0).mean()) * mm}
     fixed, moving = (torch.from_numpy(np.ascontiguousarray(x)).long() for x in pair.labels)
@@ -310,14 +313,45 @@ def spoilt(data, pair, good, other):
         made["other pair's"] = other
     for kind, disp in made.items():
         yield row_of(pair, disp, kind, "")
-    flipped = np.ascontiguousarray(pair.moving[::-1])
-    matrix = prealign(pair.fixed, pair.affine, flipped, pair.affine, "affine")
-    flipped = geometry.to_working_grid(flipped[None], pair.affine, pair.fixed.shape, pair.affine, matrix)[0]
+    flipped = mirrored(pair)
     yield row_of(pair, found_by("mind+mind 20", pair.fixed, flipped), "mirrored", "mind+mind 20", moving=flipped)
     if pair.name.split()[0] in ("t1", "ms", "glioma"):
         for stranger in strangers(data, pair.half):
             scan = fitted(stranger, pair.fixed)
             yield row_of(pair, found_by("mind", pair.fixed, scan), "wrong organ", "mind", moving=scan)
+
+
+def mirrored(pair):
+    """The moving scan with left and right exchanged, aligned anew."""
+    flipped = np.ascontiguousarray(pair.moving[::-1])
+    matrix = prealign(pair.fixed, pair.affine, flipped, pair.affine, "affine")
+    return geometry.to_working_grid(flipped[None], pair.affine, pair.fixed.shape, pair.affine, matrix)[0]
+
+
+def sides(data, *only, output=str(RESULTS)):
+    """Measure the two columns anew that say whether left and right are exchanged, without any registration.
+
+    They depend on the scans alone. `only`: names of pairs that begin so.
+    """
+    torch.set_num_threads(1)
+    kept = json.loads(Path(output).read_text())
+    for pair in (*brains(data), *contrasts(data), *organs(data)):
+        if only and not pair.name.startswith(only):
+            continue
+        own = [row for row in kept["rows"] if row["pair"] == pair.name]
+        strange = [row for row in own if row["kind"] == "wrong organ"]
+        scans = [(pair.moving, [row for row in own if row["kind"] not in ("mirrored", "wrong organ")])]
+        scans += [(mirrored(pair), [row for row in own if row["kind"] == "mirrored"])]
+        if strange:
+            others = (fitted(stranger, pair.fixed) for stranger in strangers(data, pair.half))
+            scans += zip(others, ([row] for row in strange))
+        for scan, rows in scans:
+            features = [mind_features(torch.from_numpy(x)[None, None])[0] for x in (scan, pair.fixed)]
+            found = both_ways(*features, halved(torch.from_numpy(pair.fixed) > 0))
+            for row in rows:
+                row |= dict(zip(("structure_aligned", "structure_mirrored"), (round(value, 5) for value in found)))
+        print(pair.half, pair.name, flush=True)
+    Path(output).write_text(json.dumps(kept) + "\n")
 
 
 def truth(row):
@@ -358,4 +392,4 @@ def table(results=str(RESULTS)):
 
 
 if __name__ == "__main__":
-    fire.Fire({"measure": measure, "table": table})
+    fire.Fire({"measure": measure, "sides": sides, "table": table})

@@ -8,21 +8,31 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from forks import python, ranks
 
 from common import phantom
 from common.space import io
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACING = 4.5  # mm, of the synthetic dataset
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def command(*arguments: object, launcher: tuple[str, ...] = (), cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """`python -m monai.bundle run ARGUMENTS`, one thread. Outside the root `common` is importable as if installed."""
+def command(*arguments: object, launcher: str = "fork", cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """`python -m monai.bundle run ARGUMENTS`, one thread. Outside the root `common` is importable as if installed.
+
+    Args:
+        launcher: "fork", "ranks" (two of them), both of `forks`; "fresh" is a process from its very start, "torchrun"
+            two of them.
+    """
+    line = ["-m", "monai.bundle", "run", *map(str, arguments)]
+    if launcher in ("fork", "ranks"):
+        return {"fork": python, "ranks": ranks}[launcher](*line, cwd=cwd)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     if cwd != ROOT:
         environment["PYTHONPATH"] = str(ROOT)
-    line = [sys.executable, *launcher, "-m", "monai.bundle", "run", *map(str, arguments)]
+    line = [sys.executable, *(TORCHRUN if launcher == "torchrun" else ()), *line]
     return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
 
 

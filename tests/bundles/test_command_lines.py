@@ -1,10 +1,12 @@
 """Every command line printed in the READMEs, taken from the files and run on tiny scans that bear the names in them."""
 
+import ast
 import functools
 import http.server
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, centred, write
+from forks import python
 from monai.bundle import ConfigParser
 from printed_lines import lines_of
 
@@ -47,6 +50,8 @@ EXCLUDED = {
     "python tests/bench/draw_methods.py real": "needs scans that are not here; its picture is committed",
     "python -m common datalist NAME": "stands for nine data sets; test_datalists.py runs each",
     "monai-register": "is tested from a wheel, test_door.py",
+    "bash tests/bench/campaign.sh": "trains for minutes on a GPU; that its options exist is tested below",
+    "python tests/bench/bench_template.py": "runs ANTs for minutes; its results are committed",
     "python tests/bench/bench_files.py measure": "needs raw scans and other tools; its results are committed",
     "python -m common register": "stands for monai-register; tests/common/run/test_door.py runs it",
     "python -m common series": "takes a film of its own; tests/common/run/test_series.py runs it",
@@ -78,6 +83,10 @@ SMALL = {
     "bench_methods.py table": {"--write": "False"},
     "bench_sacb_net.py": {"--size": "32,32,32", "--cluster_quality": "False"},
     "bench_operators.py": {"--cases": "kmeans", "--scale": "0.1", "--repeats": "1", "--check": "False"},
+    "bench_gpu.py": {
+        "--device": "cpu", "--size": "32,32,32", "--parts": "operators", "--seconds": "5", "--output": "gpu.json",
+    },
+    "bench_traced.py": {"--size": "16,16,16"},
     "bench_dual_flownet.py consistency": {"--spacing": "9"},
     "bench_dual_flownet.py table2": {"--spacing": "4.5"},
     "bench_dual_flownet.py raw": {"--spacing": "9", "--minimum": "0"},
@@ -90,6 +99,7 @@ SMALL = {
     "bench_sliding.py": {"--steps": "2", "--size": "(32,16,16)", "--pairs": "1", "--seeds": "1"},
     "bench_residual_aligner.py": {"--size": "16,16,16", "--variants": "ran0"},
     "draw_shapes.py": {"--size": "[32,32,32]", "--count": "3"},
+    "draw_template.py": {"--spacing": "9", "--count": "2", "--steps": "1", "--output": "result.png"},
     "draw_methods.py phantom": {"--spacing": "4.5", "--output": "result.png"},
 }
 
@@ -112,14 +122,17 @@ def test_extras_that_are_installed_exist() -> None:
     assert named and named <= set(re.findall(r"^(\w+) =", section, re.MULTILINE))
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    program = [sys.executable, str(Path(__file__).with_name("line_server.py"))]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(program, env=environment, text=True, **pipes) as process:
-        yield process
-        process.stdin.close()
+def test_options_of_the_campaign_exist(tmp_path: Path) -> None:
+    """Each training's config files are there and know every option that it gives."""
+    line = ["bash", "tests/bench/campaign.sh", "60", "DATA", str(tmp_path)]
+    printed = subprocess.run(line, cwd=ROOT, env=os.environ | {"DRY": "1"}, capture_output=True, text=True, check=True)
+    trainings = [shlex.split(text) for text in printed.stdout.splitlines() if text.startswith("python3")]
+    assert len(trainings) == 4
+    for words in trainings:
+        given = dict(zip(words[4::2], words[5::2]))
+        parser = ConfigParser()
+        parser.read_config([ROOT / path for path in ast.literal_eval(given.pop("--config_file"))])
+        assert given and [key for key in given if key.removeprefix("--") not in parser] == []
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +140,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that the lines name, tiny."""
     folder = tmp_path_factory.mktemp("files")
     size, affine = (32, 40, 32), centred((32, 40, 32), np.diag([4.5] * 3))
-    for name in ("DATA", "brain_t1_2mm", "hippocampus_mr", "SCANS", "CT_SCANS"):
+    for name in ("DATA", "brain_t1_2mm", "hippocampus_mr", "SCANS", "CT_SCANS", "LABELS"):
         (folder / name).mkdir()
     for seed, person in enumerate(PEOPLE):
         deformation = phantom.Deformation(seed, amplitude=12)
@@ -146,6 +159,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("SCANS", "CT_SCANS"):
         for person in PEOPLE[:3]:
             shutil.copy(folder / "DATA" / f"{person}.nii.gz", folder / name)
+    for person in PEOPLE[:3]:
+        shutil.copy(folder / "DATA" / f"{person}_label.nii.gz", folder / "LABELS" / f"{person}.nii.gz")
     for role, person in (("moving", "a"), ("fixed", "b")):
         for name in (role, role[0], {"moving": "t2", "fixed": "t1"}[role]):
             shutil.copy(folder / "DATA" / f"{person}.nii.gz", folder / f"{name}.nii.gz")
@@ -237,16 +252,14 @@ def test_measurement(words: tuple[str, ...], files: Path, tmp_path: Path) -> Non
         torch.save(DualFlowNet(mode=mode).state_dict(), folder / f"{name}.pt")
     name = Path(words[1]).name
     key = next(key for key in (" ".join([name, *words[2:3]]), name) if key in SMALL)
-    line = [sys.executable, str(ROOT / words[1]), *with_options(list(words[2:]), SMALL[key])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    done = python(ROOT / words[1], *with_options(list(words[2:]), SMALL[key]), cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.search(r"\d\.\d+|\d %", done.stdout) and not re.search("nan|not measured", done.stdout), done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path, words", TO_RUN, ids=[f"{path}-{' '.join(words)[-60:]}" for path, words in TO_RUN])
-def test_line(path: str, words: tuple[str, ...], files: Path, server, published, tmp_path: Path, monkeypatch) -> None:
+def test_line(path: str, words: tuple[str, ...], files: Path, published, tmp_path: Path, monkeypatch) -> None:
     """It ends well, in a folder of its own with the bundles beside it, as after a clone."""
     folder = tmp_path / "work"
     shutil.copytree(files, folder, copy_function=os.symlink)
@@ -256,6 +269,8 @@ def test_line(path: str, words: tuple[str, ...], files: Path, server, published,
     given = on_one_node(list(words)) if words[0] == "srun" else list(words)
     if "download" in given:
         given = [word.replace("https://HOST/TAG", published) for word in given]
+    elif "template" in words[3:4]:
+        given = with_options(given, {"--spacing": "9", "--rounds": "1"})
     elif "--size" in words:
         given[given.index("--size") + 1] = "16,16,16"
     elif "--input_shape" in words:
@@ -268,13 +283,10 @@ def test_line(path: str, words: tuple[str, ...], files: Path, server, published,
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         line = [sys.executable, "-m", "torch.distributed.run", *given[1:]]
         done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=400)
-        code, text = done.returncode, done.stdout + done.stderr
     else:
-        log = tmp_path / "log.txt"
-        print(json.dumps({"words": given[1:], "cwd": str(folder), "log": str(log)}), file=server.stdin, flush=True)
-        code = int(server.stdout.readline())
-        text = log.read_text()
-    assert code == 0, text[-4000:]
+        done = python(*given[1:], cwd=folder)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text[-4000:]
     if "--filepath" in given:
         assert Path(given[given.index("--filepath") + 1]).is_file()
         return

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, SPACING, bundle_configs, command, succeeded, table
+from commands import ROOT, SPACING, TORCHRUN, bundle_configs, command, succeeded, table
 
 pytestmark = pytest.mark.slow
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 MULTI = ("train.json", "multi_gpu_train.json")
 
 
@@ -49,7 +48,7 @@ def test_two_ranks_train_as_one_process(name: str, more: tuple, two_scans: Path,
     one = "--batch_size", 2, "--output_dir", tmp_path / "one"
     succeeded(command(*bundle_configs(name, "train.json"), *options, *one))
     two = "--batch_size", 1, "--output_dir", tmp_path / "two_ranks"
-    text = succeeded(command(*bundle_configs(name, *MULTI), *options, *two, launcher=TORCHRUN))
+    text = succeeded(command(*bundle_configs(name, *MULTI), *options, *two, launcher="ranks"))
     assert text.count("epoch 2 of 2:") == 1, "one process writes the log"
     first = torch.load(start, weights_only=True)
     found = [weights_after(tmp_path / folder) for folder in ("one", "two_ranks")]
@@ -85,7 +84,7 @@ def test_training_goes_on_after_a_rank_was_killed(dataset: Path, tmp_path: Path)
     assert process.wait(timeout=120) != 0
     assert not any(Path(f"/proc/{rank}/cmdline").exists() for rank in ranks), "a rank is left behind"
     epoch, checkpoint = max((int(p.stem.partition("=")[2]), p) for p in output.glob("models/checkpoint_epoch=*.pt"))
-    text = succeeded(command(*words, epoch + 1, launcher=TORCHRUN))
+    text = succeeded(command(*words, epoch + 1, launcher="torchrun"))
     assert f"going on from {checkpoint}" in text and f"epoch {epoch + 1} of {epoch + 1}:" in text
     left = sorted(path.name for path in (output / "models").iterdir())
     assert left == sorted([f"checkpoint_epoch={epoch + 1}.pt", "model.json", "model.pt"])
@@ -95,7 +94,7 @@ def test_two_processes_evaluate_as_one(dataset: Path, tmp_path: Path) -> None:
     """Each takes half of the pairs, and one of them writes the table and the plot, which are those of one process."""
     options = "--dataset_dir", dataset, "--spacing", SPACING, "--minimum", 5
     configs = bundle_configs("residual_aligner", "inference.json", "evaluate.json")
-    text = succeeded(command(*configs, *options, "--output_dir", tmp_path / "two", launcher=TORCHRUN))
+    text = succeeded(command(*configs, *options, "--output_dir", tmp_path / "two", launcher="ranks"))
     assert text.count("2 pairs registered") == 1
     succeeded(command(*configs, *options, "--output_dir", tmp_path / "one"))
     one, two = (table(tmp_path / folder / "results.csv") for folder in ("one", "two"))

@@ -30,7 +30,6 @@ def train(
     dataset: Path,
     output: Path,
     epochs: int,
-    launcher: tuple[str, ...] = (),
     options: tuple[object, ...] = (),
 ) -> str:
     common = {
@@ -42,7 +41,7 @@ def train(
         "minimum": 5,
     }
     pairs = [text for name, value in common.items() for text in (f"--{name}", value)]
-    return succeeded(command(*from_root(*configs), *pairs, *options, launcher=launcher))
+    return succeeded(command(*from_root(*configs), *pairs, *options))
 
 
 def check_training(output: Path, epochs: int) -> None:
@@ -116,6 +115,7 @@ def test_inference_from_the_bundle_folder(raw: Path, tmp_path: Path) -> None:
         *("--config_file", "configs/inference.json", "--pairs", raw / "pairs.csv", "--output_dir", tmp_path / "out"),
         *("--spacing", 4.0, "--refine_steps", 10, "--save_inverse", True),
         cwd=BUNDLE,
+        launcher="fresh",
     )
     assert "2 pairs registered" in succeeded(done)
     rows = table(tmp_path / "out" / "results.csv")

@@ -130,7 +130,7 @@ def test_the_second_job_begins_while_the_first_writes(tmp_path: Path) -> None:
         path.write_text("half")
         other = PairTable(str(tmp_path))
         other.begin([{"id": "b", "moving": "b.nii.gz", "fixed": "f.nii.gz"}])
-        other.settle()
+        files.remove_leftovers(tmp_path)
         path.write_text("whole")
 
     files.write_folder(tmp_path / "a", {"report.json": write})

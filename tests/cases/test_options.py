@@ -13,7 +13,7 @@ from bundle_words import ROOT, parsed, value
 from common import InputError, refine
 from common.run import forecast, options, transforms
 from common.run.cli import sentence_of
-from common.run.options import FOR_INFERENCE, FOR_TRAINING
+from common.run.options import FOR_INFERENCE, FOR_TRAINING, TEMPLATE
 from common.run.transforms import AlignAndGridd, scan_tensor
 from common.run.values import check, read
 from common.run.words import check_root
@@ -177,7 +177,7 @@ def test_the_table_has_every_key_of_the_configs(kind: str) -> None:
 def test_the_readme_has_the_table() -> None:
     text = (ROOT / "common" / "run" / "README.md").read_text(encoding="utf-8")
     rows = "\n".join(re.findall(r"^\| (`--.*?) \|", text.replace("\\|", "/"), re.MULTILINE))
-    assert set(re.findall(r"--(\w+)", rows)) - {"network_def"} == set(FOR_INFERENCE)
+    assert set(re.findall(r"--(\w+)", rows)) - {"network_def"} == {*FOR_INFERENCE, *TEMPLATE}
     for name, option in FOR_INFERENCE.items():
         if option.kind == "word" and f"`--{name} " in rows and "/" in rows.split(f"`--{name} ")[1].split("`")[0]:
             assert rows.split(f"`--{name} ")[1].split("`")[0] == "/".join(option.words), name

@@ -25,6 +25,17 @@ def test_too_few_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out == f"{tmp_path}: {text}\n"
 
 
+def test_label_maps_beside_scans_are_no_scans(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("a", "a_label", "b", "b-seg", "c", "c.mask", "d_label"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    assert [scan["id"] for part in ("training", "validation") for scan in list_scans(str(tmp_path), part)] == [
+        *("a", "b"),
+        *("c", "d_label"),
+    ]
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path}: 3 files, first a_label.nii.gz, are left out: by their names")
+
+
 def test_labels_by_name(tmp_path: Path) -> None:
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()

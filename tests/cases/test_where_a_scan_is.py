@@ -250,8 +250,10 @@ def test_another_spacing_is_said(tmp_path: Path) -> None:
     progress.take()
     pair = LoadScansd()({key: str(tmp_path / "m.nii.gz") for key in ("moving", "fixed")})
     work = AlignAndGridd(2.0, "none")(pair)["fixed_work"]
-    (note,) = progress.take()[0]
-    assert "a grid of 2 mm voxels does not suit the size of" in note and "0.11 mm was used" in note
+    notes, facts = progress.take()
+    (remark,) = facts["remarks"]
+    assert "a grid of 2 mm voxels does not suit the size of" in remark and "0.11 mm was used" in remark
+    assert notes == [], "it is no reason for doubt"
     assert min(work.shape[1:]) >= 64
 
 

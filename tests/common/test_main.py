@@ -131,7 +131,7 @@ def test_compose_and_invert(pair: Path, tmp_path: Path, command: Command) -> Non
     collapsed = mapping.map_points(read_transform(tmp_path / "c.nii.gz"), points)
     np.testing.assert_allclose(collapsed, expected, atol=0.1)  # linear between the voxels of 5 mm
     text = command("invert", tmp_path / "c.h5", tmp_path / "i.h5", "--reference", fixed)
-    assert "inverse-consistency error on" in text and float(text.split("median ")[1].split()[0]) < 0.5
+    assert "in the foreground of" in text and float(text.split("mean ")[1].split()[0]) < 0.5
     back = mapping.map_points(read_transform(tmp_path / "i.h5"), expected)
     assert np.linalg.norm(back - points, axis=1).max() < 2.5, "half a voxel"
 
@@ -143,6 +143,21 @@ def test_phantom(tmp_path: Path, command: Command) -> None:
     truth = phantom.Deformation(0).truth(fixed.lps * [-1, -1, 1]) * [-1, -1, 1]
     np.testing.assert_allclose(moving.lps, truth, atol=1e-3)
     assert fixed.names == moving.names and np.linalg.norm(moving.lps - fixed.lps, axis=1).mean() > 5
+
+
+def test_report_of_a_displacement_image(pair: Path, tmp_path: Path, command: Command) -> None:
+    """It does not show what was alignment: "before" is the scans as they lie, or what --start says."""
+    fixed, scans = pair / "fixed.nii.gz", [pair / f"{name}.nii.gz" for name in ("moving", "fixed")]
+    command("compose", tmp_path / "d.nii.gz", pair / "t.h5", "--reference", fixed)
+    told = {}
+    for name, file, more in (("a", "t.h5", ()), ("b", "d.nii.gz", ()), ("c", "d.nii.gz", ("--start", pair / "a.tfm"))):
+        command("report", *scans, (pair if name == "a" else tmp_path) / file, tmp_path / name, *more)
+        told[name] = json.loads((tmp_path / name / "report.json").read_text())
+    assert told["b"]["before"] == "the scans as they lie, not aligned" != told["a"]["before"] == told["c"]["before"]
+    similar = [told[name]["similarity"]["ncc_before"] for name in "abc"]
+    assert similar[2] == pytest.approx(similar[0], abs=1e-4) and abs(similar[1] - similar[0]) > 0.01
+    with pytest.raises(SystemExit, match="t.h5: the alignment must be linear"):
+        command("report", *scans, tmp_path / "d.nii.gz", tmp_path / "d", "--start", pair / "t.h5")
 
 
 def test_report(pair: Path, tmp_path: Path, command: Command) -> None:
@@ -157,12 +172,14 @@ def test_report(pair: Path, tmp_path: Path, command: Command) -> None:
     files = [pair / "moving_label.nii.gz", pair / "fixed_label.nii.gz", *marks]
     text = command("report", *scans, pair / "t.h5", tmp_path / "r", *[w for both in zip(options, files) for w in both])
     found = json.loads((tmp_path / "r" / "report.json").read_text())
-    assert f"report.html, report.png and report.json, {found['verdict']}" in text
-    assert text.splitlines()[1:] == [f"  {warning}" for warning in found["warnings"]]
+    assert "report.html, report.png and report.json" in text and "verdict: DOUBTFUL" in text
+    assert found["verdict"] == "doubtful"
+    assert text.splitlines()[2:] == [f"    - {warning}" for warning in found["warnings"]]
     assert found["landmarks"]["tre_mm_after"] == pytest.approx(5, abs=1e-2)
     assert found["deformation"]["inverse_failed_pct"] < 1 and found["deformation"]["displacement_mm"]["p50"] > 1
     assert 0 < found["overlap"]["dice_after"] < 1 and len(found["overlap"]["each"]) >= 5
     assert found["run"]["transform"] == str(pair / "t.h5")
+    assert found["before"] == "the scans after the alignment", "the transform's linear part"
     assert Image.open(tmp_path / "r" / "report.png").size[0] > 1200
     names = ("report.html", "report.json", "report.png", "thumbnail.webp")
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == sorted(names)

@@ -8,7 +8,7 @@ from common.ops._dispatch import choose, plain, scripted_as
 from common.ops.conv import reference
 from common.ops.conv.reference import conv3d_reference
 
-FEW = 32 * 32  # products of channels up to which cuDNN's gradients are slower than the kernel
+FEW = 32 * 32  # products of channels up to which the kernels are taken: a guess, as they have not been timed yet
 
 
 @scripted_as(reference.conv3d)
@@ -17,8 +17,9 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
     out(b, o, v) = bias(o) + sum over c, t of weight(o, c, t) x(b, c, v + t)
 
-    On an H200 cuDNN's gradients take eight times its forward pass where 8 channels meet 8. So by default the kernels
-    are taken for CUDA tensors in training, up to 32 x 32 channels; torch's own convolution everywhere else.
+    On an H200 cuDNN's gradients take eight times its forward pass where 8 channels meet 8 (results/gpu_h200.json of
+    tests/bench). So by default the kernels, not timed yet, are taken for CUDA tensors in training, up to 32 x 32
+    channels; torch's own convolution everywhere else.
 
     Args:
         x: (B, C, I, J, K) features; under autocast they and the weight are cast as autocast casts a convolution's.

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.ops._dispatch import custom_op
 from common.ops._triton import on_device, padded, precision, rows, taps_of, volume, voxel_of
 
 HELD = 8192  # values of nine (padded to 16) taps of a tile that one program holds
@@ -94,7 +95,7 @@ def _convolve(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     return volume(out)
 
 
-@torch.library.custom_op("monai_registration::conv3d_triton", mutates_args=())
+@custom_op("monai_registration::conv3d_triton")
 @on_device
 def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _convolve(x, weight.permute(2, 3, 4, 1, 0).reshape(27, x.shape[1], -1), bias)
@@ -105,7 +106,7 @@ def _(x, weight, bias):
     return volume(x.new_empty(x.shape[0], *x.shape[2:], weight.shape[0]))
 
 
-@torch.library.custom_op("monai_registration::conv3d_triton_input", mutates_args=())
+@custom_op("monai_registration::conv3d_triton_input")
 @on_device
 def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     taps = weight.flip(2, 3, 4).permute(2, 3, 4, 0, 1)
@@ -117,7 +118,7 @@ def _(grad, weight):
     return volume(grad.new_empty(grad.shape[0], *grad.shape[2:], weight.shape[1]))
 
 
-@torch.library.custom_op("monai_registration::conv3d_triton_weight", mutates_args=())
+@custom_op("monai_registration::conv3d_triton_weight")
 @on_device
 def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     """(O, C, 3, 3, 3) in float32."""

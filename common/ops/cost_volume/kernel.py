@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.ops._dispatch import custom_op
 from common.ops._triton import block_of, on_device, padded, rows, volume, voxel_of
 from common.ops.cost_volume.lean import cost_volume_lean
 
@@ -76,7 +77,7 @@ def cost_volume_triton(
     return _cost_volume(feat_fixed, feat_moving, disp, radius, similarity == "ssd", padding == "border")
 
 
-@torch.library.custom_op("monai_registration::cost_volume_triton", mutates_args=())
+@custom_op("monai_registration::cost_volume_triton")
 @on_device
 def _cost_volume(
     feat_fixed: Tensor, feat_moving: Tensor, disp: Tensor | None, radius: int, ssd: bool, border: bool

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from common.ops._dispatch import custom_op
 from common.ops._patches import channels_last
 from common.ops.match.reference import offsets
 from common.ops.warp import warp
@@ -41,7 +42,7 @@ def pad_volume(x: Tensor, before: tuple[int, ...], after: tuple[int, ...], borde
     return F.pad(x.permute(3, 0, 1, 2)[None], sides, mode="replicate")[0].permute(1, 2, 3, 0).contiguous()
 
 
-@torch.library.custom_op("monai_registration::cost_volume", mutates_args=())
+@custom_op("monai_registration::cost_volume")
 def _cost_volume(fixed: Tensor, moving: Tensor, radius: int, ssd: bool, border: bool) -> Tensor:
     last, other = channels_last(fixed), channels_last(moving)
     if ssd:  # |f - m|^2 = |f|^2 + (-2 f, 1) . (m, |m|^2)
@@ -96,7 +97,7 @@ def _(fixed, moving, radius, ssd, border):
     return fixed.new_empty(batch, *size, (2 * radius + 1) ** 3).permute(0, 4, 1, 2, 3)
 
 
-@torch.library.custom_op("monai_registration::cost_volume_backward", mutates_args=())
+@custom_op("monai_registration::cost_volume_backward")
 def _cost_volume_backward(
     grad: Tensor, fixed: Tensor, moving: Tensor, radius: int, ssd: bool, border: bool
 ) -> tuple[Tensor, Tensor]:

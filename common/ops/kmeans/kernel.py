@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.ops._dispatch import custom_op
 from common.ops._triton import block_of, on_device, padded
 from common.ops.kmeans.reference import FULL_PASSES, lloyd, spread_start
 
@@ -199,7 +200,7 @@ class _Passes:
         self.sums, self.counts, self.chunks = (sums, counts, chunks) if not last else (self.sums, self.counts, -1)
 
 
-@torch.library.custom_op("monai_registration::kmeans_lloyd_triton", mutates_args=())
+@custom_op("monai_registration::kmeans_lloyd_triton")
 @on_device
 def _lloyd(points: Tensor, start: Tensor, iterations: int, stride: int) -> tuple[Tensor, Tensor]:
     labels = torch.empty(points.shape[:2], dtype=torch.int64, device=points.device)
@@ -217,7 +218,7 @@ def _(points, start, iterations, stride):
     return points.new_empty(points.shape[:2], dtype=torch.int64), torch.empty_like(start)
 
 
-@torch.library.custom_op("monai_registration::kmeans_assign_triton", mutates_args=())
+@custom_op("monai_registration::kmeans_assign_triton")
 @on_device
 def _assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `assign_reference`: for the way to the fixed point, which the host watches."""
@@ -235,7 +236,7 @@ def _(points, centroids):
     return labels, torch.empty_like(centroids), centroids.new_empty(len(points), centroids.shape[1], 1)
 
 
-@torch.library.custom_op("monai_registration::kmeans_start_triton", mutates_args=())
+@custom_op("monai_registration::kmeans_start_triton")
 @on_device
 def spread_start_triton(points: Tensor, clusters: int, stride: int) -> Tensor:
     """As `spread_start` of every `stride`-th point."""

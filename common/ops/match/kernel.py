@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.ops._dispatch import custom_op
 from common.ops._triton import block_of, on_device, padded, rows, volume, voxel_of
 
 
@@ -101,7 +102,7 @@ def match_triton(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Tensor
     return disp
 
 
-@torch.library.custom_op("monai_registration::match_triton", mutates_args=())
+@custom_op("monai_registration::match_triton")
 @on_device
 def _match(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> tuple[Tensor, Tensor]:
     """disp (B, 3, I, J, K) and the log-sum-exp of the scores (B, I, J, K), both float32."""
@@ -123,7 +124,7 @@ def _(feat_fixed, feat_moving, radius):
     return volume(disp), feat_fixed.new_empty(batch, *size, dtype=torch.float32)
 
 
-@torch.library.custom_op("monai_registration::match_triton_backward", mutates_args=())
+@custom_op("monai_registration::match_triton_backward")
 @on_device
 def _match_backward(
     grad: Tensor, feat_fixed: Tensor, feat_moving: Tensor, disp: Tensor, lse: Tensor, radius: int

@@ -7,6 +7,7 @@ d score_d = s_d * (d.g - g.disp), so that only disp and lse are kept.
 import torch
 from torch import Tensor
 
+from common.ops._dispatch import custom_op
 from common.ops._patches import add_patches, block_patches, blocks, channels_last, pad_grid, windows
 from common.ops.match.reference import offsets
 
@@ -18,7 +19,7 @@ def match_lean(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> Tensor:
     return disp
 
 
-@torch.library.custom_op("monai_registration::match", mutates_args=())
+@custom_op("monai_registration::match")
 def _match(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> tuple[Tensor, Tensor]:
     """disp (B, 3, I, J, K) and the log-sum-exp of the scores (B, I, J, K)."""
     fixed, moving = channels_last(feat_fixed), channels_last(feat_moving)
@@ -48,7 +49,7 @@ def _(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> tuple[Tensor, Ten
     return feat_fixed.new_empty(batch, i, j, k, 3).permute(0, 4, 1, 2, 3), feat_fixed.new_empty(batch, i, j, k)
 
 
-@torch.library.custom_op("monai_registration::match_backward", mutates_args=())
+@custom_op("monai_registration::match_backward")
 def _match_backward(
     grad: Tensor, feat_fixed: Tensor, feat_moving: Tensor, disp: Tensor, lse: Tensor, radius: int
 ) -> tuple[Tensor, Tensor]:

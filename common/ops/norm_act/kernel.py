@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.ops._dispatch import custom_op
 from common.ops._triton import TILE, on_device, padded, rows, volume
 
 JOINED = 2048  # partial results, of all stretches and channels, that one program joins
@@ -140,7 +141,7 @@ def norm_act_triton(x: Tensor, slope: float, eps: float) -> Tensor:
     return _norm_act(x, slope, eps)[0]
 
 
-@torch.library.custom_op("monai_registration::norm_act_triton", mutates_args=())
+@custom_op("monai_registration::norm_act_triton")
 @on_device
 def _norm_act(x: Tensor, slope: float, eps: float) -> tuple[Tensor, Tensor]:
     """Output in the dtype of x, and 1 / sqrt(var + eps) as (B, C) in float32."""
@@ -163,7 +164,7 @@ def _(x, slope, eps):
     return volume(x.new_empty(x.shape[0], *x.shape[2:], x.shape[1])), rstd
 
 
-@torch.library.custom_op("monai_registration::norm_act_triton_backward", mutates_args=())
+@custom_op("monai_registration::norm_act_triton_backward")
 @on_device
 def _norm_act_backward(grad: Tensor, out: Tensor, rstd: Tensor, slope: float) -> Tensor:
     g, last = rows(grad), rows(out)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.ops._dispatch import custom_op
 from common.ops._patches import channels_last
 
 # Values worked on at a time: on a CPU what its cache holds, also in float64; on a GPU without Triton, few launches.
@@ -20,7 +21,7 @@ def norm_act_lean(x: Tensor, slope: float, eps: float) -> Tensor:
     return out.to(x.dtype)
 
 
-@torch.library.custom_op("monai_registration::norm_act", mutates_args=())
+@custom_op("monai_registration::norm_act")
 def _norm_act(x: Tensor, slope: float, eps: float) -> tuple[Tensor, Tensor]:
     """Output, and 1 / sqrt(var + eps) as (B, 1, C)."""
     last = channels_last(x)
@@ -43,7 +44,7 @@ def _(x, slope, eps):
     return x.new_empty(batch, *size, channels).permute(0, 4, 1, 2, 3), x.new_empty(batch, 1, channels)
 
 
-@torch.library.custom_op("monai_registration::norm_act_backward", mutates_args=())
+@custom_op("monai_registration::norm_act_backward")
 def _norm_act_backward(grad: Tensor, out: Tensor, rstd: Tensor, slope: float) -> Tensor:
     """rstd * (g - mean(g) - y * mean(g y)), with g the gradient before the LeakyReLU."""
     last = channels_last(out)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.ops._dispatch import custom_op
 from common.ops._triton import block_of, on_device, padded, precision, rows, taps_of, volume, voxel_of
 
 WIDEST = 64  # channels of a tile: wider ones do not fit the memory that a program may share; more are taken in turns
@@ -132,7 +133,7 @@ def _convolve(
     return out
 
 
-@torch.library.custom_op("monai_registration::modulated_conv3d_triton", mutates_args=())
+@custom_op("monai_registration::modulated_conv3d_triton")
 @on_device
 def _modulated_conv3d(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor) -> Tensor:
     taps = weight.permute(2, 3, 4, 1, 0).reshape(27, x.shape[1], -1)
@@ -144,7 +145,7 @@ def _(x, weight, bias, modulation, labels):
     return volume(x.new_empty(x.shape[0], *x.shape[2:], weight.shape[0]))
 
 
-@torch.library.custom_op("monai_registration::modulated_conv3d_triton_backward", mutates_args=())
+@custom_op("monai_registration::modulated_conv3d_triton_backward")
 @on_device
 def _modulated_conv3d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor

@@ -9,6 +9,7 @@ db[n] = sum_{v in n} g(v).
 import torch
 from torch import Tensor
 
+from common.ops._dispatch import custom_op
 from common.ops._patches import add_patches, block_patches, blocks, channels_last, pad_grid, windows
 
 
@@ -19,7 +20,7 @@ def modulated_conv3d_lean(x: Tensor, weight: Tensor, bias: Tensor, modulation: T
     return _modulated_conv3d(*arguments, labels.long()).to(x.dtype)
 
 
-@torch.library.custom_op("monai_registration::modulated_conv3d", mutates_args=())
+@custom_op("monai_registration::modulated_conv3d")
 def _modulated_conv3d(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor, labels: Tensor) -> Tensor:
     last = channels_last(x)
     batch, *size, channels = last.shape
@@ -46,7 +47,7 @@ def _(x, weight, bias, modulation, labels):
     return x.new_empty(x.shape[0], *x.shape[2:], weight.shape[0]).permute(0, 4, 1, 2, 3)
 
 
-@torch.library.custom_op("monai_registration::modulated_conv3d_backward", mutates_args=())
+@custom_op("monai_registration::modulated_conv3d_backward")
 def _modulated_conv3d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, modulation: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.ops._dispatch import custom_op
 from common.ops._triton import block_of, on_device, padded, rows, volume, voxel_of
 
 
@@ -118,7 +119,7 @@ def _sized(x: Tensor, numerator: int, denominator: int = 1) -> tuple[int, ...]:
     return (x.shape[0], *(n * numerator // denominator for n in x.shape[2:]), x.shape[1])
 
 
-@torch.library.custom_op("monai_registration::halve_triton", mutates_args=())
+@custom_op("monai_registration::halve_triton")
 @on_device
 def halve_triton(x: Tensor) -> Tensor:
     out = x.new_empty(_sized(x, 1, 2))
@@ -127,7 +128,7 @@ def halve_triton(x: Tensor) -> Tensor:
     return volume(out)
 
 
-@torch.library.custom_op("monai_registration::halve_triton_backward", mutates_args=())
+@custom_op("monai_registration::halve_triton_backward")
 @on_device
 def _halve_backward(grad: Tensor) -> Tensor:
     out = grad.new_empty(_sized(grad, 2))
@@ -136,7 +137,7 @@ def _halve_backward(grad: Tensor) -> Tensor:
     return volume(out)
 
 
-@torch.library.custom_op("monai_registration::double_triton", mutates_args=())
+@custom_op("monai_registration::double_triton")
 @on_device
 def double_triton(x: Tensor) -> Tensor:
     out = x.new_empty(_sized(x, 2))
@@ -145,7 +146,7 @@ def double_triton(x: Tensor) -> Tensor:
     return volume(out)
 
 
-@torch.library.custom_op("monai_registration::double_triton_backward", mutates_args=())
+@custom_op("monai_registration::double_triton_backward")
 @on_device
 def _double_backward(grad: Tensor) -> Tensor:
     out = grad.new_empty(_sized(grad, 1, 2))
@@ -154,7 +155,7 @@ def _double_backward(grad: Tensor) -> Tensor:
     return volume(out)
 
 
-@torch.library.custom_op("monai_registration::box_mean_triton", mutates_args=())
+@custom_op("monai_registration::box_mean_triton")
 @on_device
 def box_mean_triton(x: Tensor) -> Tensor:
     out = x.new_empty(_sized(x, 1), dtype=torch.float32)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.ops._dispatch import custom_op
 from common.ops._triton import block_of, on_device, padded, rows, volume, voxel_of
 from common.ops.warp.reference import voxel_coords
 
@@ -116,7 +117,7 @@ def warp_triton(image: Tensor, disp: Tensor, mode: str, padding: str) -> Tensor:
     return _warp(image, disp, mode == "nearest", padding == "border")
 
 
-@torch.library.custom_op("monai_registration::warp_triton", mutates_args=())
+@custom_op("monai_registration::warp_triton")
 @on_device
 def _warp(image: Tensor, disp: Tensor, nearest: bool, border: bool) -> Tensor:
     source, step = rows(image), rows(disp)
@@ -136,7 +137,7 @@ def _(image, disp, nearest, border):
     return volume(image.new_empty(image.shape[0], *disp.shape[2:], image.shape[1]))
 
 
-@torch.library.custom_op("monai_registration::warp_triton_backward", mutates_args=())
+@custom_op("monai_registration::warp_triton_backward")
 @on_device
 def _warp_backward(
     grad: Tensor, image: Tensor, disp: Tensor, nearest: bool, border: bool, to_image: bool

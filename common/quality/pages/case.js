@@ -37,7 +37,7 @@
   const at = (i, j, k) => (k * J + j) * I + i;
 
   const state = {
-    view: "after", flicker: false, first: false, swipe: null, edges: false, labels: false, landmarks: !!data.landmarks.length,
+    view: data.view, flicker: false, first: false, swipe: null, edges: data.edges, labels: false, landmarks: !!data.landmarks.length,
     width: 1, level: 0.5, radiological: data.radiological, at: data.middle.slice(), plane: 0,
   };
   const VIEWS = ["fixed", "before", "after", "difference", "grid", "volume change", "displacement"];
@@ -228,7 +228,7 @@
     context.font = `bold ${size}px system-ui, sans-serif`, context.textAlign = "center", context.textBaseline = "middle";
     const { width: w, height: h } = canvas;
     for (const [letter, a, b] of [[left, size * 0.7, h / 2], [right, w - size * 0.7, h / 2], [ENDS[v][0], w / 2, h - size * 0.7], [ENDS[v][1], w / 2, size * 0.7]]) {
-      context.fillStyle = "rgba(0,0,0,.65)", context.fillRect(a - size * 0.6, b - size * 0.6, size * 1.2, size * 1.2);
+      context.fillStyle = "#000", context.fillRect(a - size * 0.6, b - size * 0.6, size * 1.2, size * 1.2);
       context.fillStyle = ORANGE, context.fillText(letter, a, b);
     }
   }

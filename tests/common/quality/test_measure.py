@@ -1,6 +1,7 @@
 """Measures, verdict, report and pictures of registrations with known answers, good and bad."""
 
 import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -13,11 +14,12 @@ from PIL import Image
 
 from common import phantom
 from common.quality import measure, metrics, picture, report, summary, verdict
+from common.quality.views import Views
 from common.space import io, mapping
 from common.space.transform_files import read_transform, write_transform
 
 GOOD = {
-    **dict(structure_before=0.5, structure_after=0.7, structure_mirrored=0.3),
+    **dict(structure_before=0.5, structure_after=0.7, structure_aligned=0.5, structure_mirrored=0.3),
     **dict(overlap=0.9, ncc_before=0.6, ncc_after=0.9, nmi_before=0.1, nmi_after=0.3, folding_pct=0.0, sdlogj=0.3),
     **dict(dice_before=0.5, dice_after=0.7, tre_mm_before=4.0, tre_mm_after=1.0, labels=9, labels_lost=0),
 }
@@ -77,7 +79,8 @@ def test_known_values(files: Path) -> None:
     assert row["disp_mean_mm"] == pytest.approx(shift, rel=1e-4) and row["folding_pct"] == 0
     assert details["displacement_mm"]["p50"] == pytest.approx(shift, rel=1e-4)
     assert set(details["labels"]) == {str(n) for n in range(1, 10)} and details["labels"]["5"]["dice_after"] == 1
-    assert measure.inverse_error(pair, mapping.invert(pair.whole))["inverse_error_mm"] < 1e-4
+    assert measure.inverse_error(pair, mapping.invert(pair.whole))["inverse_file_error_mm"] < 1e-4
+    assert details["before"] == "the scans as they lie, not aligned"
     assert row["inverse_error_mm"] < 0.01 and row["inverse_failed_pct"] == 0
 
 
@@ -127,7 +130,7 @@ def test_good_and_bad_are_told_apart(files: Path, tmp_path: Path) -> None:
         notes = verdict.judge(row)
         content = report.report({"id": name} | row, details, notes, {"seconds": 1.0})
         report.write_report(content, tmp_path / f"{name}.json")
-        picture.draw_report(pair, {"id": name} | row, notes, tmp_path / f"{name}.png")
+        picture.draw_report(Views(pair), content, tmp_path / f"{name}.png")
         contents[name] = json.loads((tmp_path / f"{name}.json").read_text())
         pictures[name] = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"), float)
     good, bad = contents["good"], contents["bad"]
@@ -144,7 +147,7 @@ def test_good_and_bad_are_told_apart(files: Path, tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
-    details = {"displacement_mm": {"p50": float("nan")}}
+    details = {"before": "", "displacement_mm": {"p50": float("nan")}}
     report.write_report(report.report({"ncc_after": float("inf")} | {"id": "x"}, details, [], {}), tmp_path / "r.json")
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["similarity"]["ncc_after"] is None and found["deformation"]["displacement_mm"]["p50"] is None
@@ -155,7 +158,7 @@ def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
 FAULTS = {
     "no improvement": ({"structure_after": 0.51}, "no improvement over the pre-alignment: structures agree by 0.50"),
     "unrelated": ({"structure_after": 0.3}, "the scans hardly agree in structure .0.30"),
-    "mirrored": ({"structure_mirrored": 0.52}, "turned left to right, the moving scan would agree better .0.52"),
+    "mirrored": ({"structure_mirrored": 0.52}, "left and right may be exchanged .* .0.520 instead of 0.500"),
     "two contrasts": ({"ncc_before": 0.1, "ncc_after": 0.5}, "two contrasts were made to look alike .correlation 0.10"),
     "labels": ({"dice_after": 0.4}, "the labels overlap less than before: 0.50 before, 0.40 after"),
     "landmarks": ({"tre_mm_after": 5.0}, "the landmarks agree less than before: 4.00 mm before, 5.00 mm after"),
@@ -163,7 +166,8 @@ FAULTS = {
     "folding": ({"folding_pct": 3.2}, "much folding: 3.2 % of the fixed foreground"),
     "rough": ({"sdlogj": 2.0}, "rough deformation"),
     "lost": ({"labels_lost": 2, "labels_lost_pct": 4.0}, "2 of 9 labels vanish, 4.0 % of the labelled voxels"),
-    "inverse": ({"inverse_failed_pct": 3.1}, "the inverse is half a voxel off or more in 3.1 %"),
+    "inverse": ({"inverse_failed_pct": 3.1}, "the map is not one-to-one: there and back is half a voxel off or"),
+    "inverse file": ({"inverse_file_failed_pct": 3.1}, "the inverse is half a voxel off or more in 3.1 %"),
     "nan": ({"structure_after": float("nan")}, "no improvement"),
 }
 
@@ -249,3 +253,25 @@ def test_summary_of_a_cohort(tmp_path: Path) -> None:
     assert image.std() > 10 and image.shape[0] > 200
     summary.draw_summary(rows[8:9], tmp_path / "failed.png")  # nothing registered at all
     assert (tmp_path / "failed.png").stat().st_size > 1000
+
+
+def test_inputs_are_hashed(tmp_path: Path) -> None:
+    """As sha256sum says; a folder by its files in the order of their names, a header with its data."""
+    for name, text in (("b", "two"), ("a", "one"), ("s.mhd", "head"), ("s.raw", "data")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "series").mkdir()
+    for name in "ab":
+        (tmp_path / "series" / name).write_text((tmp_path / name).read_text())
+    given = {"fixed": tmp_path / "a", "moving": f"{tmp_path / 'a'};{tmp_path / 'b'}", "moving_label": None}
+    found = report.inputs_of(given | {"series": tmp_path / "series", "header": tmp_path / "s.mhd"})
+    one, two = (hashlib.sha256(text).hexdigest() for text in (b"one", b"two"))
+    assert found["fixed"] == {"file": str(tmp_path / "a"), "sha256": one}
+    assert [part["sha256"] for part in found["moving"]] == [one, two] and "moving_label" not in found
+    assert found["series"]["sha256"] == hashlib.sha256(b"onetwo").hexdigest()
+    assert found["header"]["sha256"] == hashlib.sha256(b"headdata").hexdigest()
+
+
+def test_sentences_in_a_cell() -> None:
+    sentences = ["much folding; try steps", "rough"]
+    assert verdict.parted(verdict.joined(sentences)) == ["much folding, try steps", "rough"]
+    assert verdict.parted("") == []

@@ -3,10 +3,8 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,31 +154,18 @@ def test_a_number_of_the_table_is_a_setting_of_its_pair(tmp_path: Path) -> None:
     assert log(tmp_path)[3:] == ["1001"] and table(tmp_path)[1]["settings"] != settings[1]
 
 
-def test_rows_of_other_processes_are_read_even_when_cut_off(tmp_path: Path) -> None:
-    cohort.run(evaluator(tmp_path, pairs(3)))
-    lines = (tmp_path / "results.csv").read_text().splitlines(True)
-    row = table(tmp_path)[1]
-    (tmp_path / "results.csv").write_text("".join([lines[0], lines[1]]))
-    journal = json.dumps(row) + '\n{"id": "1002", "fix'
-    (tmp_path / ".rows.3.jsonl").write_text(journal)
-    cohort.run(evaluator(tmp_path, pairs(3)))
-    assert log(tmp_path)[3:] == ["1002"] and [r["id"] for r in table(tmp_path)] == ["1000", "1001", "1002"]
-    assert not list(tmp_path.glob(".rows.*"))
-
-
 def test_what_a_killed_run_left_does_not_count(tmp_path: Path) -> None:
-    """A row of another process that failed is done again and its new row stays; half-written files go."""
-    failed = {"id": "1001", "error": "was killed"}
-    first = evaluator(tmp_path, pairs(3))
-    failed["settings"] = first.state.table.settings
-    (tmp_path / ".rows.1.jsonl").write_text(json.dumps(failed) + "\n")
+    """What it had in hand is free again; half-written files go."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     left = f".{HOST}-{ended.pid}-0.partial"
     (tmp_path / left).mkdir()
     (tmp_path / left / "warped.nii.gz").write_text("half")
     (tmp_path / f".{HOST}-{ended.pid}-1.csv").write_text("half")
-    cohort.run(first)
+    for number, job in enumerate((f".{HOST}-{ended.pid}-2.job", ".elsewhere-1-0.job")):
+        (tmp_path / job).touch()
+        (tmp_path / ".claims.json").write_text(json.dumps({f"100{number}": job}))
+    cohort.run(evaluator(tmp_path, pairs(3)))
     assert [row["error"] for row in table(tmp_path)] == [""] * 3
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -193,22 +178,6 @@ def start(out: Path, count: int, seconds: float, *launcher: str) -> subprocess.P
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     line = [sys.executable, *launcher, str(script)]
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    process = start(out, 30, 0.2)
-    limit = time.time() + 120
-    while (not (out / "results.csv").exists() or len(table(out)) < 5) and time.time() < limit:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = len(table(out))
-    assert 5 <= done < 30
-    text = start(out, 30, 0).communicate(timeout=120)[0]
-    assert f"{done} of 30 pairs were done before" in text, text
-    assert [row["id"] for row in table(out)] == [f"100{n}" for n in range(30)]
-    assert len(log(out)) <= 31, "at most the pair that was at work is done twice"
 
 
 def test_two_processes_share_the_pairs(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_all_to_one_atlas(files: Path) -> None:
     assert all(row["fixed_label"] == str(files / "b.nii.gz") for row in rows)
     rows = data.list_pairs(pairs=str(files), moving=str(files / "a.nii.gz"))
     assert [row["id"] for row in rows] == ["a_to_b", "a_to_c"], "the atlas is not registered with itself"
-    with pytest.raises(InputError, match="has a column fixed, but --fixed is given for all pairs"):
+    with pytest.raises(InputError, match="has a column fixed, but the fixed scan is the same for all pairs"):
         data.list_pairs(pairs=csv_of(files, "moving,fixed\na.nii.gz,b.nii.gz\n"), **atlas)
     with pytest.raises(InputError, match="a folder of scans needs the one to register them with"):
         data.list_pairs(pairs=str(files))

@@ -15,6 +15,8 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 
 from common import InputError, phantom
+from common.__main__ import invert
+from common.quality import measure
 from common.run.example import write_phantom
 from common.run.transforms import AlignAndGridd, DeliverPaird, LoadScansd, PackPaird, ScaleForegroundd
 from common.space import io
@@ -159,6 +161,22 @@ def test_landmarks_agree_with_itk(delivered: Delivered) -> None:
     there = np.array([transform.TransformPoint(point) for point in fixed.tolist()])
     assert delivered.row["tre_mm_after"] == pytest.approx(np.linalg.norm(there - moving, axis=1).mean(), abs=1e-4)
     assert delivered.row["landmarks"] == 12 and delivered.row["tre_mm_before"] > 0.5
+
+
+def test_the_commands_say_what_the_row_says(delivered: Delivered) -> None:
+    """`report` means the same by "before", from the transform alone, and `invert` by the error of the inverse file."""
+    paths = {name: str(path) for name, path in delivered.paths.items()}
+    scans, transform = (paths.pop("moving"), paths.pop("fixed")), str(delivered.out / "transform.h5")
+    pair = measure.read_registration(*scans, transform, **paths, spacing=4.0)
+    again = measure.measure(pair, measure.warp_pair(pair))[0]
+    for name in ("ncc", "dice", "tre_mm"):
+        for when in ("before", "after"):
+            assert again[f"{name}_{when}"] == pytest.approx(delivered.row[f"{name}_{when}"], abs=2e-3), name
+    told = json.loads((delivered.out / "report.json").read_text())["before"]
+    assert told == pair.before == "the scans after the alignment"
+    text = invert(transform, str(delivered.out.parent / "inverse.h5"), reference=scans[1])
+    found = (delivered.row[f"inverse_file_error_{name}"] for name in ("mm", "p99_mm"))
+    assert "mean {:.3f} mm, 99th percentile {:.3f} mm".format(*found) in text
 
 
 def test_row_and_folder_are_complete(delivered: Delivered) -> None:

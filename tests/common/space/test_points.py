@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common import InputError
+from common import InputError, RegistrationWarning
 from common.space.points import Points, read_matching, read_points, write_points
 
 AFFINE = nib.affines.from_matvec(np.diag([-2.0, 3, 4]), [10, 20, 30])
@@ -47,13 +47,22 @@ def test_every_form_gives_the_same_points(tmp_path: Path, name: str) -> None:
     assert len(found.names) == 2 and all(found.names)
 
 
-@pytest.mark.parametrize("ending", [".csv", ".fcsv"])
+@pytest.mark.parametrize("ending", [".csv", ".fcsv", ".mrk.json"])
 def test_written_points_come_back(tmp_path: Path, ending: str) -> None:
     given = Points(LPS, ["left, upper", "right"])
     write_points(given, tmp_path / f"p{ending}")
     found = read_points(tmp_path / f"p{ending}")
     np.testing.assert_allclose(found.lps, LPS, atol=1e-4)
     assert found.names == given.names and [path.name for path in tmp_path.iterdir()] == [f"p{ending}"]
+
+
+def test_a_point_without_a_place_in_a_markup(tmp_path: Path) -> None:
+    """Is there, as one that Slicer has still to place, and not nan, which is no JSON."""
+    write_points(Points(np.array([[1.0, 2, 3], [np.nan] * 3]), ["a", "b"]), tmp_path / "p.mrk.json")
+    (markup,) = json.loads((tmp_path / "p.mrk.json").read_text(), parse_constant=pytest.fail)["markups"]
+    assert [point["positionStatus"] for point in markup["controlPoints"]] == ["defined", "undefined"]
+    with pytest.warns(RegistrationWarning, match="1 of 2 points was never placed"):
+        assert read_points(tmp_path / "p.mrk.json").names == ["a"]
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -74,7 +83,7 @@ def test_refusals(tmp_path: Path) -> None:
         assert str(caught.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(caught.value)
     with pytest.raises(InputError, match="no such file"):
         read_points(tmp_path / "none.csv")
-    with pytest.raises(InputError, match="written as .csv or .fcsv"):
+    with pytest.raises(InputError, match="written as .csv, .fcsv or .mrk.json"):
         write_points(Points(LPS, ["a", "b"]), tmp_path / "p.txt")
     (tmp_path / "three.csv").write_text("x,y,z\n" + 3 * "1,2,3\n")
     (tmp_path / "ok.csv").write_text("x,y,z\n1,2,3\n")

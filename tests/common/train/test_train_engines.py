@@ -1,6 +1,5 @@
 """Metric, step, memory and processes of a training."""
 
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -144,27 +143,6 @@ def test_prepare_labelled_and_the_step() -> None:
 
 def run_python(code: str, root: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_memory() does something with glibc only")
-def test_kept_memory_is_not_fetched_again() -> None:
-    """Pages that the system has to hand out for ten tensors of 64 MiB, one after the other: 16384 for each; next to
-    none once the memory has settled."""
-    code = """if True:
-        import resource, torch
-        from common.train import engines
-        def faults():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            for _ in range(10):
-                torch.ones(2**24)
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        engines.keep_memory()
-        faults()
-        print(faults())
-    """
-    root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
-    assert int(done.stdout) < 1000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the names of a process's threads are read from /proc")
