@@ -26,7 +26,8 @@ def lineage(pairs: list[dict], folder: Path) -> dict[str, list[str]]:
         line = [name]
         while (earlier := before[line[-1]]) is not None and earlier != line[-1]:
             if earlier in line:
-                raise InputError(f"{name}: starts from {earlier}, and that from {name}; one of them must be the first")
+                ring = f"starts from the result of {before[earlier]}, and that in the end from {earlier}"
+                raise InputError(f"{earlier}: {ring}")
             line.append(earlier)
         found[name] = line[:0:-1]
     return found

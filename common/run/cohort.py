@@ -118,12 +118,11 @@ class PairTable:
             pair["id"]: {name: str(pair.get(name)) for name in IDENTITY} | {"settings": self._settings_of(pair)}
             for pair in pairs
         }
-        self.rows, self.failed = {}, {}
+        self.rows, self.before = {}, {}
         self.lineage = lineage(pairs, self.folder)
         if not self.resume or len(pairs) < 2:
             return list(range(len(pairs)))
-        found = {row["id"]: row for row in read_table(self.path)}
-        self.failed = {name: row["error"] for name, row in found.items() if row.get("error")}
+        self.before = found = {row["id"]: row for row in read_table(self.path)}
         by_id = {pair["id"]: pair for pair in pairs}
         for name in sorted(by_id, key=lambda name: len(self.lineage[name])):
             row, stands = found.get(name), all(before in self.rows for before in self.lineage[name])
@@ -162,9 +161,9 @@ class PairTable:
     def _done_since(self, pair: dict) -> bool:
         """Whether another process has done a pair after this one began; a failure counts unless it is to be retried."""
         row = next((row for row in read_table(self.path) if row["id"] == pair["id"]), None)
-        if not self._is_of(row):
+        if not self._is_of(row) or str(row) == str(self.before.get(pair["id"])):
             return False
-        return row["error"] != self.failed.get(pair["id"]) if row.get("error") else self._stands(pair)
+        return bool(row.get("error")) or self._stands(pair)
 
     def _stands(self, pair: dict) -> bool:
         """Whether the pair's folder is there, if there should be one, and not older than its files."""

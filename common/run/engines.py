@@ -15,8 +15,8 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from common import InputError, RegistrationWarning
-from common.fields import compose, invert
-from common.halves import halfway
+from common.fields import compose, integrate
+from common.halves import flow_between
 from common.holes import fill, spread
 from common.ops import plain, warp
 from common.refine import SIMILARITIES, Guide, refine
@@ -201,8 +201,7 @@ class RegistrationInferer(Inferer):
         swapped = [None if x is None else torch.cat(x.chunk(2, 1)[::-1], 1) for x in (image, mask)]
         marks = guide and guide._replace(fixed=guide.moving, moving=guide.fixed)
         backward = self._register(swapped[0], network, swapped[1], marks, None, **options)
-        to_moving, to_fixed = halfway(forward, backward)
-        return compose(to_moving, invert(to_fixed))
+        return integrate(flow_between(forward, backward))
 
     def _register(self, image, network, mask, guide, start, *, steps, quiet, args, kwargs) -> Tensor:
         image = image if mask is None else fill(image, mask)

@@ -50,18 +50,15 @@ def middle_files(pair: measure.Registration) -> dict[str, Callable[[Path], None]
     The middle is H x, with H H the matrix of the alignment. There the displacement of the pair is two halves: its half
     h leads to the moving scan, h^-1 to the fixed one.
     """
-    to_middle = middle.half_matrix(mapping.matrix_of(pair.start))
-    there = half(pair.disp[None])
-    work = to_middle @ pair.work_affine
-    ways = {"moving": (there, to_middle), "fixed": (invert(there), np.linalg.inv(to_middle))}
-    scans = {"moving": (pair.moving, pair.moving_affine), "fixed": (pair.fixed, pair.fixed_affine)}
-    grids = tuple((scan.shape[1:], affine) for scan, affine in (scans["fixed"], scans["moving"]))
-    size, onto = middle.middle_grid(grids, (to_middle, np.linalg.inv(to_middle)))
+    matrix = mapping.matrix_of(pair.start)
+    ways = middle.ways_from_middle(matrix, np.linalg.inv(matrix))
+    there, work = half(pair.disp[None]), np.linalg.inv(ways[1]) @ pair.work_affine
+    scans = ((pair.moving, pair.moving_affine), (pair.fixed, pair.fixed_affine))
+    size, onto = middle.middle_grid(tuple((scan.shape[1:], affine) for scan, affine in scans), ways)
     writers = {}
-    for name, (disp, matrix) in ways.items():
+    for name, disp, way, (scan, affine) in zip(("moving", "fixed"), (there, invert(there)), ways, scans):
         the_map = mapping.displacement_transform(disp[0].numpy(), work)
-        the_map = mapping.compose(the_map, mapping.affine_transform(matrix))
-        scan, affine = scans[name]
+        the_map = mapping.compose(the_map, mapping.affine_transform(way))
         options = [{"outside": io.background(channel)} for channel in scan]
         found = np.stack([mapping.resample(c, affine, size, onto, the_map, **o) for c, o in zip(scan, options)])
         writers[f"middle_{name}.nii.gz"] = partial(io.write_scan, found, onto)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common import InputError, fields
+from common.space import sampling
 from common.space.io import LPS_FROM_RAS
 
 Grid = tuple[tuple[int, int, int], np.ndarray]  # size and affine_ras
@@ -187,7 +187,8 @@ def resample(
             return source.numpy().copy()  # the same grid: every bit is kept
     for rows, coords, frame in _places(transform, size, onto_ras):
         voxels = _moved(to_voxel @ frame, coords)
-        out[rows] = (_nearest if nearest else _voted if voted else _linear)(source, voxels, outside)
+        sample = sampling.nearest if nearest else sampling.voted if voted else sampling.linear
+        out[rows] = sample(source, voxels, outside)
     return out.numpy()
 
 
@@ -242,7 +243,7 @@ def _places(
             to_own, own = np.linalg.inv(part.affine_ras) @ frame, part.disp.shape[1:] == size
             own = own and not isinstance(coords, Tensor) and np.allclose(to_own, np.eye(4), rtol=0, atol=1e-6)
             coords = _moved(to_own, coords)
-            moved = torch.from_numpy(part.disp[:, rows]).float() if own else _displaced(part.disp, coords)
+            moved = torch.from_numpy(part.disp[:, rows]).float() if own else sampling.displaced(part.disp, coords)
             coords, frame = coords + moved, part.affine_ras
         yield rows, coords, frame
 
@@ -256,56 +257,6 @@ def _moved(matrix: np.ndarray, coords: Tensor | Lattice) -> Tensor:
     i, j, k = (torch.from_numpy(matrix[:3, axis, None] * numbers) for axis, numbers in enumerate(coords))
     plane = (j[:, :, None] + k[:, None, :] + torch.from_numpy(matrix[:3, 3]).view(3, 1, 1)).float()
     return i.float()[:, :, None, None] + plane[:, None]
-
-
-def _inside(voxels: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
-    """Where (3, ...) voxels are within half a voxel of a grid."""
-    inside = [(v >= -0.5) & (v < n - 0.5) for v, n in zip(voxels, size)]
-    return inside[0] & inside[1] & inside[2]
-
-
-def _grid_sample(values: Tensor, voxels: Tensor) -> Tensor:
-    """Values (C, I, J, K) at voxels (3, i, j, k): (C, i, j, k), linear, the border repeated outside."""
-    scale = voxels.new_tensor([2 / max(n - 1, 1) for n in values.shape[1:]]).view(3, 1, 1, 1)
-    unit = (voxels * scale - 1).flip(0).permute(1, 2, 3, 0)  # grid_sample has the last axis first
-    options = {"mode": "bilinear", "padding_mode": "border", "align_corners": True}
-    return F.grid_sample(values[None], unit[None], **options)[0]
-
-
-def _displaced(disp: np.ndarray, voxels: Tensor) -> Tensor:
-    values = torch.from_numpy(np.ascontiguousarray(disp, dtype=np.float32))
-    return _grid_sample(values, voxels) * _inside(voxels, values.shape[1:])
-
-
-def _linear(source: Tensor, voxels: Tensor, outside: float) -> Tensor:
-    found = _grid_sample(source[None], voxels)[0]
-    return found.masked_fill_(~_inside(voxels, source.shape), outside)
-
-
-def _nearest(source: Tensor, voxels: Tensor, outside: float) -> Tensor:
-    """Halves go up, as in ITK."""
-    inside = _inside(voxels, source.shape)
-    index = torch.zeros(voxels.shape[1:], dtype=torch.int64)
-    for v, n in zip(voxels, source.shape):
-        index = index * n + (v + 0.5).floor().long().clamp(0, n - 1)
-    return source.flatten()[index].masked_fill_(~inside, outside)
-
-
-def _voted(source: Tensor, voxels: Tensor, outside: float) -> Tensor:
-    labels, weights = [], []
-    at = [v.clamp(0, n - 1) for v, n in zip(voxels, source.shape)]
-    low = [v.floor().long().clamp(0, max(n - 2, 0)) for v, n in zip(at, source.shape)]
-    share = [v - first for v, first in zip(at, low)]
-    for corner in np.ndindex(2, 2, 2):
-        i, j, k = ((first + step).clamp(max=n - 1) for first, step, n in zip(low, corner, source.shape))
-        labels.append(source[i, j, k])
-        parts = [x if step else 1 - x for x, step in zip(share, corner)]
-        weights.append(parts[0] * parts[1] * parts[2])
-    best, found = torch.full_like(weights[0], -1), labels[0]
-    for label in labels:
-        votes = sum(weight * (other == label) for weight, other in zip(weights, labels))
-        found, best = torch.where(votes > best, label, found), torch.maximum(votes, best)
-    return found.masked_fill(~_inside(voxels, source.shape), outside)
 
 
 # ---- inverses -------------------------------------------------------------------------------------------------------

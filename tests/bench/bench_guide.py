@@ -1,6 +1,7 @@
 """What landmarks that guide are worth, measured on others that do not.
 
-    python tests/bench/bench_guide.py DATA [--pairs 2] [--steps 50] [--weight 0.1]
+    python tests/bench/bench_guide.py measure DATA [--pairs 2] [--steps 50] [--weight 0.1] [--output FILE.json]
+    python tests/bench/bench_guide.py table
 
 DATA is the folder of the development data. Real brains: dev_small/brain_t1_2mm, the landmarks are the middles of its
 manual labels (of 20 voxels or more in both scans). Every second one guides; the others are measured, and the Dice of
@@ -8,13 +9,15 @@ all labels. A middle is no expert's landmark: it moves with the label's border. 
 points guide and 40 are measured, 1.5 mm voxels. One CPU thread.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import fire
-from machine import ROOT
+from machine import ROOT, hardware
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "common"), str(ROOT / "bundles" / "samconvex")]
+RESULT = Path(__file__).parent / "results" / "guide.json"
 LEAST = 20  # voxels of a label whose middle is a landmark
 
 
@@ -73,20 +76,28 @@ def lung(steps, weight):
         apart = 1.5 * (points + sample_at(found[0], points.T).T - there).norm(dim=1)
         before = 1.5 * (points - there).norm(dim=1)[40:]
         row = {"before": before.mean(), "guides": apart[:40].mean(), "others": apart[40:].mean()}
-        rows[f"lung phantom, {name}"] = row
+        rows[f"lung phantom, {name}"] = {column: float(value) for column, value in row.items()}
     return rows
 
 
-def main(data, pairs=2, steps=50, weight=0.1):
+def measure(data, pairs=2, steps=50, weight=0.1, output=str(RESULT)):
     import torch
 
     torch.set_num_threads(1)
+    rows = lung(steps, weight) | brains(data, pairs, steps, weight)
+    told = {"machine": hardware(), "pairs": pairs, "steps": steps, "weight": weight, "rows": rows}
+    Path(output).write_text(json.dumps(told, indent=1) + "\n")
+    table(output)
+
+
+def table(result=str(RESULT)):
+    """The rows as they stand in common/run/README.md."""
     print("| | others before, mm | guides after, mm | others after, mm | Dice |\n|" + " --- |" * 5)
-    for name, row in (lung(steps, weight) | brains(data, pairs, steps, weight)).items():
-        cells = [f"{float(row[n]):.2f}" for n in ("before", "guides", "others")]
+    for name, row in json.loads(Path(result).read_text())["rows"].items():
+        cells = [f"{row[n]:.2f}" for n in ("before", "guides", "others")]
         cells.append(f"{row['dice']:.3f}" if "dice" in row else "")
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    fire.Fire({"measure": measure, "table": table})

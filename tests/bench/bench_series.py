@@ -1,15 +1,17 @@
-"""A motion in time that is known: ten phases of the phantom, error a phase, and the time against single registrations.
+"""A motion in time that is known: ten phases, error a phase, and the time against single registrations.
 
-    python tests/bench/bench_series.py measure [--output FILE.json]
+    python tests/bench/bench_series.py measure DATA [--output FILE.json]
     python tests/bench/bench_series.py table
 
-The phases are a 4-D file of 64x80x64 voxels of 2.5 mm, a cycle with noise of its own in each phase. "series" is
-`python -m common series FILM OUT --cyclic`, one process; "mean" the same with --reference mean, whose maps are composed
-to go from phase 0 to each; "single" are nine commands of `monai.bundle run`, "Registrar" the same nine in one process,
-all with the options of the series. Error: mean distance in mm from where the phantom's points are, in the brain. CPU
-seconds of everything from the shell to the last file, one thread.
+"phantom": a 4-D file of 64x80x64 voxels of 2.5 mm, a cycle with noise of its own in each phase. "chest": a real CT of
+DATA/dev/chest_ct, moved by the same cycle, with noise of 20 HU in each phase; the motion is made, the scan is not.
+"series" is `python -m common series FILM OUT --cyclic True`, one process; "mean" the same with --reference mean, whose
+maps are composed to go from phase 0 to each; "single" are nine commands of `monai.bundle run`, "Registrar" the same
+nine in one process, all with the options of the series. Error: mean distance in mm from where points are, in the brain,
+in the body. CPU seconds of everything from the shell to the last file, one thread.
 """
 
+import functools
 import json
 import resource
 import subprocess
@@ -22,8 +24,13 @@ from machine import ROOT, hardware, one_thread
 
 sys.path.insert(0, str(ROOT))
 RESULT = Path(__file__).parent / "results" / "series.json"
-COUNT, SPACING, SIZE = 10, 2.5, (64, 80, 64)
-OPTIONS = {"refine_steps": 20, "prealign": "none", "report": "none", "spacing": SPACING, "device": "cpu"}
+COUNT = 10
+OPTIONS = {"refine_steps": 20, "prealign": "none", "report": "none", "device": "cpu"}
+OWN = {
+    "phantom": {"spacing": 2.5},
+    "chest": {"spacing": 3.0, "features": "mind", "intensity_range": [-1000, 1000]},
+}
+WAYS = {"phantom": ("series", "mean", "Registrar", "single"), "chest": ("series", "Registrar")}
 REGISTRAR = """
 import json, sys
 from common.run.registrar import Registrar
@@ -34,23 +41,39 @@ for number, file in enumerate(files[1:], 1):
 """
 
 
-def write_film(folder):
-    """film.nii.gz in `folder`, and its phases in `phases/`; returns their files."""
+def phantom_film():
+    """Frames (T, I, J, K), their affine, and which voxels are measured."""
     import nibabel as nib
     import numpy as np
 
     from common import phantom
-    from common.space import carry, io
 
-    affine = nib.affines.from_matvec(SPACING * np.eye(3), -SPACING * (np.array(SIZE) - 1) / 2)
-    moments = enumerate(phantom.cycle(COUNT))
-    frames = np.stack([phantom.sample(SIZE, affine, moment, seed=n)[0] for n, moment in moments])
-    (folder / "phases").mkdir()
-    carry.write_film(frames, affine, 0.4, folder / "film.nii.gz")
-    files = [folder / "phases" / f"{number}.nii.gz" for number in range(COUNT)]
-    for file, frame in zip(files, frames):
-        io.write_scan(frame, affine, file)
-    return [str(file) for file in files]
+    size, spacing = (64, 80, 64), OWN["phantom"]["spacing"]
+    affine = nib.affines.from_matvec(spacing * np.eye(3), -spacing * (np.array(size) - 1) / 2)
+    found = [phantom.sample(size, affine, moment, seed=n) for n, moment in enumerate(phantom.cycle(COUNT))]
+    return np.stack([scan for scan, _ in found]), affine, found[0][1] > 0
+
+
+def chest_film(data):
+    """Likewise, of a real scan: at y, phase t shows what the scan has at back_t(y)."""
+    import nibabel as nib
+    import numpy as np
+    from scipy.ndimage import map_coordinates
+
+    from common import phantom
+    from common.space import io
+
+    folder = Path(data) / "dev" / "chest_ct"
+    (scan, *_), affine = io.read_scan(folder / "images" / "chest_02.nii.gz")
+    label = io.read_label(folder / "labels" / "chest_02.nii.gz")[0][0]
+    voxels = np.moveaxis(np.indices(scan.shape), 0, -1)
+    frames = []
+    for number, moment in enumerate(phantom.cycle(COUNT)):
+        there = moment.back(nib.affines.apply_affine(affine, voxels))
+        there = nib.affines.apply_affine(np.linalg.inv(affine), there)
+        moved = map_coordinates(scan, np.moveaxis(there, -1, 0), order=3, mode="nearest")
+        frames.append(moved + np.random.default_rng(number).normal(0, 20, scan.shape))
+    return np.stack(frames).astype(np.float32), affine, label > 0
 
 
 def seconds_of(line):
@@ -61,17 +84,16 @@ def seconds_of(line):
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def errors(transforms):
-    """Mean distance in mm at every 50th voxel of the brain, a phase; `transforms` are maps of points, LPS mm."""
+def errors(inside, affine, transforms):
+    """Mean distance in mm at every 50th voxel inside, a phase; `transforms` are maps of points, LPS mm."""
+    import nibabel as nib
     import numpy as np
 
     from common import phantom
     from common.space import io
 
     flip = np.diag(io.LPS_FROM_RAS)[:3]
-    voxels = np.stack(np.meshgrid(*[np.arange(n) for n in SIZE], indexing="ij"), -1).reshape(-1, 3)
-    points = SPACING * (voxels - (np.array(SIZE) - 1) / 2)
-    points = points[phantom.anatomy(points)[1] > 0][::50]
+    points = nib.affines.apply_affine(affine, np.argwhere(inside)[::50])
     found = []
     for moment, the_map in zip(phantom.cycle(COUNT), transforms):
         there = points if the_map is None else the_map(points * flip) * flip
@@ -79,74 +101,84 @@ def errors(transforms):
     return found
 
 
-def measure(output=str(RESULT)):
-    import functools
-
+def through(first, the_map, points):
+    """From phase 0 to the mean, and from there to another phase."""
     import numpy as np
 
     from common.space import mapping
+
+    there = mapping.invert_at(first, points)
+    return mapping.map_points(the_map, np.where(np.isnan(there), points, there))
+
+
+def ways_of(what, film, folder):
+    """Rows of one film: seconds, and the error of each phase."""
+    from common.space import carry, io, mapping
     from common.space.transform_files import read_transform
 
-    def read(path):
-        return functools.partial(mapping.map_points, read_transform(path))
-
-    def motion(points):
-        return points
-
-    rows = {"no registration": {"seconds": 0.0, "errors": errors([motion] * COUNT)}}
-    words = [f"--{name}={value}" for name, value in OPTIONS.items()]
+    frames, affine, inside = film
+    carry.write_film(frames, affine, 0.4, folder / "film.nii.gz")
+    files = [str(folder / f"{number}.nii.gz") for number in range(COUNT)]
+    for file, frame in zip(files, frames):
+        io.write_scan(frame, affine, file)
+    options = OPTIONS | OWN[what]
+    words = [f"--{name}={value}" for name, value in options.items()]
+    front = [sys.executable, "-m", "common", "series", str(folder / "film.nii.gz")]
     bundle = ["--config_file", "bundles/samconvex/configs/inference.json", "--bundle_root", "bundles/samconvex"]
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        files = write_film(folder)
-        front = [sys.executable, "-m", "common", "series", str(folder / "film.nii.gz")]
-        words_of_series = ["--method", "samconvex", "--cyclic", *words]
-        seconds = seconds_of([*front, str(folder / "series"), *words_of_series])
-        names = [folder / "series" / f"phase_{n:02d}" / "transform.h5" for n in range(1, COUNT)]
-        rows["series"] = {"seconds": seconds, "errors": errors([None, *map(read, names)])}
-        print(rows["series"], flush=True)
-        pairs = [files[1:], [str(folder / "registrar" / str(n)) for n in range(1, COUNT)]]
-        line = [sys.executable, "-c", REGISTRAR, json.dumps([files, str(folder / "registrar"), OPTIONS])]
-        seconds = seconds_of(line)
-        names = [Path(out) / f"{n}_to_0" / "transform.h5" for n, out in enumerate(pairs[1], 1)]
-        rows["Registrar"] = {"seconds": seconds, "errors": errors([None, *map(read, names)])}
-        print(rows["Registrar"], flush=True)
-        seconds = 0.0
-        for number, file in enumerate(files[1:], 1):
-            pair = ["--moving", file, "--fixed", files[0], "--output_dir", str(folder / "single" / str(number))]
-            seconds += seconds_of([sys.executable, "-m", "monai.bundle", "run", *bundle, *pair, *words])
-        names = [folder / "single" / str(n) / f"{n}_to_0" / "transform.h5" for n in range(1, COUNT)]
-        rows["single"] = {"seconds": seconds, "errors": errors([None, *map(read, names)])}
-        print(rows["single"], flush=True)
-        seconds = seconds_of([*front, str(folder / "mean"), "--reference", "mean", *words_of_series])
-        maps = [read_transform(folder / "mean" / f"phase_{n:02d}" / "transform.h5") for n in range(COUNT)]
+    lines = {
+        "series": [[*front, str(folder / "series"), "--method", "samconvex", "--cyclic", "True", *words]],
+        "mean": [[*front, str(folder / "mean"), "--reference=mean", "--method=samconvex", "--cyclic", "True", *words]],
+        "Registrar": [[sys.executable, "-c", REGISTRAR, json.dumps([files, str(folder / "Registrar"), options])]],
+        "single": [
+            [sys.executable, "-m", "monai.bundle", "run", *bundle, "--moving", file, "--fixed", files[0]]
+            + ["--output_dir", str(folder / "single" / str(number)), *words]
+            for number, file in enumerate(files[1:], 1)
+        ],
+    }
+    yield "no registration", {"seconds": 0.0, "errors": errors(inside, affine, [lambda points: points] * COUNT)}
+    for way in WAYS[what]:
+        seconds = sum(map(seconds_of, lines[way]))
+        first = 0 if way == "mean" else 1
+        series = way in ("series", "mean")
+        names = [f"phase_{n:02d}" if series else f"{n}/{n}_to_0" for n in range(first, COUNT)]
+        maps = [read_transform(folder / way / name / "transform.h5") for name in names]
+        if way == "mean":
+            found = [functools.partial(through, maps[0], the_map) for the_map in maps]
+        else:
+            found = [None, *(functools.partial(mapping.map_points, the_map) for the_map in maps)]
+        yield way, {"seconds": seconds, "errors": errors(inside, affine, found)}
 
-        def through_the_mean(the_map, points):
-            there = mapping.invert_at(maps[0], points)
-            return mapping.map_points(the_map, np.where(np.isnan(there), points, there))
 
-        composed = [functools.partial(through_the_mean, the_map) for the_map in maps]
-        rows["mean"] = {"seconds": seconds, "errors": errors(composed)}
-        print(rows["mean"], flush=True)
-    told = {"machine": hardware(), "options": OPTIONS, "size": SIZE, "rows": rows}
-    Path(output).write_text(json.dumps(told, indent=1) + "\n")
+def measure(data, output=str(RESULT), what="phantom,chest"):
+    kept = json.loads(Path(output).read_text()) if Path(output).exists() else {}
+    for name in what.split(",") if isinstance(what, str) else what:
+        film = phantom_film() if name == "phantom" else chest_film(data)
+        with tempfile.TemporaryDirectory() as place:
+            rows = {}
+            for way, row in ways_of(name, film, Path(place)):
+                rows[way] = row
+                print(name, way, row, flush=True)
+        kept[name] = {"machine": hardware(), "options": OPTIONS | OWN[name], "size": film[0].shape, "rows": rows}
+        Path(output).write_text(json.dumps(kept, indent=1) + "\n")
     table(output)
 
 
 def table(result=str(RESULT)):
     """The rows as they stand in common/run/README.md."""
-    rows = json.loads(Path(result).read_text())["rows"]
     names = {
         "no registration": "nothing",
         "single": "nine commands, a pair each",
         "Registrar": "the same in one process (`Registrar`)",
-        "series": "`series --cyclic`",
-        "mean": "`series --cyclic --reference mean`, from phase 0 to each through the mean",
+        "series": "`series --cyclic True`",
+        "mean": "`series --cyclic True --reference mean`, from phase 0 to each through the mean",
     }
-    print(f"| error in mm of phase | {' | '.join(map(str, range(1, COUNT)))} | CPU-s |\n|" + " --- |" * (COUNT + 1))
-    for name, words in names.items():
-        cells = [f"{error:.2f}" for error in rows[name]["errors"][1:]]
-        print(f"| {words} | {' | '.join(cells)} | {rows[name]['seconds']:.0f} |")
+    for what, content in json.loads(Path(result).read_text()).items():
+        print(f"| {what}, error in mm of phase | {' | '.join(map(str, range(1, COUNT)))} | CPU-s |")
+        print("|" + " --- |" * (COUNT + 1))
+        for name, words in names.items():
+            if row := content["rows"].get(name):
+                cells = [f"{error:.2f}" for error in row["errors"][1:]]
+                print(f"| {words} | {' | '.join(cells)} | {row['seconds']:.0f} |")
 
 
 if __name__ == "__main__":
