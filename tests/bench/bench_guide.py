@@ -1,12 +1,13 @@
 """What landmarks that guide are worth, measured on others that do not.
 
-    python tests/bench/bench_guide.py measure DATA [--pairs 2] [--steps 50] [--weight 0.1] [--output FILE.json]
+    python tests/bench/bench_guide.py measure DATA [--what deep] [--pairs 2] [--steps 50] [--weight 0.1]
     python tests/bench/bench_guide.py table
 
 DATA is the folder of the development data. Real brains: dev_small/brain_t1_2mm, the landmarks are the middles of its
 manual labels (of 20 voxels or more in both scans). Every second one guides; the others are measured, and the Dice of
-all labels. A middle is no expert's landmark: it moves with the label's border. Lung: the phantom of the tests, 40
-points guide and 40 are measured, 1.5 mm voxels. One CPU thread.
+all of them. A middle is no expert's landmark: that of a fold of the cortex ("brain" has them all) says little about its
+place, that of a deep structure ("deep") more. "lung": the phantom of the tests, 40 points guide and 40 are measured,
+1.5 mm voxels. One CPU thread.
 """
 
 import json
@@ -18,6 +19,7 @@ from machine import ROOT, hardware
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "common"), str(ROOT / "bundles" / "samconvex")]
 RESULT = Path(__file__).parent / "results" / "guide.json"
+CORTEX = 100  # the first code of the cortex
 LEAST = 20  # voxels of a label whose middle is a landmark
 
 
@@ -28,7 +30,7 @@ def middles(label, codes):
     return np.stack([np.argwhere(label == code).mean(0) for code in codes])
 
 
-def brains(data, pairs, steps, weight):
+def brains(data, pairs, steps, weight, deep):
     import numpy as np
     import torch
     from bench_samconvex import load, network, pairs_of
@@ -43,6 +45,7 @@ def brains(data, pairs, steps, weight):
         image, labels = torch.cat([moving, fixed], 1), [x[0, 0].numpy() for x in (moving_label, fixed_label)]
         counts = [dict(zip(*np.unique(x, return_counts=True))) for x in labels]
         codes = [code for code in counts[0] if code and min(count.get(code, 0) for count in counts) >= LEAST]
+        codes = [code for code in codes if code < CORTEX or not deep]
         there, here = (torch.from_numpy(middles(x, codes)).float() for x in labels)
         guides = slice(0, None, 2)
         with torch.no_grad():
@@ -59,7 +62,8 @@ def brains(data, pairs, steps, weight):
             values = before[1::2].mean(), apart[guides].mean(), apart[1::2].mean(), np.mean(dice)
             for n, value in zip(("before", "guides", "others", "dice"), values):
                 rows.setdefault(name, {}).setdefault(n, []).append(float(value))
-    return {f"brain, {name}": {n: sum(v) / len(v) for n, v in row.items()} for name, row in rows.items()}
+    what = "deep" if deep else "brain"
+    return {f"{what}, {name}": {n: sum(v) / len(v) for n, v in row.items()} for name, row in rows.items()}
 
 
 def lung(steps, weight):
@@ -80,11 +84,13 @@ def lung(steps, weight):
     return rows
 
 
-def measure(data, pairs=2, steps=50, weight=0.1, output=str(RESULT)):
+def measure(data, what="lung,deep,brain", pairs=2, steps=50, weight=0.1, output=str(RESULT)):
     import torch
 
     torch.set_num_threads(1)
-    rows = lung(steps, weight) | brains(data, pairs, steps, weight)
+    rows = json.loads(Path(output).read_text())["rows"] if Path(output).exists() else {}
+    for name in what.split(",") if isinstance(what, str) else what:
+        rows |= lung(steps, weight) if name == "lung" else brains(data, pairs, steps, weight, name == "deep")
     told = {"machine": hardware(), "pairs": pairs, "steps": steps, "weight": weight, "rows": rows}
     Path(output).write_text(json.dumps(told, indent=1) + "\n")
     table(output)

@@ -1,12 +1,13 @@
-"""Two visits of one person, registered from either side: what --midspace makes of the two results.
+"""Two scans, registered from either side: what --midspace makes of the two results.
 
-    python tests/bench/bench_midspace.py measure DATA [--output FILE.json]
+    python tests/bench/bench_midspace.py measure DATA [--what visits] [--count 3] [--output FILE.json]
     python tests/bench/bench_midspace.py table
 
-The visits are the pairs of one person in DATA/dev/brain_t1, 1 mm scans on a grid of 2 mm, rigid alignment, samconvex
-with MIND and 20 steps. "apart": |T_ba(T_ab(x)) - x| in mm of the files of both directions, at voxels of the brain.
-"Dice": mean over the labels of both visits, of either direction. "folding": in % of the brain. CPU seconds of a pair in
-a running process, one thread.
+"visits" are the pairs of one person in DATA/dev/brain_t1, 1 mm scans on a grid of 2 mm, after a rigid alignment;
+"hippocampus" the first validation pairs of two people in DATA/dev/hippocampus_mr, on a grid of 1 mm, after an affine
+one. samconvex with MIND and 20 steps. "apart": |T_ba(T_ab(x)) - x| in mm of the files of both directions, where the
+fixed scan shows something. "Dice": mean over the labels of both scans, of either direction. "folding": in % of the
+foreground. CPU seconds of a pair in a running process, one thread.
 """
 
 import json
@@ -20,11 +21,12 @@ from machine import ROOT, hardware
 
 sys.path.insert(0, str(ROOT))
 RESULT = Path(__file__).parent / "results" / "midspace.json"
-VISITS = (("1003", "1023"), ("1004", "1024"), ("1018", "1038"))
-OPTIONS = {"features": "mind", "refine_steps": 20, "prealign": "rigid", "report": "none", "surface": False}
+SETS = {"visits": ("brain_t1", "same person, second scan"), "hippocampus": ("hippocampus_mr", "inter-subject")}
+OWN = {"visits": {"prealign": "rigid"}, "hippocampus": {"prealign": "affine", "spacing": 1.0}}
+OPTIONS = {"features": "mind", "refine_steps": 20, "report": "none", "surface": False}
 
 
-def measure(data, output=str(RESULT), count=len(VISITS)):
+def measure(data, what="hippocampus", count=3, output=str(RESULT)):
     import numpy as np
     import torch
 
@@ -33,10 +35,13 @@ def measure(data, output=str(RESULT), count=len(VISITS)):
     from common.space.transform_files import read_transform
 
     torch.set_num_threads(1)
-    folder = Path(data) / "dev" / "brain_t1"
-    registrar, rows = Registrar("samconvex", device="cpu", **OPTIONS), {}
-    for visits in VISITS[:count]:
-        scans, labels = ([str(folder / kind / f"oasis_{v}.nii.gz") for v in visits] for kind in ("images", "labels"))
+    folder, options = Path(data) / "dev" / SETS[what][0], OPTIONS | OWN[what]
+    content = json.loads((folder / "dataset.json").read_text())
+    cases = {case["id"]: case for part in ("training", "validation") for case in content.get(part, [])}
+    pairs = [p for p in content["registration_pairs"] if p.get("kind", "inter-subject") == SETS[what][1]][:count]
+    registrar, rows = Registrar("samconvex", device="cpu", **options), {}
+    for visits in ((pair["moving"], pair["fixed"]) for pair in pairs):
+        scans, labels = ([str(folder / cases[v][kind]) for v in visits] for kind in ("image", "label"))
         for way, midspace in (("one way", False), ("--midspace True", True)):
             with tempfile.TemporaryDirectory() as place:
                 found, begun = [], sum(os.times()[:2])
@@ -54,8 +59,9 @@ def measure(data, output=str(RESULT), count=len(VISITS)):
             for name, value in row.items():
                 rows.setdefault(way, {}).setdefault(name, []).append(float(value))
             print(visits, way, {name: round(float(value), 4) for name, value in row.items()}, flush=True)
-    told = {"machine": hardware(), "options": OPTIONS, "visits": VISITS[:count], "rows": rows}
-    Path(output).write_text(json.dumps(told, indent=1) + "\n")
+    kept = json.loads(Path(output).read_text()) if Path(output).exists() else {}
+    told = {"machine": hardware(), "options": options, "pairs": pairs, "rows": rows}
+    Path(output).write_text(json.dumps(kept | {what: told}, indent=1) + "\n")
     table(output)
 
 
@@ -64,11 +70,11 @@ KEYS = {"Dice before": "dice_before", "Dice": "dice_after", "folding": "folding_
 
 def table(result=str(RESULT)):
     """The rows as they stand in common/run/README.md."""
-    rows = json.loads(Path(result).read_text())["rows"]
-    columns = list(next(iter(rows.values())))
-    print(f"| | {' | '.join(columns)} |\n|" + " --- |" * (len(columns) + 1))
-    for way, row in rows.items():
-        print(f"| {way} | {' | '.join(f'{sum(row[c]) / len(row[c]):.3f}' for c in columns)} |")
+    for what, content in json.loads(Path(result).read_text()).items():
+        columns = list(next(iter(content["rows"].values())))
+        print(f"| {what} | {' | '.join(columns)} |\n|" + " --- |" * (len(columns) + 1))
+        for way, row in content["rows"].items():
+            print(f"| {way} | {' | '.join(f'{sum(row[c]) / len(row[c]):.3f}' for c in columns)} |")
 
 
 if __name__ == "__main__":
