@@ -111,10 +111,10 @@ def _way(method: str, config: str, given: dict[str, Any], pair: dict[str, Any]) 
 def _running(told: dict) -> Iterator[None]:
     """As a program of its own, which puts into reports what it is told; of an error, our sentence is what is left."""
     from common.run import progress
-    from common.run.machine import keep_memory, leave_room
+    from common.run.machine import keep_memory, take_threads
 
     keep_memory()
-    leave_room()
+    take_threads()
     try:
         with progress.telling(method=told):
             yield

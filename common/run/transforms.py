@@ -1,5 +1,6 @@
 """Dictionary transforms of a pair, in the order of the working path: load, align, grid, scale, pack, deliver."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Hashable, Mapping, Sequence
@@ -241,7 +242,7 @@ class DeliverPaird(Transform):
             writers["report.json"] = partial(outputs.write_report, content)  # the last
             io.write_folder(self.output_dir / data["id"], writers)
         row["seconds"] = time.time() - float(data["started"])
-        data["delivered"] = pair, warped, notes  # for a `Registrar`
+        data["delivered"] = dataclasses.replace(pair), warped, notes  # for a `Registrar`; without what is kept with it
         return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
 
 
