@@ -15,7 +15,7 @@ from common import EmptyResult, InputError, Later, RegistrationWarning
 from common.deploy.command import deploy
 from common.label.command import label
 from common.run.cli import exact_words, printable, sentence_of
-from common.run.door import register, run, template
+from common.run.door import register, run, series, template
 
 
 def bids(words: list[str]) -> str:
@@ -321,6 +321,7 @@ def _written(output: str, what: str) -> str:
 COMMANDS = {
     "register": register,
     "run": run,
+    "series": series,
     "bids": bids,
     "apply": apply,
     "compose": compose,
@@ -352,7 +353,7 @@ def main() -> None:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
             raise InputError(f"{command}: there is no such command{hint}")
-        if command in ("register", "run", "bids", "template"):  # their options are of the bundles, in no signature
+        if command in ("register", "run", "series", "bids", "template"):  # options of the bundles
             if said := COMMANDS[command](words):
                 print(said)
             return

@@ -181,7 +181,7 @@ def jacobian_determinant(disp: Tensor) -> Tensor:
 def unfold(disp: Tensor, *, iterations: int = 20, threshold: float = 0.05) -> Tensor:
     """Smooth a displacement locally, only where it folds, until it no longer does or `iterations` are spent.
 
-    disp <- disp + m (box(disp) - disp),  m = box of the voxels within one voxel of det J <= threshold
+    disp <- smooth_near(disp, det J <= threshold)
 
     Args:
         disp: (B, 3, I, J, K) in voxels.
@@ -195,8 +195,16 @@ def unfold(disp: Tensor, *, iterations: int = 20, threshold: float = 0.05) -> Te
         folded = (jacobian_determinant(disp) <= threshold).to(disp.dtype)
         if not bool(folded.any()):
             break
-        near = F.max_pool3d(folded, 3, stride=1, padding=1)
-        blend = F.avg_pool3d(F.pad(near, (1,) * 6, mode="replicate"), 3, stride=1)
-        means = F.avg_pool3d(F.pad(disp, (1,) * 6, mode="replicate"), 3, stride=1)
-        disp = disp + blend * (means - disp)
+        disp = smooth_near(disp, folded)
     return disp
+
+
+def smooth_near(disp: Tensor, where: Tensor) -> Tensor:
+    """disp + m (box(disp) - disp): 3x3x3 box means of (B, 3, I, J, K) around where (B, 1, I, J, K) is 1, else as it is.
+
+    m = box of the voxels within one voxel of `where`
+    """
+    near = F.max_pool3d(where, 3, stride=1, padding=1)
+    blend = F.avg_pool3d(F.pad(near, (1,) * 6, mode="replicate"), 3, stride=1)
+    means = F.avg_pool3d(F.pad(disp, (1,) * 6, mode="replicate"), 3, stride=1)
+    return disp + blend * (means - disp)

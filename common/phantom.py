@@ -98,6 +98,19 @@ class Deformation:
         return (affine - self.shift) @ np.linalg.inv(self.matrix).T
 
 
+class Motion(Deformation):
+    """One moment of a motion in time: `share` of a smooth displacement, without an affine map."""
+
+    def __init__(self, share: float, seed: int = 3, *, amplitude: float = 16.0) -> None:
+        super().__init__(seed, amplitude=amplitude)
+        self.matrix, self.shift, self.vectors = np.eye(3), np.zeros(3), share * self.vectors
+
+
+def cycle(count: int, **options: float) -> list[Motion]:
+    """Phases of a breath or a heartbeat: from nothing to the whole motion and back, as a cosine."""
+    return [Motion(0.5 - 0.5 * np.cos(2 * np.pi * n / count), **options) for n in range(count)]
+
+
 def _rotation(axis: int, angle: float) -> np.ndarray:
     matrix = np.eye(3)
     i, j = [n for n in range(3) if n != axis]

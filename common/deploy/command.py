@@ -15,6 +15,10 @@ def deploy(
     refine_steps: int = 0,
     device: str = "",
     spacing: float | None = None,
+    fixed_lesion: str = "",
+    moving_lesion: str = "",
+    lesion_margin: float | None = None,
+    midspace: bool = False,
 ):
     """Register two DICOM series by a MONAI Deploy application, and write a DICOM registration object.
 
@@ -32,6 +36,10 @@ def deploy(
         refine_steps: of instance optimisation.
         device: where to compute, as cpu or cuda:0; the first GPU if there is one.
         spacing: voxel size in mm of the network's grid, instead of that of the weights.
+        fixed_lesion: mask of what is left out of the fixed series, as NIfTI, on any grid in its space.
+        moving_lesion: likewise, of the moving series.
+        lesion_margin: mm by which lesions are widened.
+        midspace: also bring both series into the space in their middle.
     """
     if action != "run":
         raise InputError(f"deploy {action}: there is only `deploy run`")
@@ -40,6 +48,8 @@ def deploy(
     except ImportError as error:
         raise InputError(f"{error}") from error
     options = {"prealign": prealign, "refine_steps": refine_steps, "device": device, "spacing": spacing}
+    options |= {"fixed_lesion": fixed_lesion, "moving_lesion": moving_lesion, "lesion_margin": lesion_margin}
+    options |= {"midspace": midspace or None}
     given = {name: value for name, value in options.items() if value not in ("", None)}
     series = {"fixed_series": str(fixed_series), "moving_series": str(moving_series)}
     folder = run_pair(str(fixed), str(moving), str(bundle), str(output), **series, **given)

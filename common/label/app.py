@@ -79,7 +79,7 @@ class RegistrationTask(InferTask):
         if not self.propagate and returned not in requests.RETURNED:
             raise InputError(f"returns: must be one of {', '.join(requests.RETURNED)}, got {returned!r}")
         options = requests.bundle_options(request) | {"device": name_to_device(request.get("device"))}
-        options |= {"moving_label": pair.moving_label} if self.propagate else {}
+        options |= pair.lesions | ({"moving_label": pair.moving_label} if self.propagate else {})
         options |= {"save_inverse": True} if returned in ("inverse", "all") else {}
         options |= {"displacement": True} if returned in ("displacement", "all") else {}
         with tempfile.TemporaryDirectory(prefix=TEMPORARY) as place:

@@ -41,6 +41,7 @@ class Pair(NamedTuple):
     fixed: str
     moving: str
     moving_label: str | None = None
+    lesions: dict[str, str] = {}  # "fixed_lesion" and "moving_lesion", those that there are
 
 
 def labelled(studies: Studies, tag: str = FINAL) -> list[str]:
@@ -62,12 +63,14 @@ def resolve(
     Args:
         request: "image" is an id, or a file that the host keeps of an upload; "moving" an id.
         label: whether the moving scan's label is needed; "moving_tag" in the request says which, else the final one.
+            "lesion_tag" is that of labels to leave out.
         folder: of the studies on this machine, to find a label that has no scan.
         uploads: private folder in which the host keeps the upload of a request, until it is answered.
         sessions: folder of the host's sessions: scans that a client has uploaded for more than one request.
 
     Raises:
-        InputError: an id is missing or unknown, both are the same, or the moving scan has no such label.
+        InputError: an id is missing or unknown, both are the same, the moving scan has no such label, or none of the
+            two a lesion of that tag.
     """
     known = studies.list_images()
     image = request.get("image")
@@ -90,12 +93,24 @@ def resolve(
     if moving == image:
         raise InputError(f"{moving}: is the fixed and the moving scan at once, choose another as moving")
     paths = [image if uploaded else studies.get_image_uri(image), studies.get_image_uri(moving)]
+    lesions = _lesions(request, studies, {"fixed_lesion": None if uploaded else image, "moving_lesion": moving})
     if not label:
-        return Pair(*paths)
+        return Pair(*paths, lesions=lesions)
     if tag not in (tags := studies.get_labels_by_image_id(moving)):
         found = f"only {', '.join(map(repr, tags))}" if tags else "none at all"
         raise InputError(f"{moving}: has no label {tag!r} to propagate, {found}")
-    return Pair(*paths, studies.get_label_uri(moving, tag))
+    return Pair(*paths, studies.get_label_uri(moving, tag), lesions)
+
+
+def _lesions(request: Mapping[str, Any], studies: Studies, scans: dict[str, str | None]) -> dict[str, str]:
+    """Files of the labels that a registration leaves out: those with the tag "lesion_tag", if a request has one."""
+    tag = first(request.get("lesion_tag"))
+    if not tag:
+        return {}
+    tagged = {role: scan for role, scan in scans.items() if scan and tag in studies.get_labels_by_image_id(scan)}
+    if not tagged:
+        raise InputError(f"lesion_tag: neither of the two scans has a label {tag!r}")
+    return {role: studies.get_label_uri(scan, tag) for role, scan in tagged.items()}
 
 
 def _is_upload(path: Path, uploads: Path | None, sessions: Path | None) -> bool:
@@ -127,7 +142,7 @@ def first(value: Any) -> Any:
 
 
 def bundle_options(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a bundle's run in a request: "prealign" and "refine_steps". Clients send numbers as text.
+    """Options of a run in a request: "prealign", "refine_steps", "lesion_margin". Clients send numbers as text.
 
     Nothing else of a request reaches the configs, whose strings MONAI may evaluate.
 
@@ -137,14 +152,22 @@ def bundle_options(request: Mapping[str, Any]) -> dict[str, Any]:
     prealign = first(request.get("prealign", "affine"))
     if prealign not in PREALIGN:
         raise InputError(f"prealign: must be one of {', '.join(PREALIGN)}, got {prealign!r}")
-    steps = first(request.get("refine_steps", 0))
-    try:
-        number = float(steps)
-    except (TypeError, ValueError):
-        number = -1.0
+    steps, margin = first(request.get("refine_steps", 0)), first(request.get("lesion_margin"))
+    number = _number(steps)
     if not (number.is_integer() and 0 <= number <= STEPS):
         raise InputError(f"refine_steps: must be a whole number from 0 to {STEPS}, got {steps!r}")
-    return {"prealign": prealign, "refine_steps": int(number)}
+    if margin is not None and not 0 <= _number(margin) <= 1000:
+        raise InputError(f"lesion_margin: must be a number of mm from 0 to 1000, got {margin!r}")
+    given = {} if margin is None else {"lesion_margin": _number(margin)}
+    return {"prealign": prealign, "refine_steps": int(number)} | given
+
+
+def _number(value: Any) -> float:
+    """-1 for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return -1.0
 
 
 def label_names(label: np.ndarray, names: Mapping[str, int]) -> dict[str, int]:

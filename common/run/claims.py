@@ -1,4 +1,4 @@
-"""Which pair is whose, where several processes work on one cohort in one folder."""
+"""Which pair is whose, where several processes work on one cohort in one folder; and which pair waits for which."""
 
 import json
 import os
@@ -9,7 +9,28 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from common import InputError
 from common.space.files import beside, locked, replaced
+
+
+def lineage(pairs: list[dict], folder: Path) -> dict[str, list[str]]:
+    """Of each pair, those whose results it starts from, one from the other's, the first one first.
+
+    Raises:
+        InputError: pairs that wait for each other.
+    """
+    places = {str(folder.absolute() / pair["id"]): pair["id"] for pair in pairs}
+    before = {pair["id"]: places.get(str(Path(pair.get("start", "")).parent)) for pair in pairs}
+    found = {}
+    for name in before:
+        line = [name]
+        while (earlier := before[line[-1]]) is not None and earlier != line[-1]:
+            if earlier in line:
+                ring = f"starts from the result of {before[earlier]}, and that in the end from {earlier}"
+                raise InputError(f"{earlier}: {ring}")
+            line.append(earlier)
+        found[name] = line[:0:-1]
+    return found
 
 
 def claimed(folder: Path, names: list[str]) -> Iterator[int]:

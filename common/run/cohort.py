@@ -27,8 +27,9 @@ from common.quality import verdict
 from common.quality.review import rows_of, write_review
 from common.quality.summary import draw_summary
 from common.run import progress
-from common.run.claims import claimed
+from common.run.claims import claimed, lineage
 from common.run.cli import sentence_of
+from common.run.data import NUMBERS
 from common.space.files import locked, output_folder, remove_leftovers, replaced, write_table
 from common.space.io import contrasts_of
 
@@ -85,7 +86,7 @@ class PairTable:
 
     def add(self, row: dict) -> None:
         """Keep a row, and write the table."""
-        row = row | {"settings": self.settings}
+        row = row | {"settings": self.expected[row["id"]]["settings"]}
         self.rows[row["id"]] = row
         self.write()
 
@@ -95,7 +96,7 @@ class PairTable:
         Rows of pairs that are not of it stay, if their files do: those of another job, or an earlier one.
         """
         with locked(self.path):
-            found = {row["id"]: row for row in _read_table(self.path)}
+            found = {row["id"]: row for row in read_table(self.path)}
             own = [row for name in self.order if (row := self._newest(name, found.pop(name, None)))]
             kept = [row for row in found.values() if (self.folder / row["id"] / "report.json").exists()]
             write_table(self.path, [*kept, *own])
@@ -116,44 +117,62 @@ class PairTable:
         """Numbers of the pairs that are still to be done; those done before keep their rows."""
         self.order = [pair["id"] for pair in pairs]
         self.expected = {
-            pair["id"]: {name: str(pair.get(name)) for name in IDENTITY} | {"settings": self.settings} for pair in pairs
+            pair["id"]: {name: str(pair.get(name)) for name in IDENTITY} | {"settings": self._settings_of(pair)}
+            for pair in pairs
         }
-        self.rows, self.failed = {}, {}
+        self.rows, self.before = {}, {}
+        self.lineage = lineage(pairs, self.folder)
         if not self.resume or len(pairs) < 2:
             return list(range(len(pairs)))
-        found = {row["id"]: row for row in _read_table(self.path)}
-        self.failed = {name: row["error"] for name, row in found.items() if row.get("error")}
-        for pair in pairs:
-            row = found.get(pair["id"])
-            if self._is_of(row) and not row.get("error") and self._stands(pair):
-                self.rows[pair["id"]] = row
-        return [n for n, pair in enumerate(pairs) if pair["id"] not in self.rows]
+        self.before = found = {row["id"]: row for row in read_table(self.path)}
+        by_id = {pair["id"]: pair for pair in pairs}
+        for name in sorted(by_id, key=lambda name: len(self.lineage[name])):
+            row, stands = found.get(name), all(before in self.rows for before in self.lineage[name])
+            if stands and self._is_of(row) and not row.get("error") and self._stands(by_id[name]):
+                self.rows[name] = row
+        return [n for n, name in enumerate(self.order) if name not in self.rows]
 
-    def undone(self, pairs: list[dict], numbers: list[int]) -> Iterator[int]:
-        """Those of the numbers whose pair no other process does at the same time, or has done since `begin`."""
+    def _settings_of(self, pair: dict) -> str:
+        """The settings of all pairs, and what the table says of this one's own."""
+        own = {name: pair[name] for name in (*NUMBERS, "start") if name in pair}
+        return hashlib.sha256(f"{self.settings}{own}".encode()).hexdigest()[:12] if own else self.settings
+
+    def chains(self, numbers: list[int]) -> list[list[int]]:
+        """The numbers of the pairs that start from each other's results together, in the order in which to do them."""
+        found: dict[str, list[int]] = {}
+        for number in sorted(numbers, key=lambda number: len(self.lineage[self.order[number]])):
+            found.setdefault(self._first(number), []).append(number)
+        return [found[name] for name in dict.fromkeys(map(self._first, numbers))]
+
+    def _first(self, number: int) -> str:
+        name = self.order[number]
+        return (*self.lineage[name], name)[0]
+
+    def undone(self, pairs: list[dict], chains: list[list[int]]) -> Iterator[int]:
+        """Numbers of those pairs that no other process does at the same time, or has done since `begin`."""
         if not self.resume or len(pairs) < 2:
-            yield from numbers
+            yield from (number for chain in chains for number in chain)
             return
-        with closing(claimed(self.folder, [self.order[n] for n in numbers])) as places:
-            for place in places:
-                if self._done_since(pairs[numbers[place]]):
+        with closing(claimed(self.folder, [self._first(chain[0]) for chain in chains])) as places:
+            for number in (number for place in places for number in chains[place]):
+                if self._done_since(pairs[number]):
                     progress.advance()
                 else:
-                    yield numbers[place]
+                    yield number
 
     def _done_since(self, pair: dict) -> bool:
         """Whether another process has done a pair after this one began; a failure counts unless it is to be retried."""
-        row = next((row for row in _read_table(self.path) if row["id"] == pair["id"]), None)
-        if not self._is_of(row):
+        row = next((row for row in read_table(self.path) if row["id"] == pair["id"]), None)
+        if not self._is_of(row) or str(row) == str(self.before.get(pair["id"])):
             return False
-        return row["error"] != self.failed.get(pair["id"]) if row.get("error") else self._stands(pair)
+        return bool(row.get("error")) or self._stands(pair)
 
     def _stands(self, pair: dict) -> bool:
         """Whether the pair's folder is there, if there should be one, and not older than its files."""
         written = self.folder / pair["id"] / "report.json"
         if not self.saves:
             return True
-        files = [part for name, value in pair.items() if name != "id" for part in contrasts_of(value)]
+        files = [part for name, value in pair.items() if name not in ("id", *NUMBERS) for part in contrasts_of(value)]
         return written.exists() and all(
             os.path.exists(file) and os.path.getmtime(file) <= written.stat().st_mtime for file in files
         )
@@ -171,7 +190,7 @@ class PairTable:
 
     def review(self) -> None:
         """index.html of all pairs in the table."""
-        rows = _read_table(self.path)
+        rows = read_table(self.path)
         replaced(self.folder / "index.html", lambda path: write_review(self.folder, rows, path))
 
     def summary(self) -> str:
@@ -257,16 +276,16 @@ def run(engine: Evaluator) -> None:
         atexit.register(leave_group)
         ignite.distributed.sync()
     pairs = loader.dataset.data
-    output_folder(table.folder)
     todo = table.begin(pairs)
+    output_folder(table.folder)
     wait()  # nobody writes before all have read what is done
     if not rank():
         remove_leftovers(table.folder)
     wait()
     if len(todo) < len(pairs) and not rank():
         progress.tell(f"{len(pairs) - len(todo)} of {len(pairs)} pairs were done before, with these settings")
-    share = todo[rank() :: processes()]
-    progress.start(len(share), table.name if processes() == 1 else f"{table.name} (process {rank()})")
+    share = table.chains(todo)[rank() :: processes()]
+    progress.start(sum(map(len, share)), table.name if processes() == 1 else f"{table.name} (process {rank()})")
     for n in (undone := table.undone(pairs, share)):
         engine.data_loader = DataLoader(Subset(loader.dataset, [n]), batch_size=1, collate_fn=loader.collate_fn)
         engine.state.epoch_length = 1
@@ -304,7 +323,7 @@ def review_folder(folder: Path) -> tuple[Path, int]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    table = {row["id"]: row for row in _read_table(folder / "results.csv")}
+    table = {row["id"]: row for row in read_table(folder / "results.csv")}
     rows = list(({row["id"]: row for row in rows_of(folder)} | table).values())
     if not rows:
         raise InputError(f"{folder}: holds no results.csv and no pair's report.json")
@@ -367,7 +386,7 @@ def wait() -> None:
         torch.distributed.barrier()
 
 
-def _read_table(path: Path) -> list[dict]:
+def read_table(path: Path) -> list[dict]:
     """Rows of results.csv with numbers as numbers; [] if there is none or it is none of ours."""
     if not path.is_file():
         return []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common import InputError
 from common.run.example import write_phantom
+from common.run.options import FOR_INFERENCE
 from common.space.io import contrasts_of
 
 PAIR_COLUMNS = (
@@ -26,7 +27,12 @@ PAIR_COLUMNS = (
     "moving_mask",
     "fixed_lesion",
     "moving_lesion",
+    "start",
+    "guide",
+    "holdout_points",
+    "lesion_margin",
 )
+NUMBERS = ("guide", "holdout_points", "lesion_margin")  # columns that are no paths: the pair's own value of the option
 BESIDE = ("label", "points", "mask", "lesion")  # what a case of a data list may have beside its image
 LONGEST = 200  # bytes of an id: a file name has 255 at most
 SCAN_ENDINGS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
@@ -44,22 +50,25 @@ def list_pairs(
     fixed_mask: str | None = None,
     moving_lesion: str | None = None,
     fixed_lesion: str | None = None,
+    start: str | None = None,
     pairs: str | None = None,
     dataset_dir: str | None = None,
     output_dir: str = ".",
-) -> list[dict[str, str]]:
+) -> list[dict[str, str | float]]:
     """The pairs to register: of a CSV, two paths, a dataset's `registration_pairs` or the phantom, in that order.
 
     Args:
         moving, fixed, moving_label, ..., fixed_lesion: paths of one pair; labels, landmarks and masks are optional.
             A scan of several contrasts is a list of paths, or they are joined by ";".
+        start: path of a transform that one pair starts from.
         pairs: CSV with columns fixed, moving and optionally id, fixed_label, ... ; paths relative to the CSV. With the
             options of one scan alone (an atlas) the table has only the other, or is a folder of scans.
         dataset_dir: folder with a dataset.json.
         output_dir: where the phantom's files go if nothing else is given.
 
     Returns:
-        One dictionary a pair: id, moving, fixed and the optional columns that it has; absolute paths, ids unique.
+        One dictionary a pair: id, moving, fixed and the optional columns that it has; absolute paths, ids unique, and
+        of NUMBERS floats.
 
     Raises:
         InputError: contradictory or incomplete options, a missing file, an empty or faulty CSV.
@@ -69,6 +78,9 @@ def list_pairs(
     row |= {"moving_mask": moving_mask, "fixed_mask": fixed_mask}
     row |= {"moving_lesion": moving_lesion, "fixed_lesion": fixed_lesion}
     row = {name: absolute(value) for name, value in row.items() if value}
+    if start and (pairs or not row):
+        raise InputError(f"--start {start}: is for one pair; in a table of pairs it is a column")
+    row |= {"start": absolute(start)} if start else {}
     roles = {name.partition("_")[0] for name in row}
     atlas = bool(pairs) and len(roles) == 1 and roles <= set(row)  # one scan for every pair of the table
     sources = {"--pairs": pairs, "--dataset_dir": dataset_dir, "--moving and --fixed": row and not atlas}
@@ -87,7 +99,8 @@ def list_pairs(
     taken: set[str] = set()
     for row in rows:
         for name, value in row.items():
-            missing = [] if name == "id" else [part for part in contrasts_of(value) if not Path(part).exists()]
+            parts = [] if name == "id" or name in NUMBERS else contrasts_of(value)
+            missing = [part for part in parts if not Path(part).exists()]
             if missing and len(rows) == 1:  # in a cohort, that pair fails alone
                 raise InputError(f"{missing[0]}: no such file")
     for row in sorted(rows, key=lambda row: not row.get("id")):  # what has a name keeps it
@@ -206,10 +219,22 @@ def _rows(path: str, text: str, same: dict[str, str], needed: list[str], role: s
             if any(name not in row for name in needed):
                 raise InputError(f"{path}: line {reader.line_num} lacks {' or '.join(needed)}")
             folder = Path(path).absolute().parent
-            rows.append(same | {n: value if n == "id" else absolute(value, folder) for n, value in row.items()})
+            line_number = f"{path}: line {reader.line_num}"
+            rows.append(same | {name: _cell(name, text, folder, line_number) for name, text in row.items()})
     if not rows:
         raise InputError(f"{path}: holds no pairs")
     return rows
+
+
+def _cell(name: str, text: str, folder: Path, where: str) -> str | float:
+    if name in NUMBERS:
+        from common.run.values import read
+
+        try:
+            return float(read(name, FOR_INFERENCE[name], text))
+        except InputError as error:
+            raise InputError(f"{where}, {error}") from error
+    return text if name == "id" else absolute(text, folder)
 
 
 def read_dataset(dataset_dir: str) -> dict:

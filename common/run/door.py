@@ -1,24 +1,31 @@
-"""The front door: `python -m common register MOVING FIXED OUT`, and `monai-register` of an installed package.
+"""The front doors: `python -m common register MOVING FIXED OUT`, and `monai-register` of an installed package; and
+`python -m common series SERIES OUT`, for phases in time.
 
-It runs a bundle's own inference.json, with the options of `monai.bundle run` by the same names; so does the way in to
+They run a bundle's own inference.json, with the options of `monai.bundle run` by the same names; so does the way in to
 templates, `python -m common template SCANS OUT`. `python -m common run` is `monai.bundle run` itself. What takes
 seconds to load is imported where it is needed, so that help and mistakes do without.
 """
 
+import contextlib
 import json
+import os
+import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common import InputError
 from common.run.cli import bundle_folder, config_file, one_sentence_errors, refuse_unknown, sentence_of
-from common.run.help import help_of_register, help_of_template
+from common.run.help import help_of_register, help_of_series, help_of_template
 from common.run.line import check_configs, config_files, split, top
-from common.run.options import FOR_INFERENCE, OF_ALL, TEMPLATE, Option
+from common.run.options import FOR_INFERENCE, OF_ALL, OF_SERIES, TEMPLATE, Option
 
 PLACES = ("moving", "fixed", "output_dir")
 OWN = ("method", "config")  # options of the door itself
+NOT_OF_SERIES = ("moving", "moving_label", "moving_points", "moving_mask", "moving_lesion", "fixed", "pairs")
+NOT_OF_SERIES += ("dataset_dir", "start", "midspace", "save", "guide", "holdout_points", "series")
 RUN = "python -m common run --config_file CONFIG --bundle_root BUNDLE [--OPTION VALUE ...]"
 
 
@@ -37,8 +44,57 @@ def register(words: list[str]) -> str:
     given = _values(options)
     if not given.get("output_dir"):
         raise InputError("register needs MOVING FIXED OUT; monai-register --help")
+    bundle, config, asked, told = _way(method, config, given, given)
+
+    from common.run.registrar import Registrar
+
+    with _running(told):
+        Registrar(bundle, config=config).run(**asked)
+    return ""
+
+
+def series(words: list[str]) -> str:
+    """Register every phase of a series in time to one of them, each started from what its neighbour has found.
+
+    Returns what there is to say; `words` are those of the command line.
+
+    Raises:
+        InputError: a word, an option or an input that is wrong; a phase that fails.
+    """
+    if {"--help", "-h"} & set(words):
+        return help_of_series()
+    from common.run.series import DEFAULTS, checked_reference, phases_of, run_series
+    from common.run.words import split
+
+    options, places = split(words, {*FOR_INFERENCE, *OWN, *OF_SERIES})
+    for name in options:
+        where = "a pair; common/run/README.md says what a series takes" if name in NOT_OF_SERIES else ""
+        refuse_unknown(name, name, {*FOR_INFERENCE, *OWN, *OF_SERIES} - {*NOT_OF_SERIES}, where)
+    if len(places) != 2:
+        raise InputError("series needs SERIES OUT, and no other words; python -m common series --help")
+    method, config = (options.pop(name, "") or "" for name in OWN)
+    given = DEFAULTS | _values(options, FOR_INFERENCE | OF_SERIES)
+    word, cyclic = given.pop("reference", "0"), given.pop("cyclic", False)
+    if word != "mean" and not re.fullmatch(r"\d{1,9}", word):
+        raise InputError(f"--reference must be the number of a phase, from 0, or mean, got {word}")
+    folder = Path(os.path.abspath(places[1]))
+    files = phases_of(places[0], folder / "phases")
+    reference = word if word == "mean" else checked_reference(int(word), len(files))
+    first = 0 if reference == "mean" else reference
+    pair = {"moving": files[first - 1], "fixed": files[first]}
+    bundle, config, asked, told = _way(method, config, given, given | pair)
+
+    from common.run.registrar import Registrar
+
+    with _running(told):
+        path = run_series(Registrar(bundle, config=config), files, folder, reference, cyclic=cyclic, **asked)
+    return f"wrote {path}: {len(files)} phases; warped.nii.gz holds them in one space, series.png their motion"
+
+
+def _way(method: str, config: str, given: dict[str, Any], pair: dict[str, Any]) -> tuple[Path, str, dict, dict]:
+    """Bundle, one more config, all options, and what the report is told of the choice, which is printed."""
     if method in ("", "auto"):
-        choice = _chosen(given)
+        choice = _chosen(pair)
         bundle, settings, reason = bundle_folder(choice.bundle), choice.options, choice.reason
         config = config or (str(bundle / "configs" / choice.config) if choice.config else "")
     else:
@@ -51,21 +107,24 @@ def register(words: list[str]) -> str:
     if not given.get("quiet"):
         print(f"method: {line} ({reason})", flush=True)
     told = {"bundle": bundle.name, "config": Path(config).name, "options": shown, "reason": reason}
+    return bundle, config, asked, told
 
+
+@contextlib.contextmanager
+def _running(told: dict) -> Iterator[None]:
+    """As a program of its own, which puts into reports what it is told; of an error, our sentence is what is left."""
     from common.run import progress
     from common.run.machine import keep_memory, take_threads
-    from common.run.registrar import Registrar
 
     keep_memory()
     take_threads()
     try:
         with progress.telling(method=told):
-            Registrar(bundle, config=config).run(**asked)
+            yield
     except Exception as error:
         if (sentence := sentence_of(error)) is None or isinstance(error, InputError):
             raise
         raise InputError(sentence) from error
-    return ""
 
 
 def run(words: list[str]) -> str:

@@ -15,8 +15,9 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from common import InputError, RegistrationWarning
-from common.fields import compose
+from common.fields import compose, integrate
 from common.graphs import Graphed, modules_state
+from common.halves import flow_between
 from common.holes import fill, spread
 from common.ops import plain, warp
 from common.refine import SIMILARITIES, Guide, refine
@@ -25,6 +26,8 @@ from common.run.choose import ALIKE, tissue_correlation
 from common.run.cohort import PairTable, run
 
 __all__ = ["PairTable", "run"]  # which the configs name as part of this module
+GENTLE = 0.1  # learning rate of the steps from a start, which is near already: 0.5 first leads away from it
+UNGUIDED = "--guide: points guide the refinement, which needs --refine_steps, as 50"
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike | None, device: torch.device | str = "cpu") -> nn.Module:
@@ -100,10 +103,11 @@ class RegistrationInferer(Inferer):
     Before, time and memory of the two and of the pair as a whole are forecast, shown, and kept for the report; a pair
     that will not fit is stopped, tiled or coarsened. Up to `forecast.SIDE`^3 voxels nothing is forecast unless `memory`
     is given: measuring would be the registration itself, which takes seconds and 0.1 GiB. What network and refinement
-    warn of is kept for the row. What a mask leaves out is filled before the network sees it (`common.holes.fill`), and
-    there the displacement of the network is continued from around it. The call's `started` (time.time()) and
-    `scan_voxels` (of the fixed scan) are for the forecast of the whole pair; without them it is of network and
-    refinement alone.
+    warn of is kept for the row. From a `start`, a displacement (B, 3, I, J, K), the steps alone go on; without steps,
+    the network registers what is left. What a mask leaves out is filled before the network sees it
+    (`common.holes.fill`), and there the displacement of the network is continued from around it. The call's `started`
+    (time.time()) and `scan_voxels` (of the fixed scan) are for the forecast of the whole pair; without them it is of
+    network and refinement alone.
 
     Args:
         refine_steps: steps of `common.refine.refine`; 0 leaves the network's displacement.
@@ -115,7 +119,8 @@ class RegistrationInferer(Inferer):
         too_large: what to do with a pair that needs more: "stop", "tile" or "coarsen".
         cost: {"units": ..., "bytes": ...} that the network takes a voxel, as `forecast.Work` says; without, and with a
             refinement of which nothing is known, it is measured on a crop of the first pair that is large enough.
-        guide: weight with which the points of a call guide the refinement, in mm.
+        guide: weight with which the points of a call guide the refinement, in mm; a call's own `guide` wins.
+        midspace: register in both directions, and take what lies in their middle: swapping the scans gives the inverse.
         cuda_graphs: on a GPU, replay what is repeated at one size as a CUDA graph: the steps of the refinement, and the
             network from its second pair of a size on, if it says that it is `capturable`. The report says what was.
         options: further keyword arguments of `refine`.
@@ -131,6 +136,7 @@ class RegistrationInferer(Inferer):
         too_large: str = "stop",
         cost: dict[str, float] | None = None,
         guide: float = 0.0,
+        midspace: bool = False,
         cuda_graphs: bool = True,
         **options: Any,
     ) -> None:
@@ -146,8 +152,8 @@ class RegistrationInferer(Inferer):
             raise InputError(f"--too_large must be one of {', '.join(forecast.POLICIES)}, got {too_large}")
         self.passes, self.refine_steps, self.similarity, self.options = passes, refine_steps, similarity, options
         if guide and not refine_steps:
-            raise InputError("--guide: points guide the refinement, which needs --refine_steps, as 50")
-        self.memory, self.too_large, self.guide = memory, too_large, guide
+            raise InputError(UNGUIDED)
+        self.memory, self.too_large, self.guide, self.midspace = memory, too_large, guide, midspace
         self._work = None if cost is None else forecast.Work(**cost)
         self._cost: forecast.Cost | None = None  # once measured
         self.cuda_graphs = cuda_graphs
@@ -160,20 +166,30 @@ class RegistrationInferer(Inferer):
         *args: Any,
         mask: Tensor | None = None,
         points: tuple[Tensor, Tensor, Tensor] | None = None,
+        guide: float | None = None,
+        start: Tensor | None = None,
         started: float | None = None,
         scan_voxels: int = 0,
         **kwargs: Any,
     ) -> Tensor:
         image = plain(inputs)
-        # The mask travels as two more channels, so that tiles and coarser grids treat it as they do the scans.
-        packed = image if mask is None else torch.cat([image, mask.to(image)], 1)
+        guide = self.guide if guide is None else guide
+        if guide and not self.refine_steps:
+            raise InputError(UNGUIDED)
+        # Mask and start travel as more channels, so that tiles and coarser grids treat them as they do the scans.
+        beside = [x.to(image) for x in (mask, start) if x is not None]
+        packed = torch.cat([image, *beside], 1)
 
         def run(steps: int, quiet: bool = False) -> forecast.Run:
             def registered(part: Tensor) -> Tensor:
-                own = part[:, : image.shape[1]]
-                weight = None if mask is None else part[:, image.shape[1] :]
-                guide = self._guide(points, tuple(image.shape[2:]), tuple(part.shape[2:]), how)
-                return self._register(own, network, weight, guide, steps, quiet, args, kwargs)
+                own, *rest = part.split([image.shape[1], *(x.shape[1] for x in beside)], 1)
+                weight = rest.pop(0) if mask is not None else None
+                begun = rest[0] * _share(image, part, how).view(1, 3, 1, 1, 1) if start is not None else None
+                marks = self._guide(points, guide, image, part, how)
+                options = {"steps": steps, "quiet": quiet, "args": args, "kwargs": kwargs}
+                if not self.midspace:
+                    return self._register(own, network, weight, marks, begun, **options)
+                return self._both_ways(own, network, weight, marks, **options)
 
             return registered
 
@@ -187,18 +203,26 @@ class RegistrationInferer(Inferer):
             disp = forecast.run_planned(run(self.refine_steps), packed, how, size)
         return disp
 
-    def _guide(self, points: tuple | None, size: tuple[int, ...], part: tuple[int, ...], how: str) -> Guide | None:
+    def _guide(self, points: tuple | None, weight: float, image: Tensor, part: Tensor, how: str) -> Guide | None:
         """`points` on the grid of `part`, a coarser one of the same field of view; none in a tile or a crop."""
-        if points is None or not self.guide or (how != "coarsen" and size != part):
+        if points is None or not weight or (how != "coarsen" and image.shape[2:] != part.shape[2:]):
             return None
-        scale = points[0].new_tensor([(m - 1) / (n - 1) for n, m in zip(size, part)])
-        return Guide(points[0] * scale, points[1] * scale, points[2] / scale, self.guide)
+        scale = _share(image, part, how)
+        return Guide(points[0] * scale, points[1] * scale, points[2] / scale, weight)
 
-    def _register(self, image, network, mask, guide, steps, quiet, args, kwargs) -> Tensor:
+    def _both_ways(self, image, network, mask, guide, **options) -> Tensor:
+        """Displacement whose inverse is that of the swapped scans, from both directions."""
+        forward = self._register(image, network, mask, guide, None, **options)
+        swapped = [None if x is None else torch.cat(x.chunk(2, 1)[::-1], 1) for x in (image, mask)]
+        marks = guide and guide._replace(fixed=guide.moving, moving=guide.fixed)
+        backward = self._register(swapped[0], network, swapped[1], marks, None, **options)
+        return integrate(flow_between(forward, backward))
+
+    def _register(self, image, network, mask, guide, start, *, steps, quiet, args, kwargs) -> Tensor:
         image = image if mask is None else fill(image, mask)
         moving, fixed = image.chunk(2, dim=1)
-        pair, disp = image, None
-        for left in reversed(range(self.passes)):
+        pair, disp = image if start is None else torch.cat([warp(moving, start), fixed], 1), start
+        for left in reversed(range(self.passes if start is None or not steps else 0)):
             with warnings.catch_warnings():
                 if left:
                     warnings.simplefilter("ignore", RegistrationWarning)
@@ -220,6 +244,7 @@ class RegistrationInferer(Inferer):
             text = f"not with {name}, whose grid it does not take; mind or lncc would do"
             raise InputError(f"--refine_similarity features: {text}")
         options = {"similarity": similarity, "features": features, "mask": mask, "guide": guide} | self.options
+        options |= {} if start is None else {"learning_rate": GENTLE}
         options |= {"progress": False if quiet else progress.step, "graphs": self.cuda_graphs}
         if not quiet:
             progress.stage("refining" if similarity == self.similarity else f"refining by {similarity.upper()}")
@@ -245,7 +270,8 @@ class RegistrationInferer(Inferer):
             return "whole", size
         cost = self._cost
         if cost is None and self._work and (not self.refine_steps or self.similarity in forecast.STEP):
-            options = {"passes": self.passes, "steps": self.refine_steps, "similarity": self.similarity}
+            ways = 1 + self.midspace
+            options = {"passes": ways * self.passes, "steps": ways * self.refine_steps, "similarity": self.similarity}
             cost = forecast.known_cost(self._work, image.device, **options)
         if cost is None:
             progress.stage("forecasting")
@@ -273,6 +299,12 @@ class RegistrationInferer(Inferer):
         return how, size
 
 
+def _share(image: Tensor, part: Tensor, how: str) -> Tensor:
+    """(3,) voxels of `part` to one of `image`: below 1 on a coarser grid, 1 in a tile or a crop."""
+    sizes = zip(image.shape[2:], part.shape[2:])
+    return image.new_tensor([(m - 1) / max(n - 1, 1) if how == "coarsen" else 1.0 for n, m in sizes])
+
+
 def prepare_masked(batch: dict, device: torch.device, non_blocking: bool = False, **kwargs: Any) -> tuple:
     """Input of a pair and no target; for the inferer the "mask" (B, 2, I, J, K), if there is one, when the pair was
     begun, and how many voxels its fixed scan has."""
@@ -284,6 +316,10 @@ def prepare_masked(batch: dict, device: torch.device, non_blocking: bool = False
         fixed, moving = torch.as_tensor(batch["guides"])[0].float().to(device)
         to_mm = torch.as_tensor(batch["image"].affine).reshape(-1, 4, 4)[0, :3, :3]
         known["points"] = fixed, moving, to_mm.float().to(device)
+    if "guide" in batch:
+        known["guide"] = float(batch["guide"])
+    if "start" in batch:
+        known["start"] = torch.as_tensor(batch["start"]).to(device, non_blocking=non_blocking, **kwargs)
     return image, None, (), known
 
 

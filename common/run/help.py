@@ -10,6 +10,7 @@ from common.run.options import (
     FOR_INFERENCE,
     FOR_TRAINING,
     OF_ALL,
+    OF_SERIES,
     TEMPLATE,
     TEMPLATE_DEFAULTS,
     Option,
@@ -68,6 +69,17 @@ def help_of_register() -> str:
     for name, option in FOR_INFERENCE.items():
         lines += _explained(name, option, config.get(name))
     return "\n".join([*lines, "", "Where bundles differ, defaults are those of samconvex. More: common/run/README.md."])
+
+
+def help_of_series() -> str:
+    """What `python -m common series` takes beside the options of `register`."""
+    lines = ["python -m common series SERIES OUT [--reference N|mean] [--cyclic True] [--OPTION VALUE ...]", ""]
+    lines += ["Registers every phase of a 4-D NIfTI file, or of a folder with a file (or DICOM folder) a phase, to"]
+    lines += ["one of them, each started from what its neighbour has found. Run again, it does what is missing."]
+    lines += ["", *(line for name, option in OF_SERIES.items() for line in _explained(name, option, None)), ""]
+    lines += ["--fixed_label, --fixed_points, --fixed_mask, --fixed_lesion are those of the reference. The others are"]
+    lines += ["those of monai-register; --prealign none, --refine_steps 20, --report none are the defaults here."]
+    return "\n".join(lines)
 
 
 def help_of_template() -> str:

@@ -59,6 +59,8 @@ INFERENCE = {
     "fixed_mask": _scan("fixed", "mask, what is looked at,"),
     "moving_lesion": _scan("moving", "mask of a lesion, what is left out,"),
     "fixed_lesion": _scan("fixed", "mask of a lesion, what is left out,"),
+    "start": Option("path", "transform to start from, of fixed points to the moving scan, in place of the alignment"),
+    "midspace": Option("switch", "register both ways, and bring both scans into the space in their middle as well"),
     "lesion_margin": Option("number", "mm by which lesions are widened", high=1000),
     "guide": Option("number", "weight with which the landmarks guide the refinement; at 0 they are measured only"),
     "holdout_points": Option("number", "share of the landmarks that do not guide, and are measured", high=1),
@@ -120,6 +122,10 @@ TRAINING = {
     "region_reduction": Option("word", "of the LNCC over the classes", ("roi", "mean", "sum")),
     **{n: Option("number", "weight in the loss") for n in ("alpha", "beta", "gamma", "eta")},
     **{f"{n}_weight": Option("number", f"weight of the {n} term in the loss") for n in ("seg", "dice", "label")},
+}
+OF_SERIES = {
+    "reference": Option("path", "number of the phase that all are registered to, from 0, or mean; default 0"),
+    "cyclic": Option("switch", "the last phase is a neighbour of the first, as in a breath or a heartbeat"),
 }
 OWN = {  # of some bundles
     "residual_aligner": ("similarity", "edges", "consistency", "crop", "translation", "amplitude"),

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.fields import invert
+from common.halves import half
 from common.quality import measure, page, picture, report
 from common.quality.views import Views
 from common.run import progress
-from common.space import io, mapping, points
+from common.space import io, mapping, middle, points
 from common.space.transform_files import write_transform
 
 
@@ -39,6 +41,28 @@ def files_of(
         for ending in {".csv", ".mrk.json" if form == ".json" else form}:
             write = partial(points.write_points, points.Points(there, pair.moving_points.names))
             writers[f"warped_points{ending}"] = write
+    return writers
+
+
+def middle_files(pair: measure.Registration) -> dict[str, Callable[[Path], None]]:
+    """Both scans in the space in their middle, and the transforms from there to each; of a map that is symmetric.
+
+    The middle is H x, with H H the matrix of the alignment. There the displacement of the pair is two halves: its half
+    h leads to the moving scan, h^-1 to the fixed one.
+    """
+    matrix = mapping.matrix_of(pair.start)
+    ways = middle.ways_from_middle(matrix, np.linalg.inv(matrix))
+    there, work = half(pair.disp[None]), np.linalg.inv(ways[1]) @ pair.work_affine
+    scans = ((pair.moving, pair.moving_affine), (pair.fixed, pair.fixed_affine))
+    size, onto = middle.middle_grid(tuple((scan.shape[1:], affine) for scan, affine in scans), ways)
+    writers = {}
+    for name, disp, way, (scan, affine) in zip(("moving", "fixed"), (there, invert(there)), ways, scans):
+        the_map = mapping.displacement_transform(disp[0].numpy(), work)
+        the_map = mapping.compose(the_map, mapping.affine_transform(way))
+        options = [{"outside": io.background(channel)} for channel in scan]
+        found = np.stack([mapping.resample(c, affine, size, onto, the_map, **o) for c, o in zip(scan, options)])
+        writers[f"middle_{name}.nii.gz"] = partial(io.write_scan, found, onto)
+        writers[f"middle_to_{name}.h5"] = partial(write_transform, the_map)
     return writers
 
 

@@ -3,67 +3,29 @@
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
 
-from common import InputError, RegistrationWarning
+from common import InputError
 from common.ops import plain
 from common.quality import measure, report, verdict
 from common.run import forecast, outputs, progress
+from common.run.align import AlignAndGridd, landmarks_of, plain_scan, scan_tensor
 from common.run.pipeline import RegisterDeformabled
 from common.space import geometry, io, mapping, points
 from common.space.headers import HEADERS
-from common.space.prealign import fit_points, prealign
 from common.space.transform_files import write_transform
 
-__all__ = ["RegisterDeformabled"]  # beside what is here: all of these steps in one, for pipelines of MONAI
+# Beside what is here: the step between loading and scaling, and all of them in one, for pipelines of MONAI.
+__all__ = ["AlignAndGridd", "RegisterDeformabled"]
 WRITTEN = 2**21  # voxels of a fixed scan whose displacement is written without being asked for: some 15 MB
-PREALIGN = ("affine", "rigid", "none")
 REPORTS = {"png": ("png",), "html": ("html",), "both": ("png", "html"), "none": ()}
-
-
-def scan_tensor(array: np.ndarray, affine_ras: np.ndarray, name: str) -> MetaTensor:
-    return MetaTensor(torch.from_numpy(array), affine=torch.from_numpy(affine_ras), meta={"filename_or_obj": name})
-
-
-def plain_scan(scan: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
-    return scan.numpy(), np.asarray(scan.affine, dtype=np.float64)
-
-
-def checked_spacing(value: float | None) -> float | None:
-    if value is None or (isinstance(value, (int, float)) and 0 <= value < math.inf):
-        return value or None
-    raise InputError(f"--spacing must be a size in mm, or 0 for that of the scan, got {value}")
-
-
-def checked_grid_size(value: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
-    if value is None or (len(value) == 3 and all(isinstance(n, int) and n > 1 for n in value)):
-        return None if value is None else tuple(value)
-    raise InputError(f"--grid_size must be three whole numbers of voxels, got {value}")
-
-
-def refuse_huge(size: tuple[int, int, int], spacing: float | None) -> None:
-    """Stop at a working grid whose two scans alone need more memory than there is, before it is made.
-
-    Raises:
-        InputError: such a grid.
-    """
-    free, needed = forecast.free_memory(torch.device("cpu")), 8 * math.prod(map(int, size))
-    if min(size) < 1 or (free is not None and needed > free):  # below 1: so many that they are not counted
-        grid = "more voxels than can be counted"
-        if min(size) > 0:
-            grid = f"{' x '.join(map(str, size))} voxels, the two scans alone need {needed / forecast.GIB:.0f} GiB"
-            grid += f", {free / forecast.GIB:.1f} are free"
-        where = f"--spacing {spacing:g}" if spacing else "the grid of the fixed scan"
-        raise InputError(f"{where}: {grid}; take a larger --spacing")
 
 
 class LoadScansd(Transform):
@@ -76,7 +38,7 @@ class LoadScansd(Transform):
         label_keys: of their label maps; KEY_label if not given.
         header: where NIfTI scans are: "sform" or "qform"; None is ITK's choice. What is doubtful is noted for the row.
         series: UID or description of the DICOM series, in a folder of several; a list if the scans' differ.
-        lesion_margin: mm by which lesions are widened.
+        lesion_margin: mm by which lesions are widened; a pair's own "lesion_margin" wins.
 
     Raises:
         InputError: what `io.read_scan` refuses, a constant scan, a label map of another shape than its scan, a mask
@@ -134,120 +96,13 @@ class LoadScansd(Transform):
                 name = {"mask": "mask", "lesion": "lesion mask"}[kind]
                 inside = io.read_mask(file, name, str(data[key].meta["filename_or_obj"]), scan, affine, self.header) > 0
                 if kind == "lesion":
-                    inside = ~geometry.dilated(inside[0], affine, self.lesion_margin)[None]
+                    inside = ~geometry.dilated(inside[0], affine, data.get("lesion_margin", self.lesion_margin))[None]
                 found = inside if found is None else found & inside
                 if not found.any():
                     where = data[key].meta["filename_or_obj"]
                     hint = f"; what is to be left out is given as --{key}_lesion" if kind == "mask" else ""
                     raise InputError(f"{file}: the {name} leaves nothing of the scan {where} to look at{hint}")
         return None if found is None else found.astype(np.uint8)
-
-
-class AlignAndGridd(Transform):
-    """Pre-align the pair and resample both scans onto the working grid of the fixed one.
-
-    Adds "matrix" (4x4, RAS mm, fixed space -> moving space), "moving_work" and "fixed_work"; with masks also "mask"
-    (2, I, J, K), 0 or 1 on the working grid, moving then fixed, all 1 for a scan without.
-
-    Args:
-        spacing: voxel size of the working grid in mm; None or 0 keeps the fixed scan's.
-        prealign: "affine", "rigid" or "none" (the scans already overlap in world space).
-        channels: number that the network takes; None checks only that both scans have the same.
-        divisor: sizes of the working grid become multiples of this, so that the network adds no padding.
-        crop: lay the grid around the foreground of a fixed scan with background 0; False covers all of its field of
-            view. Instance normalisation sees the share of background, and a share unlike that of the training scans
-            costs accuracy: True suits weights for whole organs, False those trained on crops around one.
-        grid_size: voxels of the working grid, in closest RAS order, around its middle; None covers the scan.
-        guide: above 0, the landmarks of the pair guide: the alignment starts from them, and "guides" (2, N, 3) are
-            their voxels on the working grid, fixed then moving (aligned).
-        holdout: share of the landmarks, evenly spread over their list, that do not guide, and are measured: "measured".
-
-    Raises:
-        InputError: unknown `prealign`, different channel counts, scans that do not overlap after the alignment.
-    """
-
-    def __init__(
-        self,
-        spacing: float | None,
-        prealign: str = "affine",
-        *,
-        channels: int | None = None,
-        divisor: int = 16,
-        crop: bool = True,
-        grid_size: tuple[int, int, int] | None = None,
-        guide: float = 0.0,
-        holdout: float = 0.2,
-    ) -> None:
-        if prealign not in PREALIGN:
-            raise InputError(f"--prealign must be one of {', '.join(PREALIGN)}, got {prealign}")
-        self.spacing, self.prealign, self.channels = checked_spacing(spacing), prealign, channels
-        self.grid_size = checked_grid_size(grid_size)
-        self.divisor, self.crop = divisor, crop
-        self.guide, self.holdout = guide, holdout
-
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
-        data = dict(data)
-        (moving, moving_affine), (fixed, fixed_affine) = plain_scan(data["moving"]), plain_scan(data["fixed"])
-        names = [data[key].meta["filename_or_obj"] for key in ("moving", "fixed")]
-        if len(moving) != len(fixed):
-            raise InputError(f"{names[0]}: has {len(moving)} channels, the fixed scan {names[1]} has {len(fixed)}")
-        if self.channels is not None and len(fixed) != self.channels:
-            raise InputError(f"{names[1]}: has {len(fixed)} channels, these weights take {self.channels}")
-        box = geometry.foreground_box(fixed[0]) if self.crop else None
-        options = {"box": box, "divisor": self.divisor, "grid_size": self.grid_size}
-        refuse_huge(geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing, **options)[0], self.spacing)
-        organ = fixed.shape[1:], fixed_affine, self.spacing, box if self.crop else geometry.foreground_box(fixed[0])
-        spacing = geometry.fitting_spacing(*organ)
-        if spacing != self.spacing:
-            text = f"a grid of {self.spacing:g} mm voxels does not suit the size of {names[1]}"
-            progress.remark(f"{text}, one of {spacing:g} mm was used; choose another with --spacing")
-        size, onto = geometry.working_grid(fixed.shape[1:], fixed_affine, spacing, **options)
-        progress.stage("no alignment" if self.prealign == "none" else f"{self.prealign} alignment")
-        masks = {name: data[name].numpy()[0] for name in ("moving_mask", "fixed_mask") if name in data}
-        guides = self._guides(data, names[1]) if self.guide else None
-        if guides is not None and self.prealign != "none":
-            masks["start"] = fit_points(*guides, scaled=self.prealign == "affine")
-        matrix = prealign(fixed[0], fixed_affine, moving[0], moving_affine, self.prealign, **masks)
-        masks.pop("start", None)
-        if guides is not None:
-            back = np.linalg.inv(onto), np.linalg.inv(onto) @ np.linalg.inv(matrix)
-            both = [nib.affines.apply_affine(to_voxel, marks) for to_voxel, marks in zip(back, guides)]
-            data["guides"] = torch.from_numpy(np.stack(both))
-        progress.stage("resampling")
-        moving_work = geometry.to_working_grid(moving, moving_affine, size, onto, matrix)
-        fixed_work = geometry.to_working_grid(fixed, fixed_affine, size, onto)
-        apart = not geometry.overlap(size, onto, moving.shape[1:], moving_affine, matrix)
-        if geometry.is_stripped(moving[0]) and geometry.is_stripped(fixed[0]):
-            apart = not ((moving_work[0] > 0) & (fixed_work[0] > 0)).any()
-        if apart:
-            hint = "" if self.prealign != "none" else "; try --prealign affine"
-            raise InputError(f"{names[0]}: does not overlap the fixed scan {names[1]} at all{hint}")
-        if masks:
-            both = np.ones((2, *size), np.float32)
-            places = ((moving_affine, matrix), (fixed_affine, None))
-            for half, key, (affine, there) in zip(both, ("moving", "fixed"), places):
-                if f"{key}_mask" in masks:
-                    mask = masks[f"{key}_mask"]
-                    faces = np.concatenate([mask.take(end, axis).ravel() for axis in range(3) for end in (0, -1)])
-                    options = {"nearest": True, "outside": float(faces.mean() > 0.5)}  # beyond it, as at its border
-                    half[:] = geometry.to_working_grid(mask[None], affine, size, onto, there, **options)[0]
-            data["mask"] = scan_tensor(both, onto, names[1])
-        data["matrix"] = torch.from_numpy(matrix)
-        both = zip((moving_work, fixed_work), names)
-        data["moving_work"], data["fixed_work"] = (scan_tensor(x, onto, n) for x, n in both)
-        return data
-
-    def _guides(self, data: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Fixed and moving landmarks (N, 3) in RAS mm that guide; "measured" says which do not."""
-        marks = _landmarks(data, {role: np.asarray(data[role].affine) for role in ("moving", "fixed")})
-        if len(marks) < 2:
-            raise InputError(f"{name}: --guide needs landmarks of both scans, --moving_points and --fixed_points")
-        number = np.arange(len(marks["fixed_points"].lps))
-        data["measured"] = np.floor((number + 1) * self.holdout + 1e-9) > np.floor(number * self.holdout + 1e-9)
-        if data["measured"].all():
-            raise InputError(f"{name}: with --holdout_points {self.holdout:g} none of its landmarks is left to guide")
-        flip = np.array([-1.0, -1.0, 1.0])
-        return tuple(marks[f"{role}_points"].lps[~data["measured"]] * flip for role in ("fixed", "moving"))
 
 
 class ScaleForegroundd(Transform):
@@ -322,6 +177,7 @@ class DeliverPaird(Transform):
             None: of fixed scans of up to WRITTEN voxels.
         report: what is drawn: "png" report.png, "html" report.html and the thumbnail for the cohort's page, "both",
             or "none".
+        midspace: also write both scans in the space in their middle, and the transforms from there to each.
         trained_on: what the weights were trained on, a key of `common.quality.verdict.TRAINING`; None or "" if they
             were not.
     """
@@ -338,6 +194,7 @@ class DeliverPaird(Transform):
         displacement: bool | None = None,
         report: str = "both",
         trained_on: str | None = None,
+        midspace: bool = False,
     ) -> None:
         if report not in REPORTS:
             raise InputError(f"--report must be one of {', '.join(REPORTS)}, got {report}")
@@ -345,7 +202,7 @@ class DeliverPaird(Transform):
             raise InputError(f"--trained_on must be one of {', '.join(verdict.TRAINING)}, got {trained_on}")
         self.output_dir, self.save_inverse, self.surface = Path(output_dir), save_inverse, surface
         self.minimum, self.groups, self.save, self.trained_on = minimum, groups, save, trained_on or None
-        self.displacement, self.report = displacement, report
+        self.displacement, self.report, self.midspace = displacement, report, midspace
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
@@ -359,6 +216,8 @@ class DeliverPaird(Transform):
         small = pair.fixed[0].size <= WRITTEN
         whole = small if self.displacement is None else self.displacement
         writers = outputs.files_of(pair, warped, whole, points_like=str(data.get("moving_points", "")))
+        if self.midspace:
+            writers |= outputs.middle_files(pair)
         for name in ("warped_segmentation", "fixed_segmentation"):
             if name in data:
                 writers[f"{name}.nii.gz"] = partial(outputs.write_classes, data[name], pair)
@@ -403,17 +262,6 @@ def _registration(data: Mapping[Hashable, object]) -> measure.Registration:
         disp=disp,
         work_affine=onto,
         **labels,
-        **_landmarks(data, {role: affine for role, (_, affine) in scans.items()}),
+        **landmarks_of(data, {role: affine for role, (_, affine) in scans.items()}),
         measured=np.asarray(data["measured"]) if "measured" in data else None,
     )
-
-
-def _landmarks(data: Mapping[Hashable, object], affines: dict[str, np.ndarray]) -> dict[str, points.Points]:
-    """Those that there are, without the ones that were never placed; what is left out was noted in loading."""
-    given = {role: data[f"{role}_points"] for role in affines if f"{role}_points" in data}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RegistrationWarning)
-        if len(given) == 2:
-            both = points.read_matching(given["moving"], affines["moving"], given["fixed"], affines["fixed"])
-            return dict(zip(("moving_points", "fixed_points"), both))
-        return {f"{role}_points": points.read_points(path, affines[role]) for role, path in given.items()}

@@ -104,6 +104,14 @@ def field_of(transform: Transform) -> tuple[np.ndarray, np.ndarray]:
     return transform.parts[0].disp, transform.parts[0].affine_ras
 
 
+def split(transform: Transform) -> tuple[np.ndarray, Transform | None]:
+    """A transform as what comes last, a 4x4 matrix (RAS mm), and what a point meets before; None for nothing."""
+    count = len(transform.parts)
+    while count and isinstance(transform.parts[count - 1], Affine):
+        count -= 1
+    return matrix_of(Transform(transform.parts[count:])), Transform(transform.parts[:count]) if count else None
+
+
 def deforms(transform: Transform) -> bool:
     """Whether any part is more than a matrix."""
     return not transform.linear

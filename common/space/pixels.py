@@ -82,8 +82,10 @@ def read_pixels(path: Path, *, codes: bool = False, source: Any = None) -> tuple
 
 
 def _cure(size: tuple[int, ...], codes: bool) -> str:
-    if not codes or len(size) != 4:
+    if len(size) != 4:
         return ""
+    if not codes:
+        return "; a series in time is registered by `python -m common series SERIES OUT`"
     return "; give one structure a file, or the structures as the channels of one .nrrd"
 
 

@@ -191,11 +191,10 @@ class _Information:
     ) -> None:
         (fixed, affine), (self.moving, moving_affine) = fixed, moving
         self.mask = moving_mask
-        chosen = np.arange(fixed.size)
-        if fixed_mask is not None and fixed_mask.any():
-            chosen = np.flatnonzero(fixed_mask)
-        if len(chosen) > SAMPLES:
-            chosen = np.sort(np.random.default_rng(0).choice(chosen, SAMPLES, replace=False))
+        chosen = _drawn(np.arange(fixed.size), SAMPLES)
+        if fixed_mask is not None and fixed_mask.any():  # of the same draw, so that a small mask changes little
+            kept, others = chosen[fixed_mask.flat[chosen]], np.setdiff1d(np.flatnonzero(fixed_mask), chosen)
+            chosen = np.sort(np.append(kept, _drawn(others, SAMPLES - len(kept))))
         index = np.stack(np.unravel_index(chosen, fixed.shape), 1)
         self.points = np.append(index @ affine[:3, :3].T + affine[:3, 3], np.ones((len(index), 1)), 1)
         levels = BINS - 4  # two bins at either end for the reach of the cubic window
@@ -261,6 +260,13 @@ class _Information:
         # dI/dp(a, b) is the log up to a constant, which the window's slopes, summing to 0, cancel.
         force = sum(log.take(cells + tap) * slope for tap, slope in enumerate(window_slope)) / count
         return -float((joint * log).sum()), -self.to_voxel[:3, :3].T @ (slopes * force) @ points
+
+
+def _drawn(numbers: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the numbers, in order, drawn with a fixed seed."""
+    if len(numbers) <= most:
+        return numbers
+    return np.sort(np.random.default_rng(0).choice(numbers, most, replace=False))
 
 
 def _unit(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:

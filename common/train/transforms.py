@@ -9,7 +9,7 @@ from monai.transforms import Transform
 
 from common import InputError
 from common.ops import warp
-from common.run.transforms import PREALIGN, checked_grid_size, checked_spacing, plain_scan, refuse_huge, scan_tensor
+from common.run.align import PREALIGN, checked_grid_size, checked_spacing, plain_scan, refuse_huge, scan_tensor
 from common.space import geometry, io
 from common.space.prealign import prealign
 

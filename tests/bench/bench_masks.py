@@ -1,35 +1,47 @@
 """What masks save: a synthetic resection in real brains, and a real tumour, with and without its mask.
 
-    python tests/bench/bench_masks.py resection DATA [--pairs 2] [--bundle samconvex]
+    python tests/bench/bench_masks.py resection DATA [--pairs 2] [--bundle samconvex] [--output FILE.json]
+    python tests/bench/bench_masks.py alignment DATA [--pairs 2]
     python tests/bench/bench_masks.py tumour DATA
+    python tests/bench/bench_masks.py table
 
 DATA is the folder of the development data, which has dev_small and dev. "resection": a ball of 20 mm radius is set to 0
-in one scan of a pair, and the result is compared with that of the intact pair, in mm outside of the ball. "tumour":
-another person's brain is registered with the T1 and with the T2 scan of a person with a tumour, which lie on each
-other; what the two maps disagree, in mm outside of the tumour, is error. One CPU thread.
+in one scan of a pair, and the result is compared with that of the intact pair, in mm outside of the ball; "alignment"
+does so with the affine alignment alone. "tumour": another person's brain is registered with the T1 and with the T2 scan
+of a person with a tumour, which lie on each other; what the two maps disagree, in mm outside of the tumour, is error.
+One CPU thread.
 """
 
 import contextlib
 import io
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import fire
-from machine import ROOT
+from machine import ROOT, hardware
 
 sys.path.insert(0, str(ROOT))
+RESULT = Path(__file__).parent / "results" / "masks.json"
 CENTRE, RADIUS = (-32.0, 4.0, 8.0), 20.0  # of the ball, mm from the middle of the grid
 STEPS = 30
 
 
-def show(rows):
-    """A table of {name: {column: value}}."""
-    columns = list(next(iter(rows.values())))
-    print(f"| | {' | '.join(columns)} |\n|" + " --- |" * (len(columns) + 1))
-    for name, row in rows.items():
-        print(f"| {name} | {' | '.join(f'{row[c]:.2f}' for c in columns)} |", flush=True)
+def keep(output, name, **content):
+    """Put one part of the results into their file, and print it."""
+    kept = json.loads(Path(output).read_text()) if Path(output).exists() else {}
+    Path(output).write_text(json.dumps(kept | {name: {"machine": hardware()} | content}, indent=1) + "\n")
+    table(output, name)
+
+
+def table(result=str(RESULT), only=""):
+    """The rows as they stand in common/run/README.md."""
+    for name, content in json.loads(Path(result).read_text()).items():
+        columns = list(next(iter(content["rows"].values())))
+        if only in ("", name):
+            print(f"| {name} | {' | '.join(columns)} |\n|" + " --- |" * (len(columns) + 1))
+            for what, row in content["rows"].items():
+                print(f"| {what} | {' | '.join(f'{row[c]:.2f}' for c in columns)} |", flush=True)
 
 
 def add(rows, name, column, value):
@@ -40,9 +52,8 @@ def means(rows):
     return {name: {c: sum(v) / len(v) for c, v in row.items()} for name, row in rows.items()}
 
 
-def resection(data, pairs=2, bundle="samconvex"):
+def resection(data, pairs=2, bundle="samconvex", output=str(RESULT)):
     """Mean error in mm within 20 mm of the ball, and in all of the brain outside of it."""
-    import numpy as np
     import torch
     from bench_samconvex import load, pairs_of
     from monai.bundle import ConfigParser
@@ -96,13 +107,18 @@ def resection(data, pairs=2, bundle="samconvex"):
             ways |= {f"mask everywhere, {name}": (*found[name], mask) for name in list(found)[1:]}
             for name, (image, disp, where) in ways.items():
                 error(f"{STEPS} steps, {name}", refine(disp, image, STEPS, mask=where, progress=False), better)
-    show(means(rows) | _alignment(data, pairs, np))
+    keep(output, "resection", bundle=bundle, pairs=pairs, rows=means(rows))
 
 
-def _alignment(data, pairs, np):
+def alignment(data, pairs=2, output=str(RESULT)):
+    """Mean error of the alignment in mm, in the brain outside of the ball."""
+    import numpy as np
+    import torch
+
     from common.space import io as scans
     from common.space.prealign import prealign
 
+    torch.set_num_threads(1)
     rows, folder = {}, Path(data) / "dev" / "brain_t1"
     content = json.loads((folder / "dataset.json").read_text())
     images = {c["id"]: folder / c["image"] for part in ("training", "validation") for c in content.get(part, [])}
@@ -110,20 +126,23 @@ def _alignment(data, pairs, np):
     for pair in chosen:
         (moving, moving_affine), (fixed, fixed_affine) = (scans.read_scan(images[pair[r]]) for r in ("moving", "fixed"))
         moving, fixed = moving[0], fixed[0]
-        at = np.stack(np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in fixed.shape], indexing="ij"), -1)
-        ball = np.linalg.norm(at @ fixed_affine[:3, :3].T - CENTRE, axis=-1) < RADIUS
-        points = np.argwhere((fixed > 0) & ~ball)[::50] @ fixed_affine[:3, :3].T + fixed_affine[:3, 3]
-        points = np.c_[points, np.ones(len(points))]
         truth = prealign(fixed, fixed_affine, moving, moving_affine)
-        for name, mask in (("no mask", None), ("mask", ~ball)):
-            found = prealign(fixed * ~ball, fixed_affine, moving, moving_affine, fixed_mask=mask)
-            length = np.linalg.norm(points @ (found - truth)[:3].T, axis=1).mean()
-            for column in ("near", "outside"):
-                add(rows, f"alignment, {name}", column, length)
-    return means(rows)
+        for role, scan, affine in (("fixed", fixed, fixed_affine), ("moving", moving, moving_affine)):
+            at = np.stack(np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in scan.shape], indexing="ij"), -1)
+            ball = np.linalg.norm(at @ affine[:3, :3].T - CENTRE, axis=-1) < RADIUS
+            cut = {"fixed": fixed, "moving": moving} | {role: scan * ~ball}
+            hole = ball if role == "fixed" else np.zeros(fixed.shape, bool)
+            points = np.argwhere((fixed > 0) & ~hole)[::50] @ fixed_affine[:3, :3].T + fixed_affine[:3, 3]
+            points = np.c_[points, np.ones(len(points))]
+            for name, mask in (("no mask", {}), ("mask", {f"{role}_mask": ~ball})):
+                found = prealign(cut["fixed"], fixed_affine, cut["moving"], moving_affine, **mask)
+                length = np.linalg.norm(points @ (found - truth)[:3].T, axis=1)
+                add(rows, f"alignment, {name}", "outside", length.mean())
+                print(pair, role, name, round(float(length.mean()), 3), flush=True)
+    keep(output, "alignment", pairs=pairs, rows=means(rows))
 
 
-def tumour(data, bundle="samconvex"):
+def tumour(data, bundle="samconvex", output=str(RESULT)):
     """Mean disagreement in mm, within 20 mm of the tumour and in all of the brain outside of it."""
     import numpy as np
     import torch
@@ -132,7 +151,6 @@ def tumour(data, bundle="samconvex"):
     from common.run.registrar import Registrar
     from common.space import mapping
     from common.space.io import LPS_FROM_RAS, read_label, read_scan
-    from common.space.transform_files import read_transform
 
     torch.set_num_threads(1)
     folder = Path(data) / "dev" / "brain_glioma"
@@ -146,10 +164,9 @@ def tumour(data, bundle="samconvex"):
     moving = sorted((Path(data) / "dev" / "brain_t1" / "images").glob("oasis_1003.nii.gz"))[0]
     for name, options in (("no mask", {}), ("mask", {"fixed_lesion": str(folder / "tumour_simple.nii.gz")})):
         for steps in (0, STEPS):
-            with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-                done = [registrar.register(moving, folder / f"{c}_bet.nii.gz", out, refine_steps=steps, **options)
-                        for c in ("t1", "t2")]
-                found = [read_transform(folder_of / "transform.h5") for _, folder_of in done]
+            with contextlib.redirect_stdout(io.StringIO()):
+                fixed = [folder / f"{contrast}_bet.nii.gz" for contrast in ("t1", "t2")]
+                found = [registrar.register(moving, f, refine_steps=steps, **options).transform for f in fixed]
             maps = {f"{STEPS} steps" if steps else "network": found}
             if not steps:
                 maps["alignment"] = [mapping.parts(transform)[-1] for transform in found]
@@ -157,8 +174,8 @@ def tumour(data, bundle="samconvex"):
                 for column, points in chosen.items():
                     one, other = (mapping.map_points(transform, points) for transform in both)
                     add(rows, f"{what}, {name}", column, np.linalg.norm(one - other, axis=1).mean())
-    show(means(rows))
+    keep(output, "tumour", bundle=bundle, rows=means(rows))
 
 
 if __name__ == "__main__":
-    fire.Fire({"resection": resection, "tumour": tumour})
+    fire.Fire({"resection": resection, "alignment": alignment, "tumour": tumour, "table": table})

@@ -178,10 +178,10 @@ def test_hidden_files_are_no_scans(tmp_path: Path) -> None:
 TABLE = """
 import sys
 from pathlib import Path
-from common.run.cohort import _read_table
+from common.run.cohort import read_table
 from common.space.io import write_table
 write_table(Path("t.csv"), [{"id": sys.argv[1], "fixed": "日本語"}])
-print(ascii(_read_table(Path("t.csv"))))
+print(ascii(read_table(Path("t.csv"))))
 """
 
 

@@ -47,6 +47,21 @@ def test_ids_become_files() -> None:
     assert tagged.moving_label == "/studies/labels/original/both.nii.gz"
 
 
+def test_lesions_are_labels_with_a_tag() -> None:
+    """Of either scan; a tag that none has is a mistake, none at all is not."""
+    studies = FakeStudies(patient=["lesion"], atlas=["final"], ill=["lesion"])
+    asked = {"image": "patient", "moving": "atlas", "lesion_tag": "lesion"}
+    assert resolve(asked, studies, label=True).lesions == {"fixed_lesion": "/studies/labels/lesion/patient.nii.gz"}
+    both = resolve(asked | {"moving": "ill"}, studies, label=False).lesions
+    assert both["moving_lesion"] == "/studies/labels/lesion/ill.nii.gz" and len(both) == 2
+    assert resolve({"image": "patient", "moving": "ill"}, studies, label=False).lesions == {}
+    with pytest.raises(InputError, match="^lesion_tag: neither of the two scans has a label 'cut'$"):
+        resolve(asked | {"lesion_tag": "cut"}, studies, label=True)
+    assert bundle_options({"lesion_margin": "3.5"})["lesion_margin"] == 3.5
+    with pytest.raises(InputError, match="lesion_margin: must be a number of mm from 0 to 1000, got 'wide'"):
+        bundle_options({"lesion_margin": "wide"})
+
+
 def test_only_choice_needs_no_name() -> None:
     """One labelled scan: nothing to choose. Clients send the drop-down as a list where nothing was chosen."""
     asked = {"image": "patient", "moving": ["draft"], "moving_tag": "original"}

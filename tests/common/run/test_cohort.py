@@ -143,6 +143,63 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(log(tmp_path)) == 16 and len(table(tmp_path)) == 5
 
 
+def test_a_number_of_the_table_is_a_setting_of_its_pair(tmp_path: Path) -> None:
+    first, changed = pairs(3), pairs(3)
+    first[1]["guide"], changed[1]["guide"] = 0.1, 0.2
+    cohort.run(evaluator(tmp_path, first))
+    settings = [row["settings"] for row in table(tmp_path)]
+    assert settings[0] == settings[2] != settings[1]
+    cohort.run(evaluator(tmp_path, first))
+    assert log(tmp_path) == ["1000", "1001", "1002"]
+    cohort.run(evaluator(tmp_path, changed))
+    assert log(tmp_path)[3:] == ["1001"] and table(tmp_path)[1]["settings"] != settings[1]
+
+
+def chained(out: Path) -> list[dict]:
+    """1003 starts from 1001, 1001 from 1004; 1000 and 1002 from nothing."""
+    rows = pairs(5)
+    rows[3]["start"], rows[1]["start"] = str(out / "1001" / "transform.h5"), str(out / "1004" / "transform.h5")
+    return rows
+
+
+def test_a_pair_that_starts_from_a_result_comes_after_it(tmp_path: Path) -> None:
+    cohort.run(evaluator(tmp_path, chained(tmp_path)))
+    assert log(tmp_path) == ["1000", "1004", "1001", "1003", "1002"]
+    assert [row["id"] for row in table(tmp_path)] == ["1000", "1001", "1002", "1003", "1004"]
+    cohort.run(evaluator(tmp_path, chained(tmp_path)))
+    assert len(log(tmp_path)) == 5
+    changed = chained(tmp_path)
+    changed[4]["moving"] = "other.nii.gz"
+    cohort.run(evaluator(tmp_path, changed))
+    assert log(tmp_path)[5:] == ["1004", "1001", "1003"], "what starts from it is done again"
+    cohort.run(evaluator(tmp_path, changed, resume=False))
+    assert log(tmp_path)[8:] == ["1000", "1004", "1001", "1003", "1002"]
+
+
+def test_pairs_that_wait_for_each_other(tmp_path: Path) -> None:
+    rows = chained(tmp_path)
+    rows[4]["start"] = str(tmp_path / "1003" / "transform.h5")
+    with pytest.raises(InputError, match="^1001: starts from the result of 1004, and that in the end from 1001$"):
+        cohort.run(evaluator(tmp_path, rows))
+    rows[4]["start"] = str(tmp_path / "1004" / "transform.h5")  # its own, of an earlier run
+    cohort.run(evaluator(tmp_path, rows))
+    assert log(tmp_path) == ["1000", "1004", "1001", "1003", "1002"]
+
+
+def test_a_chain_is_of_one_process(tmp_path: Path) -> None:
+    """Two at work at once, on shares of their own or on what the other has not claimed."""
+    first, second = (evaluator(tmp_path, chained(tmp_path)) for _ in range(2))
+    numbers = [engine.state.table.begin(chained(tmp_path)) for engine in (first, second)]
+    chains = first.state.table.chains(numbers[0])
+    assert chains == [[0], [4, 1, 3], [2]] and second.state.table.chains([3, 2]) == [[3], [2]]
+    mine = first.state.table.undone(chained(tmp_path), chains[1:])
+    assert next(mine) == 4
+    others = second.state.table.undone(chained(tmp_path), chains)
+    assert [next(others), next(others)] == [0, 2]
+    others.close()
+    mine.close()
+
+
 def test_what_a_killed_run_left_does_not_count(tmp_path: Path) -> None:
     """What it had in hand is free again; half-written files go."""
     ended = subprocess.Popen([sys.executable, "-c", ""])

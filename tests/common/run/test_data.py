@@ -91,3 +91,21 @@ def test_all_to_one_atlas(files: Path) -> None:
         data.list_pairs(pairs=csv_of(files, "moving,fixed\na.nii.gz,b.nii.gz\n"), **atlas)
     with pytest.raises(InputError, match="a folder of scans needs the one to register them with"):
         data.list_pairs(pairs=str(files))
+
+
+def test_numbers_of_a_pair_are_columns(files: Path) -> None:
+    """Where a cell is empty, the option of all pairs holds."""
+    head = "fixed,moving,guide,holdout_points,lesion_margin,start\n"
+    text = f"{head}b.nii.gz,a.nii.gz,0.1,0.5,4,c.nii.gz\nb.nii.gz,c.nii.gz,,,,\n"
+    first, second = data.list_pairs(pairs=csv_of(files, text))
+    assert (first["guide"], first["holdout_points"], first["lesion_margin"]) == (0.1, 0.5, 4.0)
+    assert first["start"] == str(files / "c.nii.gz") and set(second) == {"id", "fixed", "moving"}
+    for cell in ("much", "-1"):
+        with pytest.raises(InputError, match=f"pairs.csv: line 2, --guide must be a number, 0 or more, got {cell}"):
+            data.list_pairs(pairs=csv_of(files, f"fixed,moving,guide\nb.nii.gz,a.nii.gz,{cell}\n"))
+    both = {"moving": str(files / "a.nii.gz"), "fixed": str(files / "b.nii.gz")}
+    assert data.list_pairs(**both, start=str(files / "c.nii.gz"))[0]["start"] == str(files / "c.nii.gz")
+    with pytest.raises(InputError, match="none.h5: no such file"):
+        data.list_pairs(**both, start=str(files / "none.h5"))
+    with pytest.raises(InputError, match="--start .*: is for one pair; in a table of pairs it is a column"):
+        data.list_pairs(pairs=csv_of(files, text), start=str(files / "c.nii.gz"))

@@ -13,6 +13,7 @@ from networks import Dummy
 from torch import Tensor, nn
 
 from common import InputError, RegistrationWarning
+from common.fields import compose
 from common.losses import lncc
 from common.ops import warp
 from common.run import engines, progress
@@ -142,6 +143,40 @@ def test_inferer_refines_for_the_pair(image: Tensor) -> None:
     assert float(disp[0, 0, 6:-6, 6:-6, 6:-6].mean()) == pytest.approx(1.0, abs=0.3)
 
 
+def test_from_a_start_the_network_registers_what_is_left(image: Tensor) -> None:
+    """Without steps it sees the moving scan as the start has warped it; with steps, they alone go on."""
+    seen, start = [], torch.zeros(1, 3, *image.shape[2:])
+    start[:, 0] = 1.0
+
+    def network(pair: Tensor) -> Tensor:
+        seen.append(pair)
+        return torch.full((1, 3, *pair.shape[2:]), 0.5)
+
+    disp = engines.RegistrationInferer()(image, network, start=start)
+    torch.testing.assert_close(seen[0], torch.cat([warp(image[:, :1], start), image[:, 1:]], 1))
+    torch.testing.assert_close(disp, start + 0.5)
+    found = engines.RegistrationInferer(4, progress=False)(image, network, start=start)
+    assert len(seen) == 1 and float((found - start).abs().mean()) < 0.2, "0.1 voxels a step, from the start on"
+
+
+def test_midspace_is_symmetric(image: Tensor) -> None:
+    """Swapped scans give the inverse, of a network that favours one direction, masks and points included."""
+
+    def network(pair: Tensor) -> Tensor:
+        moving, fixed = pair.chunk(2, 1)
+        push = (moving - fixed).mean(dim=(2, 3, 4), keepdim=True) + 0.3
+        wave = torch.sin(torch.linspace(0, torch.pi, pair.shape[2])).view(1, 1, -1, 1, 1)
+        return torch.cat([push.sign() * 2 * wave.expand_as(moving), 0.4 * wave.expand_as(moving), 0 * moving], 1)
+
+    inferer = engines.RegistrationInferer(midspace=True)
+    pair = torch.cat([image[:, :1], 0.5 * image[:, 1:]], 1)
+    there, back = inferer(pair, network), inferer(torch.cat(pair.chunk(2, 1)[::-1], 1), network)
+    inner = (slice(None), slice(None), *[slice(4, -4)] * 3)
+    assert float(compose(there, back).norm(dim=1)[inner[1:]].max()) < 0.05
+    one_way = [engines.RegistrationInferer()(x, network) for x in (pair, torch.cat(pair.chunk(2, 1)[::-1], 1))]
+    assert float(compose(*one_way).norm(dim=1)[inner[1:]].max()) > 0.3
+
+
 def test_auto_compares_what_the_scans_have_in_common(image: Tensor) -> None:
     """Dark for bright is another contrast: by MIND; else by LNCC."""
     moving, fixed = image.chunk(2, 1)
@@ -164,6 +199,8 @@ def test_inferer_rejects_negative_steps() -> None:
 def test_guide_needs_steps() -> None:
     with pytest.raises(InputError, match="--guide: points guide the refinement, which needs --refine_steps, as 50"):
         engines.RegistrationInferer(guide=0.1)
+    with pytest.raises(InputError, match="--guide: points guide the refinement"):  # of one pair of a table
+        engines.RegistrationInferer()(torch.rand(1, 2, 8, 8, 8), Still(), guide=0.1)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from common import InputError
 from common.run.cli import bundle_folder, sentence_of
 from common.run.given import as_file
 from common.run.registrar import Registrar
-from common.space import io
+from common.space import io, mapping
+from common.space.transform_files import read_transform, write_transform
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -134,3 +135,58 @@ def test_what_is_no_scan(people: Path, registrar: Registrar, scan: object, sente
     with pytest.raises(InputError) as caught:
         registrar.register(scan, people / "b.nii.gz")
     assert str(caught.value).startswith(sentence)
+
+
+def test_midspace_is_the_same_from_either_side(people: Path, tmp_path: Path, registrar: Registrar) -> None:
+    """Swapped visits give the inverse, and the same middle."""
+    a, b = people / "a.nii.gz", people / "b.nii.gz"
+    options = {"midspace": True, "prealign": "affine", "refine_steps": 3, "report": "none"}
+    one, other = (registrar.register(*pair, tmp_path / pair[0].stem, **options) for pair in ((a, b), (b, a)))
+    assert np.abs(one.displacement).mean() > 1, "mm"
+    lps = io.LPS_FROM_RAS @ one.affine
+    points = np.argwhere(one.pair.fixed[0] > 0)[::50] @ lps[:3, :3].T + lps[:3, 3]
+    whole = [read_transform(x.folder / "transform.h5") for x in (one, other)]
+    apart = np.linalg.norm(mapping.map_points(mapping.compose(*whole), points) - points, axis=1)
+    assert apart.mean() < 0.01 * SPACING and np.percentile(apart, 99) < 0.05 * SPACING
+    for name, swapped in (("moving", "fixed"), ("fixed", "moving")):
+        found, affine = io.read_scan(one.folder / f"middle_{name}.nii.gz")
+        again, there = io.read_scan(other.folder / f"middle_{swapped}.nii.gz")
+        np.testing.assert_allclose(affine, there, atol=1e-4)
+        assert np.corrcoef(found.ravel(), again.ravel())[0, 1] > 0.9999
+        lps = io.LPS_FROM_RAS @ affine
+        points = np.argwhere(found[0] > 0)[::50] @ lps[:3, :3].T + lps[:3, 3]
+        maps = [read_transform(x.folder / f"middle_to_{n}.h5") for x, n in ((one, name), (other, swapped))]
+        apart = np.linalg.norm(mapping.map_points(maps[0], points) - mapping.map_points(maps[1], points), axis=1)
+        assert apart.mean() < 0.01 * SPACING and np.percentile(apart, 99) < 0.05 * SPACING
+    with pytest.raises(Exception) as caught:
+        registrar.register(a, b, start=one.folder / "transform.h5", **options)
+    assert sentence_of(caught.value).endswith("--start and --midspace do not go together, a start is of one direction")
+
+
+def test_itk_alone_brings_both_visits_into_their_middle(people: Path, tmp_path: Path, registrar: Registrar) -> None:
+    a, b = people / "a.nii.gz", people / "b.nii.gz"
+    found = registrar.register(a, b, tmp_path, midspace=True, refine_steps=3, report="none")
+    scans = {}
+    for name, path in (("moving", a), ("fixed", b)):
+        scans[name] = io.read_scan(found.folder / f"middle_{name}.nii.gz")[0][0]
+        resample = itk.ResampleImageFilter.New(itk.imread(str(path), itk.F))
+        resample.SetReferenceImage(itk.imread(str(found.folder / f"middle_{name}.nii.gz"), itk.F))
+        resample.SetUseReferenceImage(True)
+        resample.SetTransform(itk.transformread(str(found.folder / f"middle_to_{name}.h5"))[0])
+        resample.Update()
+        alone = np.transpose(itk.array_from_image(resample.GetOutput()))
+        assert np.mean(np.abs(alone - scans[name]) > 1e-3 * scans[name].max()) < 1e-3
+    before = np.corrcoef(found.warped.ravel(), found.pair.fixed.ravel())[0, 1]
+    assert np.corrcoef(scans["moving"].ravel(), scans["fixed"].ravel())[0, 1] > before - 0.02
+
+
+def test_start_takes_the_place_of_the_alignment(people: Path, tmp_path: Path, registrar: Registrar) -> None:
+    """From its own result, steps go on; from a matrix alone, all is done."""
+    a, b = people / "a.nii.gz", people / "b.nii.gz"
+    first = registrar.register(a, b, tmp_path / "first", report="none", refine_steps=3)
+    again = registrar.register(a, b, start=first.folder / "transform.h5", refine_steps=1)
+    assert np.abs(again.displacement - first.displacement).mean() < 0.5, "0.1 voxels a step, of 8 mm"
+    np.testing.assert_allclose(mapping.matrix_of(again.pair.start), mapping.matrix_of(first.pair.start), atol=1e-4)
+    write_transform(first.pair.start, tmp_path / "affine.h5")
+    same = registrar.register(a, b, start=tmp_path / "affine.h5", refine_steps=3)
+    np.testing.assert_allclose(same.displacement, first.displacement, atol=0.05)

@@ -288,6 +288,8 @@ def test_lesions_are_widened_and_left_out(small: dict[str, str], tmp_path: Path)
     apart = np.linalg.norm(np.moveaxis(np.indices(lesion.shape), 0, -1) - (5, 6, 7), axis=-1)
     loaded = LoadScansd(lesion_margin=2.0)(small | {"moving_lesion": str(tmp_path / "lesion.nii.gz")})
     np.testing.assert_array_equal(loaded["moving_mask"][0], apart > 2)
+    own = small | {"moving_lesion": str(tmp_path / "lesion.nii.gz"), "lesion_margin": 3.0}
+    np.testing.assert_array_equal(LoadScansd(lesion_margin=2.0)(own)["moving_mask"][0], apart > 3)
     assert "moving_lesion" not in loaded and "fixed_mask" not in loaded
     io.write_label(0 * lesion, np.eye(4), tmp_path / "none.nii.gz")  # a person of the cohort without one
     assert LoadScansd()(small | {"fixed_lesion": str(tmp_path / "none.nii.gz")})["fixed_mask"].all()
