@@ -57,8 +57,9 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
     size, onto = page_grid(views.pair, step)
     furthest = max(float(views.pair.disp.abs().max()) / step, 1e-3)
     to_voxel = np.linalg.inv(views.pair.fixed_affine) @ onto
-    # What the first reason is about is seen at once.
-    deformed = any(reason.startswith(verdict.OF_DEFORMATION) for reason in content["warnings"][:1])
+    reasons = content["warnings"]
+    headline = verdict.foremost(reasons) if reasons else ""
+    deformed = headline.startswith(verdict.OF_DEFORMATION)  # what the headline is about is seen at once
     edges = content["verdict"] != "plausible" and not deformed
     data = {
         "size": size,
@@ -83,7 +84,8 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
     run, names = content["run"], report.names_of(content)
     values = {
         "doubtful": content["verdict"] != "plausible",
-        "reasons": [_led(sentence) for sentence in content["warnings"]],
+        "headline": _led(headline)[0],
+        "reasons": [_led(sentence) for sentence in sorted(reasons, key=headline.__ne__)],
         "edges": edges,
         "remarks": run.get("remarks", []),
         "name": content.get("id", ""),
@@ -107,14 +109,9 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
     path.write_text(render("case", values), encoding="utf-8")
 
 
-def write_thumbnail(body: Image.Image, path: Path) -> None:
-    """Fixed, before and after of the first row of the planes, 88 pixels high, for the page of a cohort."""
-    columns = [(picture.EDGE + n * (picture.CELL + picture.GAP), 24) for n in range(3)]
-    strip = Image.new("RGB", (264, 88))
-    for n, (x, y) in enumerate(columns):
-        panel = body.crop((x, y, x + picture.CELL, y + picture.CELL))
-        strip.paste(panel.resize((88, 88), Image.Resampling.BOX), (88 * n, 0))
-    strip.save(path, "WEBP", quality=75, method=0)
+def write_thumbnail(views: Views, path: Path) -> None:
+    """What `common.quality.picture.draw_strips` draws, for the page of a cohort."""
+    picture.draw_strips(views).save(path, "WEBP", quality=75, method=0)
 
 
 def render(name: str, values: Mapping[str, object]) -> str:

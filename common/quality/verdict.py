@@ -27,6 +27,14 @@ MIRRORED = 0.0  # how much better the moving scan agrees turned left to right, e
 CONTRASTS = 0.1  # agreement of structure above correlation, before: then the scans are of two contrasts
 DRIVEN = 0.2  # by how much the correlation of two contrasts may rise
 INVERSE_PCT = 3.0  # of the fixed foreground, with the inverse half a voxel off or more
+FIRST = (  # of several reasons, the one that a page begins with: what made the others
+    "left and right",
+    "two contrasts",
+    "the scans are of different kinds",
+    "little overlap",
+    "the scans hardly agree",
+    "much folding",
+)
 OF_DEFORMATION = ("much folding", "rough deformation", "the map is not one-to-one")  # how sentences about it begin
 LOST_PCT = 1.0  # of the labelled voxels, in labels that vanish
 
@@ -49,6 +57,11 @@ TRAINING = {
 def verdict_of(sentences: object) -> str:
     """"plausible" if there is nothing to be wary of, else "doubtful": what the rules here say, and notes of the run."""
     return "doubtful" if sentences else "plausible"
+
+
+def foremost(sentences: list[str]) -> str:
+    """The reason that says most of several."""
+    return min(sentences, key=lambda s: next((n for n, lead in enumerate(FIRST) if s.startswith(lead)), len(FIRST)))
 
 
 def joined(sentences: list[str]) -> str:

@@ -270,6 +270,7 @@
     } else if (state.view === "grid") {
       text(`grid lines every ${(data.spacing_of_grid * data.mm).toFixed(0)} mm; where they cross over each other, it folds`);
     } else text({ fixed: "the fixed scan", before: "the moving scan, aligned by a matrix only", after: "the moving scan, warped" }[state.view]);
+    if (state.edges) text("orange lines: edges of the fixed scan, which those of the picture should follow");
     if (state.landmarks) text("ring: landmark of the fixed scan; orange: where that of the moving scan came to lie");
   }
 

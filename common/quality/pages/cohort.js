@@ -53,6 +53,11 @@
     link.href = URL.createObjectURL(new Blob(["\ufeff" + table()], { type: "text/csv" })), link.download = "review.csv";
     document.body.dataset.saved = table(), link.click(), URL.revokeObjectURL(link.href);
   };
+  byId("sides").onclick = () => {
+    const turned = document.body.classList.toggle("neurological");
+    byId("sides").setAttribute("aria-pressed", turned);
+    byId("convention").textContent = turned ? "Neurological view: the patient's left is on the left." : "Radiological view: the patient's left is on the right.";
+  };
   for (const dot of document.querySelectorAll("circle"))
     dot.onclick = () => rows.find((row) => row.dataset.id === dot.dataset.id)?.scrollIntoView({ block: "center" });
   document.body.dataset.ready = "yes";

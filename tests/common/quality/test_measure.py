@@ -179,6 +179,13 @@ def test_each_fault_gives_its_sentence(change: dict, words: str) -> None:
     assert re.search(words, sentence), sentence
 
 
+def test_what_a_page_begins_with() -> None:
+    """The cause, not what follows from it; else the first reason."""
+    rough, sides = "rough deformation: SDlogJ 2.0, above 1.1", "left and right may be exchanged in one scan"
+    assert verdict.foremost([rough, "much folding: 3.2 %", sides]) == sides
+    assert verdict.foremost([rough, "2 of 9 labels vanish"]) == rough
+
+
 def test_what_is_no_fault() -> None:
     """A pair that is aligned already, a small label that vanishes, and contrasts whose correlation becomes negative."""
     for change in (
