@@ -30,13 +30,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_pair(folder: Path, *, labels: int = 0, neurological: bool = False) -> None:
-    """The phantom and itself, moved by a smooth field, with labels and landmarks; or with so many cubes as labels."""
+    """The phantom and itself, moved by a smooth field, with labels and landmarks; or with so many slabs as labels."""
     folder.mkdir()
     size, space = (36, 44, 34), nib.affines.from_matvec(np.diag([4.0, 4, 4]), [-70, -86, -66])
     scan, label = phantom.sample(size, space)
     if labels:
-        i, j, k = np.indices(size) // 6
-        label = np.where(scan > 0, (i * 64 + j * 8 + k) % labels + 1, 0).astype(np.int16)
+        inside = scan > 0
+        label[inside] = np.arange(inside.sum()) * labels // inside.sum() + 1
     wave = torch.sin(torch.arange(size[0]) / 6)[None, :, None, None]
     disp = torch.cat([0.5 * wave, wave, 0 * wave]).expand(3, *size).contiguous()
     marks = Points(np.array([[0.0, 0, 0], [20, 10, 0]]), ["a", EVIL])
