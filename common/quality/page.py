@@ -22,6 +22,7 @@ from common.quality.measure import Registration
 from common.quality.views import Views
 
 VOXELS = 2**20  # of a volume in the page, at most: of larger grids every second voxel along each axis, or fewer
+SHOWN = 2  # reasons that stand open; more of them would push the picture out of sight
 EVERY = 2  # voxels of the page between those at which the displacement is kept
 MARKED = {  # measure: words, digits
     "ncc": ("correlation inside the fixed foreground", 3),
@@ -57,7 +58,10 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
     size, onto = page_grid(views.pair, step)
     furthest = max(float(views.pair.disp.abs().max()) / step, 1e-3)
     to_voxel = np.linalg.inv(views.pair.fixed_affine) @ onto
+    run, names = content["run"], report.names_of(content)
     reasons = content["warnings"]
+    for role, name in zip(("moving", "fixed"), names):  # the folders stand below, under inputs
+        reasons = [reason.replace(str(content[role]), name) if name else reason for reason in reasons]
     headline = verdict.foremost(reasons) if reasons else ""
     deformed = headline.startswith(verdict.OF_DEFORMATION)  # what the headline is about is seen at once
     edges = content["verdict"] != "plausible" and not deformed
@@ -81,11 +85,12 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
         "landmarks": [_scaled(mark, step) for mark in views.landmarks],
         "volumes": _volumes(views, step, size, furthest),
     }
-    run, names = content["run"], report.names_of(content)
+    reasons = [_led(reason) for reason in sorted(reasons, key=headline.__ne__)]
     values = {
         "doubtful": content["verdict"] != "plausible",
         "headline": _led(headline)[0],
-        "reasons": [_led(sentence) for sentence in sorted(reasons, key=headline.__ne__)],
+        "reasons": reasons[:SHOWN],
+        "more": reasons[SHOWN:],
         "edges": edges,
         "remarks": run.get("remarks", []),
         "name": content.get("id", ""),

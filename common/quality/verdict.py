@@ -26,14 +26,16 @@ ALIGNED = 0.97  # agreement that leaves nothing to improve
 MIRRORED = 0.0  # how much better the moving scan agrees turned left to right, either way aligned as well as it can be
 CONTRASTS = 0.1  # agreement of structure above correlation, before: then the scans are of two contrasts
 DRIVEN = 0.2  # by how much the correlation of two contrasts may rise
+ELSEWHERE = 0.55  # agreement with a quick registration by structure alone, which fits no worse
 INVERSE_PCT = 3.0  # of the fixed foreground, with the inverse half a voxel off or more
-FIRST = (  # of several reasons, the one that a page begins with: what made the others
-    "left and right",
-    "two contrasts",
+FIRST = (  # of several reasons, the one that a page begins with: causes before effects, facts before suspicions
     "the scans are of different kinds",
+    "two modalities or contrasts",
     "little overlap",
     "the scans hardly agree",
     "much folding",
+    "left and right",
+    "a quick registration",
 )
 OF_DEFORMATION = ("much folding", "rough deformation", "the map is not one-to-one")  # how sentences about it begin
 LOST_PCT = 1.0  # of the labelled voxels, in labels that vanish
@@ -84,24 +86,28 @@ def judge(row: dict[str, float]) -> list[str]:
         found.append(f"little overlap: the foregrounds share {row['overlap']:.2f} (Dice) after the pre-alignment")
     if row["structure_mirrored"] - row["structure_aligned"] > MIRRORED:
         fit = f"{row['structure_mirrored']:.3f} instead of {row['structure_aligned']:.3f}"
-        found.append(f"left and right may be exchanged in one scan: turned over, the moving one agrees better ({fit})")
+        found.append(f"left and right may be exchanged in one scan: mirrored, the moving one agrees better ({fit})")
     if before - row["ncc_before"] > CONTRASTS and row["ncc_after"] - row["ncc_before"] > DRIVEN:
         change = f"correlation {row['ncc_before']:.2f} before, {row['ncc_after']:.2f} after"
         advice = "take samconvex with --features mind, and --refine_similarity mind"
-        found.append(f"two contrasts were made to look alike ({change}), which moves structures off; {advice}")
+        found.append(f"two modalities or contrasts were made to look alike ({change}), which moves structures off; {advice}")
     if after < UNRELATED:
         advice = "one organ in both? for two contrasts use samconvex with --features mind"
         found.append(f"the scans hardly agree in structure ({after:.2f}, below {UNRELATED}): {advice}")
     elif not (after - before > GAIN or after >= ALIGNED):
         change = f"structures agree by {before:.2f} before, {after:.2f} after"
         found.append(f"no improvement over the pre-alignment: {change}")
+    if after < ALIGNED and row.get("quick_agreement", 1) < ELSEWHERE and row["quick_gain"] > 0:
+        fit = f"directions agree by {row['quick_agreement']:.2f}, below {ELSEWHERE}"
+        advice = "does the method suit these scans? for two contrasts use samconvex with --features mind"
+        found.append(f"a quick registration by structure goes elsewhere and fits better ({fit}): {advice}")
     for name, words, sign in (("dice", "the labels overlap", 1), ("tre_mm", "the landmarks agree", -1)):
         before, after = row.get(f"{name}_before"), row.get(f"{name}_after")
         if before is not None and after is not None and sign * after < sign * before:
             unit = " mm" if name == "tre_mm" else ""
             found.append(f"{words} less than before: {before:.2f}{unit} before, {after:.2f}{unit} after")
     if row["folding_pct"] > FOLDING_PCT:
-        found.append(f"much folding: {row['folding_pct']:.1f} % of the fixed foreground; try --refine_steps 50")
+        found.append(f"much folding: {row['folding_pct']:.1f} % of the fixed foreground is turned inside out; try --refine_steps 50")
     if row["sdlogj"] > ROUGH:
         found.append(f"rough deformation: SDlogJ {row['sdlogj']:.1f}, above {ROUGH}")
     if row.get("labels_lost_pct", 0) > LOST_PCT:
