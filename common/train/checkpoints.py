@@ -113,7 +113,9 @@ class BestCheckpoint:
         if best is not None and not value > best:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        network = getattr(self.network, "module", self.network)
-        replaced(self.folder / "model.pt", lambda partial: torch.save(network.state_dict(), partial))
+        state = getattr(self.network, "module", self.network).state_dict()
+        for name, weight in state.items():  # those trained on a GPU are loaded where there is none
+            state[name] = weight.cpu()
+        replaced(self.folder / "model.pt", lambda partial: torch.save(state, partial))
         told = {"epoch": engine.state.epoch, self.metric: value if value == value else None}
         replaced(note, lambda partial: partial.write_text(json.dumps(told) + "\n", encoding="utf-8"))
