@@ -28,6 +28,7 @@ MARKED = {  # measure: words, digits
     "ncc": ("correlation inside the fixed foreground", 3),
     "nmi": ("normalised mutual information", 3),
     "structure": ("agreement of structure (MIND-SSC, any contrast)", 3),
+    "quick_agreement": ("same way as a quick registration by structure, cosine", 2),
     "ssim": ("structural similarity", 3),
     "dice": ("mean Dice of the labels", 3),
     "dice_coarse": ("mean Dice of the label groups", 3),

@@ -97,7 +97,7 @@ def judge(row: dict[str, float]) -> list[str]:
     elif not (after - before > GAIN or after >= ALIGNED):
         change = f"structures agree by {before:.2f} before, {after:.2f} after"
         found.append(f"no improvement over the pre-alignment: {change}")
-    if after < ALIGNED and row.get("quick_agreement", 1) < ELSEWHERE and row["quick_gain"] > 0:
+    if goes_elsewhere(row):
         fit = f"directions agree by {row['quick_agreement']:.2f}, below {ELSEWHERE}"
         advice = "does the method suit these scans? for two contrasts use samconvex with --features mind"
         found.append(f"a quick registration by structure goes elsewhere and fits better ({fit}): {advice}")
@@ -120,6 +120,12 @@ def judge(row: dict[str, float]) -> list[str]:
     return found
 
 
+def goes_elsewhere(row: dict[str, float]) -> bool:
+    """Whether a quick registration by structure fits better and moves things otherwise; not of scans that agree."""
+    apart = row.get("quick_agreement", 1) < ELSEWHERE and row["quick_gain"] > 0
+    return apart and row["structure_after"] < ALIGNED
+
+
 def normal(name: str, row: dict[str, float]) -> tuple[str, bool]:
     """What is normal for a measure, in words, and whether this row is out of it."""
     before, after = (row.get(f"{name}_{when}") for when in ("before", "after"))
@@ -131,6 +137,8 @@ def normal(name: str, row: dict[str, float]) -> tuple[str, bool]:
     if name == "structure":
         low = after is not None and before is not None and after < ALIGNED and not after - before > GAIN
         return f"rises by more than {GAIN:g}, to {UNRELATED:g} or more", low or (after or 0) < UNRELATED
+    if name == "quick_agreement":
+        return f"{ELSEWHERE:g} or more, where that one fits better", goes_elsewhere(row)
     if name == "overlap":
         return f"{OVERLAP:g} or more", value is not None and value < OVERLAP
     if name in ("dice", "dice_coarse", "tre_mm", "hd95", "assd"):
