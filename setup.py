@@ -11,5 +11,6 @@ setup(
         "common.bundles": [f"*/{part}" for part in BUNDLE],
         "common.train": ["presets/*.json"],
         "common.quality": ["pages/*"],
+        "common.slicer": ["MonaiRegister/*.py", "MonaiRegister/*/*.py"],
     },
 )

@@ -15,6 +15,7 @@ ops, then the files here (fields, losses, mind, phantom, refine: the science), s
 other train, publish, label, deploy.
 """
 
+import importlib
 from pathlib import Path
 
 __version__ = "0.2.0"
@@ -26,6 +27,16 @@ class InputError(ValueError):
 
 class RegistrationWarning(UserWarning):
     """Something about this pair that makes its result doubtful; runs keep it in the pair's row."""
+
+
+class Later:
+    """A module that takes seconds to load, loaded when something of it is first used: help and mistakes do without."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> object:
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 def require(minimum: str, below: str) -> None:

@@ -1,7 +1,6 @@
 """python -m common COMMAND: what can be done with a registration without any bundle."""
 
 import difflib
-import importlib
 import inspect
 import math
 import os
@@ -12,21 +11,18 @@ from typing import Literal
 
 import fire
 
-from common import EmptyResult, InputError, RegistrationWarning
+from common import EmptyResult, InputError, Later, RegistrationWarning
 from common.deploy.command import deploy
 from common.label.command import label
 from common.run.cli import exact_words, printable, sentence_of
 from common.run.door import register, template
 
 
-class Later:
-    """A module that takes seconds to load, loaded when something of it is first used: help and mistakes do without."""
+def bids(words: list[str]) -> str:
+    """Register every T1w scan of a BIDS data set to a template: bids BIDS_DIR OUT participant --fixed TEMPLATE."""
+    from common.run.bids import bids
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, attribute: str) -> object:
-        return getattr(importlib.import_module(self._name), attribute)
+    return bids(words)
 
 
 np, io, mapping = Later("numpy"), Later("common.space.io"), Later("common.space.mapping")
@@ -249,20 +245,24 @@ def pack_bundles(*names: str, output: str = "dist", url: str = ""):
     return _written(output, f"{', '.join(path.name for path in zips)}, .sha256 beside, models/model_info.json")
 
 
-def publish_bundle(name: str, folder: str, *, layout: str = "huggingface"):
-    """Write a bundle as the files of a Hugging Face repository, one repository a bundle.
+def publish_bundle(name: str, folder: str, *, layout: str = "huggingface", repo: str = ""):
+    """Write a bundle as the files of a Hugging Face repository, or of its entry in MONAI's Model Zoo.
 
-    Upload the folder, tag the commit with the bundle's version, and move the tag latest_version to it: that is where
-    `monai.bundle download --source huggingface_hub --repo OWNER/NAME` looks.
+    huggingface, one repository a bundle: upload the folder, tag the commit with the bundle's version, and move the tag
+    latest_version to it: that is where `monai.bundle download --source huggingface_hub --repo OWNER/NAME` looks.
+    model-zoo: the folder is hf_models/NAME of a fork of Project-MONAI/model-zoo; sign the commit off (git commit -s).
 
     Args:
         name: of a bundle, or its folder.
         folder: new folder for the files.
-        layout: huggingface.
+        layout: huggingface or model-zoo.
+        repo: OWNER/NAME of the repository on Hugging Face, of model-zoo.
     """
     from common.publish.hub import publish
 
-    return _written(publish(str(name), str(folder), layout=str(layout)), "tag its commit VERSION and latest_version")
+    path = publish(str(name), str(folder), layout=str(layout), repo=str(repo))
+    of_hub = "tag its commit VERSION and latest_version"
+    return _written(path, of_hub if layout == "huggingface" else "hf_models/NAME; commit it with git commit -s")
 
 
 def verify_zip(file: str, checksum: str = ""):
@@ -277,20 +277,25 @@ def verify_zip(file: str, checksum: str = ""):
     return f"{file}: is as published, SHA-256 {verify(str(file), str(checksum))}"
 
 
-def export_network(name: str, output: str, size: tuple[int, int, int], weights: str = "", config: str = ""):
-    """Write a bundle's network as a torch.export program (.pt2): torch.export.load(...).module()(image) gives disp.
+def export_network(
+    name: str, output: str, size: tuple[int, int, int], format: str = "", weights: str = "", config: str = ""
+):
+    """Write a bundle's network as one file (.pt2, .ts, .onnx): `image`, the stacked scans, gives `disp`.
+
+    In torch: torch.export.load(FILE).module()(image)["disp"], torch.jit.load(FILE)(image)["disp"].
 
     Args:
         name: of a bundle, or its folder.
-        output: file to write, ending in .pt2.
-        size: I,J,K of the images in voxels, as 96,112,96; the program takes this size only.
+        output: file to write: .pt2 for torch.export, .ts for TorchScript, .onnx for ONNX.
+        size: I,J,K of the images in voxels, as 96,112,96; a .pt2 and an .onnx take this size only, a .ts any.
+        format: pt2, torchscript or onnx, if it is not to be read from the ending.
         weights: of the network; models/model.pt if not given.
         config: one more config file, laid over inference.json, that changes network_def.
     """
     from common.publish.export import export
 
-    export(str(name), str(output), size=size, weights=str(weights), config=str(config))
-    return _written(output, f"torch.export program for images of {' x '.join(map(str, size))} voxels")
+    export(str(name), str(output), size=size, format=str(format), weights=str(weights), config=str(config))
+    return _written(output, f"the network, `image` of {' x '.join(map(str, size))} voxels in, `disp` out")
 
 
 def options(bundle: str, *, training: bool = False):
@@ -305,13 +310,8 @@ def options(bundle: str, *, training: bool = False):
     return help_of_bundle(bundle, training=training)
 
 
-def _grid(path: str) -> "mapping.Grid":
-    array, affine = io.read_scan(str(path))
-    return array.shape[1:], affine
-
-
 def _write_map(transform, output: str, reference: str) -> str:
-    transform_files.write_transform(transform, str(output), _grid(reference) if reference else None)
+    transform_files.write_transform(transform, str(output), io.read_grid(str(reference)) if reference else None)
     return _written(output, f"{len(mapping.parts(transform))} part(s)")
 
 
@@ -321,6 +321,7 @@ def _written(output: str, what: str) -> str:
 
 COMMANDS = {
     "register": register,
+    "bids": bids,
     "apply": apply,
     "compose": compose,
     "invert": invert,
@@ -351,7 +352,7 @@ def main() -> None:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(COMMANDS)}"
             raise InputError(f"{command}: there is no such command{hint}")
-        if command in ("register", "template"):  # their options are those of the bundles, and not in a signature
+        if command in ("register", "bids", "template"):  # their options are those of the bundles, in no signature
             if said := COMMANDS[command](words):
                 print(said)
             return
@@ -379,8 +380,9 @@ def _run(command: str, words: list[str]) -> bool:
 
 
 def register_main() -> None:
-    """`monai-register`, which the package installs."""
-    sys.argv.insert(1, "register")
+    """`monai-register`, which the package installs; `monai-register bids` is a command of its own."""
+    if sys.argv[1:2] != ["bids"]:
+        sys.argv.insert(1, "register")
     main()
 
 

@@ -108,7 +108,7 @@ def _invert_at(field: Tensor, points: Tensor, iterations: int, tolerance: float)
 
 def sample_at(field: Tensor, points: Tensor) -> Tensor:
     """Values (3, N) of a displacement (3, I, J, K) at points (3, N) in voxels, the border repeated outside."""
-    largest = points.new_tensor(field.shape[1:])[:, None] - 1
+    largest = torch.stack([points.new_full((1,), n - 1) for n in field.shape[1:]])  # made where they are: no copy
     unit = (2 * points / largest.clamp(min=1) - 1).flip(0).T  # grid_sample has the last axis first
     options = {"mode": "bilinear", "padding_mode": "border", "align_corners": True}
     return F.grid_sample(field[None], unit[None, :, None, None], **options)[0, :, :, 0, 0]
@@ -172,11 +172,8 @@ def jacobian_determinant(disp: Tensor) -> Tensor:
         raise ValueError(
             f"jacobian_determinant() 'disp' must have at least 2 voxels along each axis, got {tuple(disp.shape)}"
         )
-    rows = torch.stack(torch.gradient(disp, dim=(2, 3, 4)), dim=2)  # (B, c, axis, I, J, K): d disp_c / d axis
-    a, b, c = rows[:, 0], rows[:, 1], rows[:, 2]
-    ai, aj, ak = a[:, 0] + 1, a[:, 1], a[:, 2]
-    bi, bj, bk = b[:, 0], b[:, 1] + 1, b[:, 2]
-    ci, cj, ck = c[:, 0], c[:, 1], c[:, 2] + 1
+    (ai, bi, ci), (aj, bj, cj), (ak, bk, ck) = (x.unbind(1) for x in torch.gradient(disp, dim=(2, 3, 4)))
+    ai, bj, ck = ai + 1, bj + 1, ck + 1  # ai is d disp_a / d i, and so on
     det = ai * (bj * ck - bk * cj) - aj * (bi * ck - bk * ci) + ak * (bi * cj - bj * ci)
     return det.unsqueeze(1)
 

@@ -43,13 +43,15 @@ def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 2) -> Tensor:
         i, j, k = (slice(b, b + n) for b, n in zip(begin, image.shape[2:]))
         return padded[:, :, i, j, k]
 
-    apart = (box_mean((shifted(a) - shifted(b)).square(), radius=radius, padding="border") for a, b in PAIRS)
-    distance = torch.cat(list(apart), 1)  # volume by volume: what does not fit a CPU's cache takes it longest
+    distance = image.new_empty(len(image), len(PAIRS), *image.shape[2:])
+    for n, (a, b) in enumerate(PAIRS):  # volume by volume: what does not fit a CPU's cache takes it longest
+        apart = box_mean((shifted(a) - shifted(b)).square(), radius=radius, padding="border")
+        distance[:, n] = apart[:, 0]
     distance -= distance.amin(1, keepdim=True)
     spread = distance.mean(1, keepdim=True)
     level = spread.mean((1, 2, 3, 4), keepdim=True)
     spread = torch.minimum(torch.maximum(spread, level * 1e-3), level * 1e3).clamp(min=1e-12)  # a constant scan: all 1
-    return distance.div_(spread).neg_().exp_()
+    return distance.div_(-spread).exp_()
 
 
 def mind_features(image: Tensor, *, radius: int = 1, dilation: int = 2, stride: int = 2) -> Tensor:
@@ -57,8 +59,9 @@ def mind_features(image: Tensor, *, radius: int = 1, dilation: int = 2, stride: 
 
     The faces of the two grids are aligned, not their corners: `common.fields.pool_disp` and `unpool_disp` lead over.
     """
-    found = torch.cat([mind_ssc(channel, radius=radius, dilation=dilation) for channel in image.split(1, 1)], 1)
-    return F.avg_pool3d(found, stride, ceil_mode=True, count_include_pad=False)
+    options = {"ceil_mode": True, "count_include_pad": False}
+    channels = (mind_ssc(channel, radius=radius, dilation=dilation) for channel in image.split(1, 1))
+    return torch.cat([F.avg_pool3d(channel, stride, **options) for channel in channels], 1)
 
 
 def box_mean(x: Tensor, *, radius: int = 1, padding: str = "zeros", times: int = 1) -> Tensor:

@@ -14,9 +14,10 @@ from tqdm import trange
 
 from common import RegistrationWarning
 from common.fields import pool_disp, resize_disp, sample_at, unfold, unpool_disp
-from common.losses import box_sum, diffusion, lncc
+from common.graphs import Graphed
+from common.losses import diffusion, lncc
 from common.mind import mind_features
-from common.ops import plain, warp
+from common.ops import box_sum, plain, warp
 
 
 def smooth(disp: Tensor, *, times: int = 2) -> Tensor:
@@ -30,7 +31,9 @@ SIMILARITIES = ("lncc", "mind", "features")
 HUBER = 2.0  # mm: up to so far apart a pair of points counts by its square, beyond in proportion
 LATTICES = (16, 8, 4)  # voxels from knot to knot of the grids on which points first draw the displacement
 POOLED = 2  # voxels along each axis of the blocks that MIND-SSC is averaged over
-SMOOTHNESS = {"lncc": 0.5, "mind": 0.5, "features": 0.5}  # weights of the diffusion term, chosen on training pairs
+# Weights of the diffusion term: of LNCC and features chosen on training pairs of one contrast; of MIND on T2 and FLAIR
+# moved by known fields to T1 (tests/bench/bench_universal.py): with 0.5 it follows what differs between the contrasts.
+SMOOTHNESS = {"lncc": 0.5, "mind": 4.0, "features": 0.5}
 
 
 class Guide(NamedTuple):
@@ -59,6 +62,7 @@ def refine(
     coarse_share: float = 0.2,
     start_means: int = 8,
     progress: bool | Callable[[int, int], None] = True,
+    graphs: bool = True,
 ) -> Tensor:
     """Minimise dissimilarity(moving(x + disp(x)), fixed) + smoothness * diffusion(disp) over the displacement, by Adam.
 
@@ -95,6 +99,7 @@ def refine(
         coarse_share: share of the steps spent there.
         start_means: 3x3x3 box means of the given displacement, 0 for none; 8 was chosen on two validation pairs.
         progress: show a bar, in a terminal only; or a function that is told the steps done and their number.
+        graphs: on a GPU, replay the steps as a CUDA graph (`common.graphs`), which spares the host their launches.
 
     Returns:
         (B, 3, I, J, K) displacement, unfolded: the result, or the given one as it is where the loss of the last stage
@@ -140,16 +145,18 @@ def refine(
     bar = trange(steps, desc="refine", unit="step", file=sys.stderr, leave=False, disable=shown)
     done = itertools.count(1)
 
-    def follow(loss: float) -> None:
+    def follow(loss: Tensor) -> None:
         bar.update()
-        bar.set_postfix_str(f"loss {loss:.4f}")
+        if not bar.disable:  # to read it is to wait for a GPU
+            bar.set_postfix_str(f"loss {loss.item():.4f}")
         if callable(progress):
             progress(next(done), steps)
 
     start, result = result, smooth(result, times=start_means)
     result = result if guide is None else _drawn(guide, result, smoothness)
     for fit, at, count in stages:
-        result = result + to_scan(_descend(fit, to_grid(result, at), count, smoothness, learning_rate, follow))
+        begin = to_grid(result, at)
+        result = result + to_scan(_descend(fit, begin, count, smoothness, learning_rate, follow, graphs))
     bar.close()
     with torch.no_grad():
         before, after = (fit(d) + smoothness * diffusion(d) for d in (to_grid(d, at) for d in (start, result)))
@@ -240,16 +247,27 @@ def _feature_fit(
 
 
 def _descend(
-    fit: Callable[[Tensor], Tensor], start: Tensor, steps: int, smoothness: float, rate: float, follow: Callable
+    fit: Callable[[Tensor], Tensor],
+    start: Tensor,
+    steps: int,
+    smoothness: float,
+    rate: float,
+    follow: Callable[[Tensor], None],
+    graphs: bool,
 ) -> Tensor:
     """Smoothed update of `start` after so many steps of Adam."""
     update = torch.zeros_like(start, requires_grad=True)
     optimizer = _Adam(update, rate)
-    for _ in range(steps):
+
+    def step() -> Tensor:
         disp = start + smooth(update)
         loss = fit(disp) + smoothness * diffusion(disp)
         optimizer.step(loss)
-        follow(loss.item())
+        return loss.detach()
+
+    run = Graphed(step, start.device, on=graphs)
+    for _ in range(steps):
+        follow(run())
     return smooth(update).detach()
 
 
@@ -259,11 +277,11 @@ class _Adam:
     def __init__(self, parameter: Tensor, rate: float) -> None:
         self.parameter, self.rate = parameter, rate
         self.means, self.squares = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        self.count = torch.tensor(0.0)
+        self.count = torch.zeros((), device=parameter.device if parameter.is_cuda else "cpu")  # there a graph counts
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> None:
         (slope,) = torch.autograd.grad(loss, self.parameter)
         state = [self.parameter], [slope], [self.means], [self.squares], [], [self.count]
         options = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8, "maximize": False}
-        adam(*state, lr=self.rate, **options)
+        adam(*state, lr=self.rate, foreach=False, capturable=self.count.is_cuda, **options)

@@ -29,6 +29,8 @@ ROOMS = {
     "publish": (*SCIENCE, "space", "quality", "run", "publish"),
     "label": (*SCIENCE, "space", "quality", "run", "label"),
     "deploy": (*SCIENCE, "space", "quality", "run", "deploy"),
+    "adapters": (*SCIENCE, "space", "quality", "run", "adapters"),
+    "slicer": (),
     "__main__": (*SCIENCE, "space", "quality", "run", "train", "publish", "label", "deploy"),
 }
 BY_NAME = ("import_module", "optional_import", "__import__", "importorskip", "Later")  # calls that import by name
@@ -45,6 +47,12 @@ GATES = {
     "common.deploy.operators": ("common/deploy/pair_app.py",),
     "pydicom": ("common/space/dicom.py", "common/deploy/series.py", "common/deploy/dsro.py"),
     "highdicom": (),
+    "nipype": ("common/adapters/nipype_interface.py",),
+    "physiotwin4d": ("common/adapters/physiotwin.py",),
+    "common.adapters": (),
+    "slicer": ("common/slicer/MonaiRegister/MonaiRegister.py",),
+    "qt": ("common/slicer/MonaiRegister/MonaiRegister.py",),
+    "ctk": ("common/slicer/MonaiRegister/MonaiRegister.py",),
 }
 
 

@@ -4,6 +4,7 @@ May import: torch, and triton in `kernel.py`; nothing else of `common`.
 """
 
 from common.ops._dispatch import plain
+from common.ops.box import box_sum
 from common.ops.conv import conv3d
 from common.ops.cost_volume import CorrelationPyramid, cost_volume
 from common.ops.kmeans import kmeans
@@ -15,6 +16,7 @@ from common.ops.warp import warp
 __all__ = [
     "CorrelationPyramid",
     "SACB",
+    "box_sum",
     "conv3d",
     "cost_volume",
     "kmeans",

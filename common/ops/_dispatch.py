@@ -34,7 +34,7 @@ def on_plain_tensors(op: Callable) -> Callable:
         args = [plain(value) for value in args]
         kwargs = {name: plain(value) for name, value in kwargs.items()}
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if x is None or not torch.is_autocast_enabled(x.device.type):
+        if x is None or x.is_meta or not torch.is_autocast_enabled(x.device.type):  # meta knows no autocast
             return op(*args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return op(*args, **kwargs)
@@ -62,7 +62,7 @@ def custom_op(name: str) -> Callable[[Callable], Callable]:
         def run(*args: Any) -> Any:
             return function(*args) if _only_values(args) else op(*args)
 
-        run.register_fake, run.register_autograd = op.register_fake, op.register_autograd
+        run.op, run.register_fake, run.register_autograd = op, op.register_fake, op.register_autograd
         return run
 
     return mark

@@ -1,6 +1,7 @@
 """What is known about a registered pair: similarity, overlap, landmarks, deformation, in one row and its details."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -8,10 +9,19 @@ import torch
 from torch import Tensor
 
 from common import InputError
-from common.fields import round_trip
+from common.fields import jacobian_determinant, round_trip
 from common.mind import mind_features
 from common.ops import warp
-from common.quality.metrics import concordance, halved, label_overlap, mean_over_labels, ncc, nmi, regularity, ssim
+from common.quality.metrics import (
+    concordance,
+    halved,
+    label_overlap,
+    mean_over_labels,
+    ncc,
+    nmi,
+    regularity_of,
+    ssim,
+)
 from common.quality.quick import against_quick
 from common.quality.sides import both_ways
 from common.space import geometry, io, mapping
@@ -54,6 +64,23 @@ class Registration:
         """(i, j, k) voxels of the working grid where the fixed scan is above 0; all, if there are none."""
         inside = self.work[len(self.work) // 2] > 0
         return inside if inside.any() else torch.ones_like(inside)
+
+    # What is measured and drawn, on the working grid; kept with the object.
+
+    @cached_property
+    def warped(self) -> Tensor:
+        """(i, j, k) moving scan, first channel, at x + disp(x)."""
+        return warp(self.work[None, :1].float(), self.disp[None])[0, 0]
+
+    @cached_property
+    def determinant(self) -> Tensor:
+        """(i, j, k) float64, of the displacement's Jacobian."""
+        return jacobian_determinant(self.disp[None].double())[0, 0]
+
+    @cached_property
+    def length(self) -> np.ndarray:
+        """(i, j, k) of the displacement, mm."""
+        return geometry.length_mm(self.disp.numpy(), self.work_affine)
 
 
 def read_registration(
@@ -172,11 +199,11 @@ def measure(
     if pair.fixed_points is not None and pair.moving_points is not None and some:
         found, details["landmarks"] = _landmarks(pair)
         row |= found
-    length = geometry.length_mm(pair.disp.numpy(), pair.work_affine)[pair.inside.numpy()]
+    length = pair.length[pair.inside.numpy()]
     details["before"] = pair.before
-    details["displacement_mm"] = {f"p{p}": float(np.percentile(length, p)) for p in PERCENTILES}
+    details["displacement_mm"] = dict(zip((f"p{p}" for p in PERCENTILES), np.percentile(length, PERCENTILES).tolist()))
     row |= {"disp_mean_mm": float(length.mean()), "disp_max_mm": float(length.max())}
-    return row | regularity(pair.disp[None], pair.inside) | _one_to_one(pair), details
+    return row | regularity_of(pair.determinant, pair.inside) | _one_to_one(pair), details
 
 
 def _one_to_one(pair: Registration) -> dict[str, float]:
@@ -220,9 +247,9 @@ def _similarity(pair: Registration, warped: Warped, structural: bool) -> dict[st
     f, s, w = (torch.from_numpy(np.ascontiguousarray(x)) for x in chosen)
     inside, there = f > geometry.foreground_floor(fixed), s > geometry.foreground_floor(moving)
     overlap = 2 * float((there & inside).sum()) / max(float(there.sum() + inside.sum()), 1.0)
-    row = {"overlap": overlap}
+    row, (target, *others) = {"overlap": overlap}, (x[inside] for x in (f, s, w))
     for name, of in (("ncc", ncc), ("nmi", nmi)):
-        row |= {f"{name}_before": of(s, f, inside), f"{name}_after": of(w, f, inside)}
+        row |= {f"{name}_{when}": of(other, target) for when, other in zip(("before", "after"), others)}
     if structural:
         row |= {"ssim_before": ssim(_scaled(s), _scaled(f)), "ssim_after": ssim(_scaled(w), _scaled(f))}
     return row
@@ -231,9 +258,9 @@ def _similarity(pair: Registration, warped: Warped, structural: bool) -> dict[st
 def _structure(pair: Registration) -> dict[str, float]:
     """Agreement of MIND-SSC on the working grid, first channels; how much it would rise with left and right exchanged,
     both aligned alike; and whether a quick registration by it goes the same way."""
-    moving, fixed = (half[None, :1] for half in pair.work.float().chunk(2))
+    moving, fixed = (half[0] for half in pair.work.float().chunk(2))
     inside = halved(pair.inside)
-    target, before, after = (mind_features(x)[0] for x in (fixed, moving, warp(moving, pair.disp[None])))
+    target, before, after = (mind_features(x[None, None])[0] for x in (fixed, moving, pair.warped))
     row = {
         f"structure_{name}": concordance(features[:, inside], target[:, inside])
         for name, features in (("before", before), ("after", after))

@@ -107,7 +107,7 @@ def _panels(views: Views, normal: int, scale: float) -> dict[str, Image.Image]:
     """The panels of a row by their titles, the axes of the plane to the right and up."""
     cut = [slice(None)] * 3
     cut[normal] = views.middle[normal]
-    scans = (views.fixed, views.moving, views.warped, views.determinant, views.length)
+    scans = (views.fixed, views.moving, views.warped, views.determinant, views.pair.length)
     f, m, w, j, d = (scan[tuple(cut)] for scan in scans)
     top, within = views.top, [axis for axis in range(3) if axis != normal]
     outline, edges = _contours(f, top, scale, 1), _contours(f, top, scale, 2)

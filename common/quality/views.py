@@ -5,11 +5,8 @@ from functools import cached_property
 
 import numpy as np
 
-from common.fields import jacobian_determinant
-from common.ops import warp
 from common.quality.measure import Registration
 from common.space import mapping
-from common.space.geometry import length_mm
 
 MARKS = 400  # landmarks that are drawn, at most
 
@@ -21,25 +18,14 @@ class Views:
     pair: Registration
 
     def __post_init__(self) -> None:
-        moving, fixed = (half[:1] for half in self.pair.work.float().chunk(2))
-        self.moving, self.fixed = moving[0].numpy(), fixed[0].numpy()
-        self.warped = warp(moving[None], self.pair.disp[None])[0, 0].numpy()
+        self.moving, self.fixed = (half[0].numpy() for half in self.pair.work.float().chunk(2))
+        self.warped, self.determinant = self.pair.warped.numpy(), self.pair.determinant.float().numpy()
         self.top = max(float(self.fixed.max()), 1e-6)
 
     @cached_property
-    def determinant(self) -> np.ndarray:
-        """Of the displacement's Jacobian."""
-        return jacobian_determinant(self.pair.disp[None])[0, 0].numpy()
-
-    @cached_property
-    def length(self) -> np.ndarray:
-        """Of the displacement, mm."""
-        return length_mm(self.pair.disp.numpy(), self.pair.work_affine)
-
-    @cached_property
     def longest(self) -> float:
-        """mm: 99th percentile of the length in the fixed foreground."""
-        return float(np.percentile(self.length[self.pair.inside.numpy()], 99)) or 1.0
+        """mm: 99th percentile of the displacement's length in the fixed foreground."""
+        return float(np.percentile(self.pair.length[self.pair.inside.numpy()], 99)) or 1.0
 
     @cached_property
     def middle(self) -> list[int]:

@@ -134,10 +134,7 @@ def _look(array: np.ndarray, affine: np.ndarray) -> tuple[bool, bool, float, flo
 def _alike(
     moving: tuple[np.ndarray, np.ndarray], fixed: tuple[np.ndarray, np.ndarray], matrix: np.ndarray
 ) -> float:
-    """Correlation where both scans are above the darkest fifth of their foreground.
-
-    Fluid and background are dark in T1 and FLAIR alike, and would make them correlate; grey and white matter do not.
-    """
+    """`tissue_correlation` of two scans on a coarse grid."""
     size = fixed[0].shape
     box = geometry.foreground_box(fixed[0])
     first, last = (np.zeros(3), np.array(size) - 1) if box is None else box
@@ -148,6 +145,15 @@ def _alike(
         for scan, where in ((moving, matrix), (fixed, None))
     )
     inside = (moved > geometry.foreground_floor(moving[0])) & (there > geometry.foreground_floor(fixed[0]))
+    return tissue_correlation(moved, there, inside)
+
+
+def tissue_correlation(moved: np.ndarray, there: np.ndarray, inside: np.ndarray) -> float:
+    """Correlation of two aligned scans where both are above the darkest fifth of the voxels `inside`; 0 of too few.
+
+    Fluid and background are dark in T1 and FLAIR alike, and would make them correlate; grey and white matter do not.
+    Below ALIKE the scans are of two contrasts.
+    """
     if inside.sum() < 100:
         return 0.0
     bright = inside & (moved > np.quantile(moved[inside], 0.2)) & (there > np.quantile(there[inside], 0.2))

@@ -39,6 +39,8 @@ UNTOLD = (
     "output_dir",
     "weights",
     "memory",
+    "cuda_graphs",
+    "capturable",
 )  # attributes that do not change a result, or are hashed by content
 
 

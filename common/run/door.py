@@ -50,11 +50,11 @@ def register(words: list[str]) -> str:
     told = {"bundle": bundle.name, "config": Path(config).name, "options": shown, "reason": reason}
 
     from common.run import progress
-    from common.run.machine import keep_memory, leave_room
+    from common.run.machine import keep_memory, take_threads
     from common.run.registrar import Registrar
 
     keep_memory()
-    leave_room()
+    take_threads()
     try:
         with progress.telling(method=told):
             Registrar(bundle, config=config).run(**asked)

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from common import InputError, RegistrationWarning
 from common.fields import compose
+from common.graphs import Graphed, modules_state
 from common.holes import fill, spread
 from common.ops import plain, warp
 from common.refine import SIMILARITIES, Guide, refine
 from common.run import forecast, progress
+from common.run.choose import ALIKE, tissue_correlation
 from common.run.cohort import PairTable, run
 
 __all__ = ["PairTable", "run"]  # which the configs name as part of this module
@@ -85,6 +87,13 @@ def _refuse_numbers(where: str, value: Tensor, own: Tensor) -> None:
         raise InputError(f"{where} holds NaN or infinite values")
 
 
+def _fitting(warped: Tensor, fixed: Tensor) -> str:
+    """What a refinement should compare: LNCC of the scans, or MIND if a contrast that both have is not alike."""
+    pairs = zip(warped[0].cpu().numpy(), fixed[0].cpu().numpy())
+    alike = [tissue_correlation(moved, there, (moved > 0) & (there > 0)) for moved, there in pairs]
+    return "lncc" if min(alike) >= ALIKE else "mind"
+
+
 class RegistrationInferer(Inferer):
     """Run a network on the packed image and, if asked, improve its displacement for this pair.
 
@@ -100,12 +109,15 @@ class RegistrationInferer(Inferer):
         refine_steps: steps of `common.refine.refine`; 0 leaves the network's displacement.
         passes: how often the network registers: each further pass takes the moving scan as the ones before have warped
             it, and its displacement is composed with theirs. Of what they warn, the last pass's counts.
-        similarity: of the refinement; "features" takes the network's own, `network.features(scan)`.
+        similarity: of the refinement; "features" takes the network's own, `network.features(scan)`; "auto" LNCC for two
+            scans of one contrast and MIND for two (`choose.tissue_correlation` after the network).
         memory: GiB that may be used; None: most of what is free.
         too_large: what to do with a pair that needs more: "stop", "tile" or "coarsen".
         cost: {"units": ..., "bytes": ...} that the network takes a voxel, as `forecast.Work` says; without, and with a
             refinement of which nothing is known, it is measured on a crop of the first pair that is large enough.
         guide: weight with which the points of a call guide the refinement, in mm.
+        cuda_graphs: on a GPU, replay what is repeated at one size as a CUDA graph: the steps of the refinement, and the
+            network from its second pair of a size on, if it says that it is `capturable`. The report says what was.
         options: further keyword arguments of `refine`.
     """
 
@@ -119,14 +131,15 @@ class RegistrationInferer(Inferer):
         too_large: str = "stop",
         cost: dict[str, float] | None = None,
         guide: float = 0.0,
+        cuda_graphs: bool = True,
         **options: Any,
     ) -> None:
         if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
             raise InputError(f"--passes must be a whole number >= 1, got {passes}")
         if not isinstance(refine_steps, int) or refine_steps < 0:
             raise InputError(f"--refine_steps must be a whole number >= 0, got {refine_steps}")
-        if similarity not in SIMILARITIES:
-            raise InputError(f"--refine_similarity must be one of {', '.join(SIMILARITIES)}, got {similarity}")
+        if similarity not in (words := (*SIMILARITIES, "auto")):
+            raise InputError(f"--refine_similarity must be one of {', '.join(words)}, got {similarity}")
         if memory is not None and not (isinstance(memory, (int, float)) and memory > 0):
             raise InputError(f"--memory must be a number of GiB, got {memory}")
         if too_large not in forecast.POLICIES:
@@ -137,6 +150,8 @@ class RegistrationInferer(Inferer):
         self.memory, self.too_large, self.guide = memory, too_large, guide
         self._work = None if cost is None else forecast.Work(**cost)
         self._cost: forecast.Cost | None = None  # once measured
+        self.cuda_graphs = cuda_graphs
+        self._graphed: Graphed | None = None  # the network that was run last
 
     def __call__(
         self,
@@ -187,7 +202,7 @@ class RegistrationInferer(Inferer):
             with warnings.catch_warnings():
                 if left:
                     warnings.simplefilter("ignore", RegistrationWarning)
-                further = network(pair, *args, **kwargs).float()
+                further = self._pass(network, pair, quiet, args, kwargs).float()
             disp = further if disp is None else compose(disp, further)
             if left:
                 pair = torch.cat([warp(moving, disp), fixed], 1)
@@ -196,6 +211,7 @@ class RegistrationInferer(Inferer):
             disp = spread(disp, known > 0.5) if (known > 0.5).any() else disp
         if not steps:
             return disp
+        similarity = self.similarity if self.similarity != "auto" else _fitting(warp(moving, disp), fixed)
         features = getattr(network, "features", None) if self.similarity == "features" else None
         if self.similarity == "features" and features is None:
             raise InputError(f"--refine_similarity features: {type(network).__name__} has no features of its own")
@@ -203,11 +219,21 @@ class RegistrationInferer(Inferer):
             name = type(features).__name__
             text = f"not with {name}, whose grid it does not take; mind or lncc would do"
             raise InputError(f"--refine_similarity features: {text}")
-        options = {"similarity": self.similarity, "features": features, "mask": mask, "guide": guide} | self.options
-        options["progress"] = False if quiet else progress.step
+        options = {"similarity": similarity, "features": features, "mask": mask, "guide": guide} | self.options
+        options |= {"progress": False if quiet else progress.step, "graphs": self.cuda_graphs}
         if not quiet:
-            progress.stage("refining")
+            progress.stage("refining" if similarity == self.similarity else f"refining by {similarity.upper()}")
         return refine(disp, image, steps, **options)
+
+    def _pass(self, network: Callable[..., Tensor], pair: Tensor, quiet: bool, args: tuple, kwargs: dict) -> Tensor:
+        if quiet or args or kwargs or not (self.cuda_graphs and getattr(network, "capturable", False)):
+            return network(pair, *args, **kwargs)
+        if self._graphed is None or self._graphed.function is not network:
+            self._graphed = Graphed(network, pair.device, state=lambda: modules_state(network))
+        disp = self._graphed(pair)
+        if self._graphed.told != "off":
+            progress.put(cuda_graph=self._graphed.told)
+        return disp
 
     def _forecast(
         self, image: Tensor, run: Callable[..., forecast.Run], started: float | None, scan_voxels: int

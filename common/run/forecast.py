@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common import InputError
 from common.fields import resize_disp
-from common.run.machine import give_back_memory
+from common.run.machine import kept_memory
 
 SIDE = 64  # of the crop that is measured; below this, sizes that do not depend on the voxels dominate
 PROBE = 4  # steps of the refinement that are timed: of one alone, any other job on the machine is the larger part
@@ -46,7 +46,7 @@ class Work(NamedTuple):
 
 
 # Of a step of the refinement, by what it compares; made by tests/bench/bench_forecast.py calibrate.
-STEP = {"lncc": Work(0.62, 184.0), "mind": Work(1.37, 132.0)}
+STEP = {"lncc": Work(0.62, 184.0), "mind": Work(1.37, 132.0), "auto": Work(1.37, 184.0)}
 UNIT_SIDE, UNIT_CHANNELS = 40, 8  # of the convolution that is the unit
 
 # Of warping, measuring, drawing and writing, without labels, a voxel of the fixed scan; always on the CPU. Held against
@@ -138,13 +138,13 @@ def free_memory(device: torch.device) -> int | None:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        known.append(int(fields["MemAvailable"].split()[0]) * 1024)
+        known.append(int(fields["MemAvailable"].split()[0]) * 1024 + kept_memory())
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
         if Path(limit).exists() and Path(limit).read_text().strip().isdigit():
-            known.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+            known.append(int(Path(limit).read_text()) - int(Path(used).read_text()) + kept_memory())
     return min(known) if known else None
 
 
@@ -180,8 +180,7 @@ def whole_pair(network: Cost, device: torch.device, scan_voxels: int, seconds: f
     Returns:
         Seconds, and peak bytes of the process's own memory.
     """
-    give_back_memory()
-    now, peak = resident_memory() or 0, peak_memory(torch.device("cpu")) or 0
+    now, peak = max((resident_memory() or 0) - kept_memory(), 0), peak_memory(torch.device("cpu")) or 0
     working = network.bytes if device.type == "cpu" else 0.0
     memory = max(peak, now + working, now + DELIVERY.bytes * scan_voxels)
     return Cost(seconds + network.seconds + DELIVERY.seconds * scan_voxels, memory)

@@ -38,6 +38,7 @@ SHARED = {
     "output_dir": Option("path", "folder for the results"),
     "quiet": Option("switch", "say nothing but what is wrong"),
     "device": Option("device", "where to compute, by default on a GPU, if there is one"),
+    "threads": Option("whole", "to compute with; by default one for each idle core", low=1, high=1024, none=True),
     "amp": Option("switch", "mixed precision, on a GPU only"),
     "prealign": Option("word", "how the scans are brought together first", ("affine", "rigid", "none")),
     "spacing": Option("number", "mm of a voxel of the network's grid; 0 keeps the scan's", high=100, none=True),
@@ -66,9 +67,10 @@ INFERENCE = {
     "series": Option("data", "UID or description of a DICOM series, or a list for both scans", none=True),
     "passes": Option("whole", "how often the network runs", low=1, high=50),
     "refine_steps": Option("whole", "steps of instance optimisation after the network", high=10000),
-    "refine_similarity": Option("word", "what those steps compare", ("lncc", "mind", "features")),
+    "refine_similarity": Option("word", "what those steps compare", ("lncc", "mind", "features", "auto")),
     "memory": Option("number", "GiB that may be used; by default most of what is free", low=0.001, none=True),
     "too_large": Option("word", "what to do with a pair that needs more memory", ("stop", "tile", "coarsen")),
+    "cuda_graphs": Option("switch", "on a GPU, replay what is repeated at one size as a CUDA graph"),
     "save_inverse": Option("switch", "also write the inverse transform"),
     "crop": Option("switch", "lay the network's grid around the foreground only"),
     "trained_on": Option("word", "what the weights know", ("brain_t1", "hippocampus"), none=True, empty=True),
@@ -139,8 +141,8 @@ TEMPLATE = {  # of `python -m common template`, beside options of a registration
 TEMPLATE_DEFAULTS = {"method": "auto", "config": "", "rounds": 4, "labels": "", "reference": "", "voxel_size": None}
 TEMPLATE_DEFAULTS |= {"resume": True}
 OF_ALL = ("prealign", "refine_steps", "refine_similarity", "features", "passes", "spacing", "crop", "grid_size")
-OF_ALL += ("intensity_range", "weights", "trained_on", "header", "series", "lesion_margin", "device", "amp", "memory")
-OF_ALL += ("too_large",)  # of INFERENCE, taken by a template for every registration
+OF_ALL += ("intensity_range", "weights", "trained_on", "header", "series", "lesion_margin", "device", "threads", "amp")
+OF_ALL += ("memory", "too_large")  # of INFERENCE, taken by a template for every registration
 FOR_INFERENCE, FOR_TRAINING = SHARED | INFERENCE, SHARED | TRAINING
 TAKES = {
     "path": "a path",

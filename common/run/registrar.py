@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from common import InputError
@@ -28,7 +29,7 @@ from common.space import mapping
 OF_A_PAIR = ("moving", "fixed", "moving_label", "fixed_label", "moving_points", "fixed_points", "moving_mask")
 OF_A_PAIR += ("fixed_mask", "output_dir", "prealign", "passes", "refine_steps", "refine_similarity", "save_inverse")
 OF_A_PAIR += ("surface", "displacement", "moving_lesion", "fixed_lesion", "lesion_margin", "guide")
-OF_A_PAIR += ("holdout_points", "report", "neurological", "quiet")
+OF_A_PAIR += ("holdout_points", "report", "neurological", "quiet", "threads")
 IN_MEMORY = ("moving_label", "fixed_label", "moving_mask", "fixed_mask")  # beside the scans
 IN_MEMORY += ("moving_lesion", "fixed_lesion")
 _ONE_AT_A_TIME = threading.Lock()  # sys.path, the progress bar and its notes belong to the process
@@ -161,7 +162,7 @@ class Registrar:
         """Run inference.json with these options, as the command line does: a row a pair."""
         asked = self.options | self._checked(options)
         lasting = json.dumps({n: v for n, v in asked.items() if n not in OF_A_PAIR}, sort_keys=True, default=str)
-        with _ONE_AT_A_TIME, _own_search_path(), contextlib.nullcontext() if verbose else progress.silent():
+        with _ONE_AT_A_TIME, _own_process(), contextlib.nullcontext() if verbose else progress.silent():
             kept = {"network": self._kept[1]} if self._kept and self._kept[0] == lasting else {}
             options = {"workflow_type": "inference", "bundle_root": str(self.root)} | kept
             with progress.unlogged():  # that there is no logging file
@@ -189,10 +190,12 @@ class Registrar:
 
 
 @contextlib.contextmanager
-def _own_search_path() -> Iterator[None]:
-    """Every run puts the bundle's folder on the module search path; afterwards it is as it was."""
-    before = list(sys.path)
+def _own_process() -> Iterator[None]:
+    """A run puts the bundle's folder on the module search path, and may take other threads; then all is as it was."""
+    path, threads = list(sys.path), torch.get_num_threads()
     try:
         yield
     finally:
-        sys.path[:] = before
+        sys.path[:] = path
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)

@@ -1,5 +1,6 @@
 """Dictionary transforms of a pair, in the order of the working path: load, align, grid, scale, pack, deliver."""
 
+import dataclasses
 import math
 import time
 import warnings
@@ -195,7 +196,7 @@ class AlignAndGridd(Transform):
         box = geometry.foreground_box(fixed[0]) if self.crop else None
         options = {"box": box, "divisor": self.divisor, "grid_size": self.grid_size}
         refuse_huge(geometry.working_grid(fixed.shape[1:], fixed_affine, self.spacing, **options)[0], self.spacing)
-        organ = fixed.shape[1:], fixed_affine, self.spacing, geometry.foreground_box(fixed[0])
+        organ = fixed.shape[1:], fixed_affine, self.spacing, box if self.crop else geometry.foreground_box(fixed[0])
         spacing = geometry.fitting_spacing(*organ)
         if spacing != self.spacing:
             text = f"a grid of {self.spacing:g} mm voxels does not suit the size of {names[1]}"
@@ -384,7 +385,7 @@ class DeliverPaird(Transform):
             writers["report.json"] = partial(outputs.write_report, content)  # the last
             io.write_folder(self.output_dir / data["id"], writers)
         row["seconds"] = time.time() - float(data["started"])
-        data["delivered"] = pair, warped, notes  # for a `Registrar`
+        data["delivered"] = dataclasses.replace(pair), warped, notes  # for a `Registrar`; without what is kept with it
         return data | {"row": {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}}
 
 

@@ -25,7 +25,7 @@ from common import InputError
 from common.run import progress
 from common.run.cli import refuse_unknown
 from common.run.help import help_of
-from common.run.machine import keep_memory, leave_room
+from common.run.machine import keep_memory, take_threads
 from common.run.options import FOR_INFERENCE, FOR_TRAINING, Option
 from common.run.values import check, read
 
@@ -111,10 +111,12 @@ def take_options() -> None:
         given = _of_command_line()
         if given and parser is not None and "train" not in parser.get():
             keep_memory()
-            leave_room()
+            take_threads()
     if parser is not None:
         parser.ref_resolver.resolved_content.update(given)
         progress.hush(given.get("quiet", parser.config.get("quiet", False)))
+        if threads := given.get("threads", parser.config.get("threads")):
+            take_threads(threads)
         if "bundle_root" in given:  # read by MONAI already, and perhaps not as it stands
             sys.path.insert(1, os.path.abspath(given["bundle_root"]))
 

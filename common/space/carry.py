@@ -87,7 +87,7 @@ def carry(
         name: of the transform, for warnings.
     """
     if file.lower().endswith(POINT_ENDINGS):
-        affine = io.read_scan(reference)[1] if reference else None
+        affine = io.read_grid(reference)[1] if reference else None
         given = points.read_points(file, affine)
         there = (mapping.invert_at if back else mapping.map_points)(the_map, given.lps)
         points.write_points(points.Points(there, given.names), output)
@@ -105,8 +105,7 @@ def carry(
     if label == "auto":
         label = "nearest" if is_label(scan if film is None else scan[:1]) else "no"
         scan = io.read_label(file)[0] if label != "no" and film is None else scan  # codes do not pass a float32
-    like, onto = io.read_scan(reference)
-    size = like.shape[1:]
+    size, onto = io.read_grid(reference)
     options = {"nearest": label == "nearest", "voted": label == "linear"}
     outside = [0 if label != "no" else io.background(channel) for channel in scan]
     through = back or the_map

@@ -185,13 +185,12 @@ def to_working_grid(
     variance = 0.16 * np.clip(target**2 - old**2, 0, None)
     channels = []
     for channel in array:
-        stripped = (channel > 0).astype(np.float32) if not nearest and is_stripped(channel) else None
+        both = [channel > 0] if not nearest and is_stripped(channel) else []
         if not nearest:
             channel = smoothed(channel, variance / old**2)
-        beyond = (0.0 if nearest else background(channel)) if outside is None else outside
+        beyond = (0.0 if nearest or both else background(channel)) if outside is None else outside
         channel = channel.astype(np.float32, copy=False)  # of labels too: networks take no other
-        values = resample(channel, affine_ras, size, onto_ras, transform, nearest=nearest, outside=beyond)
-        if stripped is not None:
-            values *= resample(stripped, affine_ras, size, onto_ras, transform) > 0.5
-        channels.append(values)
+        both = np.stack([channel, *both]) if both else channel
+        values = resample(both, affine_ras, size, onto_ras, transform, nearest=nearest, outside=beyond)
+        channels.append(values[0] * (values[1] > 0.5) if values.ndim == 4 else values)
     return np.stack(channels)

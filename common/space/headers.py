@@ -92,18 +92,10 @@ def plain(found: Nifti, *, codes: bool = False) -> tuple[np.ndarray, np.ndarray]
     Args:
         codes: of a label map: whole numbers come out as int64. Else float32.
     """
-    size = found.shape
-    while len(size) > 3 and size[-1] == 1:
-        size = size[:-1]
-    values, (slope, inter) = found.values, found.scaling
-    if values is None or len(size) != 3 or min(size) < 2 or values.dtype.kind not in "iuf" or not found.matrices:
+    values, (slope, inter), grid = found.values, found.scaling, plain_grid(found)
+    if values is None or values.dtype.kind not in "iuf" or grid is None:
         return None
-    affine = found.matrices.get("sform", found.matrices.get("qform"))
-    sizes = np.array(found.spacing)
-    apart = max(farthest(affine, other, size) for other in found.matrices.values())
-    stretched = np.abs(nib.affines.voxel_sizes(affine) / sizes - 1).max()
-    if skew(affine) > EXACT or apart > 1e-3 * sizes.min() or stretched > 1e-4:
-        return None
+    size, affine = grid
     scaled = np.isfinite(slope) and slope != 0 and (slope, inter) != (1.0, 0.0)
     if values.dtype.kind == "u" and values.dtype.itemsize == 8 or (codes and scaled):
         return None
@@ -112,6 +104,21 @@ def plain(found: Nifti, *, codes: bool = False) -> tuple[np.ndarray, np.ndarray]
         array = array * slope + inter
     kind = np.int64 if codes and array.dtype.kind in "iu" else np.float64 if codes else np.float32
     return np.ascontiguousarray(array[None], dtype=kind), affine
+
+
+def plain_grid(found: Nifti) -> tuple[tuple[int, int, int], np.ndarray] | None:
+    """Size and affine of a file about whose place there can be but one opinion, as `plain`; None for any other."""
+    size = found.shape
+    while len(size) > 3 and size[-1] == 1:
+        size = size[:-1]
+    if len(size) != 3 or min(size) < 2 or not found.matrices:
+        return None
+    affine = found.matrices.get("sform", found.matrices.get("qform"))
+    sizes = np.array(found.spacing)
+    apart = max(farthest(affine, other, size) for other in found.matrices.values())
+    stretched = np.abs(nib.affines.voxel_sizes(affine) / sizes - 1).max()
+    plain = skew(affine) <= EXACT and apart <= 1e-3 * sizes.min() and stretched <= 1e-4
+    return (size, affine) if plain else None
 
 
 def _opened(path: Path) -> BinaryIO:

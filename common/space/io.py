@@ -57,6 +57,21 @@ def read_scan(
     return np.concatenate(parts), affine
 
 
+def read_grid(path: str | os.PathLike) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Size and `affine_ras` of a scan; of a NIfTI file the header alone is read, where it leaves no doubt.
+
+    Raises:
+        InputError: what `read_scan` refuses; but values that are not read.
+    """
+    file = Path(path)
+    if headers.is_nifti(file) and file.is_file():
+        found = headers.read_nifti(file, values=False)
+        if (grid := headers.plain_grid(found)) is not None:
+            return grid[0], headers.settled(file, headers.place(file, found, grid[1]), grid[0])
+    array, affine = read_scan(path)
+    return array.shape[1:], affine
+
+
 def read_label(
     path: str | os.PathLike, *, kind: str = "label map", header: str = "", series: str | Sequence[str] = ""
 ) -> tuple[np.ndarray, np.ndarray]:

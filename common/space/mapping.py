@@ -2,22 +2,27 @@
 
 A transform T takes a point of the fixed space to its place in the moving space, so that warped(x) = moving(T(x)). It is
 a row of parts that a point goes through: affine maps, displacement fields, and whatever else ITK has read. Matrices,
-grids and arrays are RAS mm, as everywhere here; points are LPS mm, as in files. Files: `transform_files`.
+grids and arrays are RAS mm, as everywhere here; points are LPS mm, as in files. Files: `transform_files`. Points are
+mapped without torch, which takes seconds to load.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from common import InputError, fields
+from common import InputError, Later
 from common.space.io import LPS_FROM_RAS
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+torch, F, fields = Later("torch"), Later("torch.nn.functional"), Later("common.fields")
 Grid = tuple[tuple[int, int, int], np.ndarray]  # size and affine_ras
 CONVERGED_MM = 1e-3  # a point counts as inverted when its image is this close to the target
 LARGEST = 2**31  # voxels of a grid that anybody could mean
@@ -156,7 +161,7 @@ def resample(
     """Values of a scan at transform(x) for every voxel x of another grid. One interpolation.
 
     Args:
-        array: (I, J, K) scan on the grid `affine_ras`.
+        array: (I, J, K) scan on the grid `affine_ras`; where it is linear also (C, I, J, K), all at once.
         size, onto_ras: the grid to fill.
         transform: point map from the new grid's space to the scan's; None is the identity.
         nearest: nearest neighbour, for labels, whose type is kept; else linear.
@@ -165,21 +170,21 @@ def resample(
         outside: value where the scan does not reach: beyond half a voxel outside of it, as in ITK.
 
     Returns:
-        (I', J', K') float32, or with `nearest` or `voted` in the type of `array`.
+        ([C,] I', J', K') float32, or with `nearest` or `voted` in the type of `array`.
     """
     size = tuple(int(n) for n in size)
     if math.prod(size) > LARGEST:
         raise InputError(f"a grid of {' x '.join(map(str, size))} voxels is too large")
     source = torch.from_numpy(np.ascontiguousarray(array, dtype=None if nearest or voted else np.float32))
-    out = torch.empty(size, dtype=source.dtype)
+    out = torch.empty(source.shape[:-3] + size, dtype=source.dtype)
     to_voxel = np.linalg.inv(affine_ras)
-    if size == source.shape and (transform is None or transform.linear):
+    if size == source.shape[-3:] and (transform is None or transform.linear):
         matrix = np.eye(4) if transform is None else matrix_of(transform)
         if np.allclose(to_voxel @ matrix @ onto_ras, np.eye(4), rtol=0, atol=1e-6):
             return source.numpy().copy()  # the same grid: every bit is kept
     for rows, coords, frame in _places(transform, size, onto_ras):
         voxels = _moved(to_voxel @ frame, coords)
-        out[rows] = (_nearest if nearest else _voted if voted else _linear)(source, voxels, outside)
+        out[..., rows, :, :] = (_nearest if nearest else _voted if voted else _linear)(source, voxels, outside)
     return out.numpy()
 
 
@@ -188,7 +193,7 @@ def displacement_mm(transform: Transform, size: tuple[int, int, int], affine_ras
     found = torch.empty((3, *size), dtype=torch.float32)
     for rows, coords, frame in _places(transform, size, affine_ras):
         start = _lattice(size, rows)
-        if isinstance(coords, Tensor):
+        if isinstance(coords, torch.Tensor):
             there = _moved(LPS_FROM_RAS @ frame, coords)
             found[:, rows] = there - _moved(LPS_FROM_RAS @ affine_ras, start)
         else:  # linear: one matrix, whose difference is exact
@@ -232,7 +237,7 @@ def _places(
                 frame = part.matrix @ frame
                 continue
             to_own, own = np.linalg.inv(part.affine_ras) @ frame, part.disp.shape[1:] == size
-            own = own and not isinstance(coords, Tensor) and np.allclose(to_own, np.eye(4), rtol=0, atol=1e-6)
+            own = own and not isinstance(coords, torch.Tensor) and np.allclose(to_own, np.eye(4), rtol=0, atol=1e-6)
             coords = _moved(to_own, coords)
             moved = torch.from_numpy(part.disp[:, rows]).float() if own else _displaced(part.disp, coords)
             coords, frame = coords + moved, part.affine_ras
@@ -241,7 +246,7 @@ def _places(
 
 def _moved(matrix: np.ndarray, coords: Tensor | Lattice) -> Tensor:
     """The 4x4 map of coordinates: (3, I, J, K) float32."""
-    if isinstance(coords, Tensor):
+    if isinstance(coords, torch.Tensor):
         linear = torch.from_numpy(matrix[:3, :3]).float()
         shift = torch.from_numpy(matrix[:3, 3]).float().view(3, 1, 1, 1)
         return torch.einsum("ab,bijk->aijk", linear, coords) + shift
@@ -270,8 +275,9 @@ def _displaced(disp: np.ndarray, voxels: Tensor) -> Tensor:
 
 
 def _linear(source: Tensor, voxels: Tensor, outside: float) -> Tensor:
-    found = _grid_sample(source[None], voxels)[0]
-    return found.masked_fill_(~_inside(voxels, source.shape), outside)
+    size = source.shape[-3:]
+    found = _grid_sample(source.view(-1, *size), voxels).masked_fill_(~_inside(voxels, size), outside)
+    return found.view(source.shape[:-3] + found.shape[1:])
 
 
 def _nearest(source: Tensor, voxels: Tensor, outside: float) -> Tensor:
@@ -279,7 +285,7 @@ def _nearest(source: Tensor, voxels: Tensor, outside: float) -> Tensor:
     inside = _inside(voxels, source.shape)
     index = torch.zeros(voxels.shape[1:], dtype=torch.int64)
     for v, n in zip(voxels, source.shape):
-        index = index * n + (v + 0.5).floor().long().clamp(0, n - 1)
+        index.mul_(n).add_((v + 0.5).floor_().long().clamp_(0, n - 1))
     return source.flatten()[index].masked_fill_(~inside, outside)
 
 

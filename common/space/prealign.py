@@ -224,10 +224,13 @@ class _Information:
         return np.argsort([self(matrix, slope=False)[0] for matrix in matrices], kind="stable")
 
     def _inside(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        voxels = (self.points @ (self.to_voxel @ matrix)[:3].T).astype(np.float32)
-        inside = ((voxels >= 0) & (voxels <= np.array(self.moving.shape) - 1)).all(1)
+        """Where the samples come to lie, voxels (3, N) of the moving copy, and which of them count."""
+        voxels = np.ascontiguousarray((self.points @ (self.to_voxel @ matrix)[:3].T).T, np.float32)
+        inside = np.ones(len(self.points), bool)
+        for v, n in zip(voxels, self.moving.shape):
+            inside &= (v >= 0) & (v <= n - 1)
         if self.mask is not None:
-            i, j, k = np.rint(voxels[inside]).astype(np.int64).T
+            i, j, k = np.rint(voxels[:, inside]).astype(np.int64)
             inside[inside] = self.mask[i, j, k]
         return voxels, inside
 
@@ -237,13 +240,16 @@ class _Information:
         count = int(inside.sum())
         if count < self.least:
             return 0.0, np.zeros((3, 4))
-        values, slopes = _sample(self.moving, voxels if count == len(voxels) else voxels[inside], slope)
+        points, bins = self.points, self.bins
+        if count < len(points):
+            voxels, points, bins = voxels[:, inside], points[inside], bins[inside]
+        values, slopes = _sample(self.moving, voxels, slope)
         low = np.minimum(values.astype(np.int64), BINS - 3)
         t = values - low.astype(np.float32)
         u, t2 = 1 - t, t * t
         u2 = u * u
         window = u2 * u / 6, (t / 2 - 1) * t2 + np.float32(2 / 3), (u / 2 - 1) * u2 + np.float32(2 / 3), t2 * t / 6
-        cells = self.bins[inside] * BINS + low - 1
+        cells = bins * BINS + low - 1
         joint = sum(np.bincount(cells + tap, weight, BINS * BINS) for tap, weight in enumerate(window)) / count
         joint = joint.reshape(BINS, BINS)
         alone = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
@@ -253,8 +259,8 @@ class _Information:
             return -float((joint * log).sum()), np.zeros((3, 4))
         window_slope = u2 / -2, 1.5 * t2 - 2 * t, 2 * u - 1.5 * u2, t2 / 2
         # dI/dp(a, b) is the log up to a constant, which the window's slopes, summing to 0, cancel.
-        force = sum(log.flat[cells + tap] * slope for tap, slope in enumerate(window_slope)) / count
-        return -float((joint * log).sum()), -self.to_voxel[:3, :3].T @ (slopes * force) @ self.points[inside]
+        force = sum(log.take(cells + tap) * slope for tap, slope in enumerate(window_slope)) / count
+        return -float((joint * log).sum()), -self.to_voxel[:3, :3].T @ (slopes * force) @ points
 
 
 def _unit(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
@@ -265,12 +271,12 @@ def _unit(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 
 def _sample(array: np.ndarray, voxels: np.ndarray, slope: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Trilinear values (N) at points (N, 3) inside the grid, and their slopes (3, N) along the axes if wanted."""
-    first = np.minimum(voxels.astype(np.int64), np.array(array.shape) - 2)
-    i, j, k = (voxels - first).T
-    strides = np.array([array.shape[1] * array.shape[2], array.shape[2], 1])
-    base, flat = first @ strides, array.ravel()
-    near, far = ([[flat[base + strides @ (a, b, c)] for c in (0, 1)] for b in (0, 1)] for a in (0, 1))
+    """Trilinear values (N) at voxels (3, N) inside the grid, and their slopes (3, N) along the axes if wanted."""
+    first = [np.minimum(v.astype(np.int64), n - 2) for v, n in zip(voxels, array.shape)]
+    i, j, k = (v - low for v, low in zip(voxels, first))
+    strides = (array.shape[1] * array.shape[2], array.shape[2], 1)
+    base, flat = sum(low * stride for low, stride in zip(first, strides)), array.ravel()
+    near, far = ([[flat.take(base + np.dot(strides, (a, b, c))) for c in (0, 1)] for b in (0, 1)] for a in (0, 1))
     rows = [[c0 + (c1 - c0) * k for c0, c1 in plane] for plane in (near, far)]
     faces = [b0 + (b1 - b0) * j for b0, b1 in rows]
     if not slope:

@@ -13,12 +13,14 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.data import DistributedSampler
-from monai.engines import IterationEvents
+from monai.engines import IterationEvents, SupervisedTrainer
 from monai.handlers import IgniteMetricHandler
 from monai.metrics import CumulativeIterationMetric
+from monai.utils import CommonKeys as Keys
 from torch import Tensor, nn
 
-from common import InputError
+from common import InputError, graphs
+from common.graphs import Graphed, modules_state
 from common.ops import plain
 from common.quality.metrics import label_overlap, mean_over_labels
 from common.run import progress
@@ -86,6 +88,75 @@ class TrainingStep(nn.Module):
 def step_loss(value: Tensor, label: Tensor) -> Tensor:
     """The loss function of a trainer that runs a `TrainingStep`: its output is the loss already."""
     return value
+
+
+class GraphedStep:
+    """A trainer's `iteration_update`: MONAI's own, with the forward and backward pass replayed as a CUDA graph.
+
+    On a GPU, if network and loss say that they are `capturable`, without mixed precision and accumulated gradients, and
+    in one process; in any other case it is MONAI's own step. The first line of the training says which. Of every image
+    size the first step runs as written. What clips gradients, the optimizer, the learning rate and what is saved are
+    outside of the graph, as they were: some ten launches.
+
+    Args:
+        on: False takes MONAI's own step.
+    """
+
+    def __init__(self, on: bool = True) -> None:
+        self.on = on
+        self._graphed: Graphed | None = None
+        self._said = False
+
+    def __call__(self, engine: SupervisedTrainer, batch: dict) -> dict:
+        reason = self._why_not(engine)
+        if not self._said and engine.state.device.type == "cuda":
+            how = f"no CUDA graph: {reason}" if reason else "each step after the first as a CUDA graph"
+            progress.tell(how)
+            self._said = True
+        if reason:
+            return engine._iteration(engine, batch)
+        prepared = engine.prepare_batch(batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)
+        image, target = plain(prepared[0]), plain(prepared[1])
+        engine.state.output = {Keys.IMAGE: image, Keys.LABEL: target}
+        engine.network.train()
+        learned = [p for p in engine.network.parameters() if p.requires_grad]
+        if self._graphed is None:
+            self._graphed = self._forward_and_backward(engine, learned)
+        loss, pred, *slopes = self._graphed(image, target)
+        engine.state.output |= {Keys.PRED: pred.clone(), Keys.LOSS: loss.clone()}  # the next replay writes there
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+        for parameter, slope in zip(learned, slopes):
+            parameter.grad = slope
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        engine.optimizer.step()
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output
+
+    def _why_not(self, engine: SupervisedTrainer) -> str:
+        if not self.on:
+            return "switched off"
+        if not graphs.possible(engine.state.device):
+            return "not on a GPU"
+        if engine.amp or engine.accumulation_steps > 1 or engine.compile:
+            return "mixed precision, accumulated gradients or a compiled network"
+        for part in (engine.network, engine.loss_function):
+            if not getattr(part, "capturable", False):
+                return f"{type(part).__name__} does not say that it can be captured"
+        return ""
+
+    @staticmethod
+    def _forward_and_backward(engine: SupervisedTrainer, learned: list[nn.Parameter]) -> Graphed:
+        network, loss_function = engine.network, engine.loss_function
+
+        def run(image: Tensor, target: Tensor) -> tuple[Tensor | None, ...]:
+            pred = engine.inferer(image, network)
+            loss = loss_function(pred, target).mean()
+            slopes = torch.autograd.grad(loss, learned, allow_unused=True)
+            return loss.detach(), pred.detach(), *slopes  # with a graph of theirs, they would keep its streams
+
+        state = lambda: modules_state(network, loss_function)  # noqa: E731
+        return Graphed(run, engine.state.device, state=state, copy=False)
 
 
 def label_dice_handler(minimum: int = 0, *, of: str | None = None) -> IgniteMetricHandler:

@@ -13,9 +13,10 @@ from common.fields import identity
 from common.losses import diffusion
 from common.ops import warp
 from common.train.contrasts import draw_images
-from common.train.shapes import FAMILIES, draw_anatomy, draw_motion, move
+from common.train.shapes import FAMILIES, Draws, draw_anatomy, draw_motion, move, uniform
 
 SMALLEST = 32  # voxels along an axis
+LABELS = 64  # a made-up anatomy has fewer: 9 sheets of 5 parcels, or 40 parts, with the outside and the rim
 
 
 class ShapePair(NamedTuple):
@@ -38,7 +39,7 @@ def draw_pair(generator: Generator, size: tuple[int, int, int], *, same_contrast
     anatomy = draw_anatomy(generator, size)
     motion = draw_motion(generator, size)
     label = torch.stack([move(anatomy.label, motion.moving), move(anatomy.label, motion.fixed)])
-    shared = float(torch.rand((), generator=generator, device=generator.device)) < same_contrast
+    shared = uniform(generator, 0, 1) < same_contrast
     return ShapePair(draw_images(generator, anatomy, label, shared), label, motion.disp[0], anatomy.family, shared)
 
 
@@ -79,8 +80,7 @@ class ShapePairs(Dataset):
     def __getitem__(self, index: int) -> dict:
         """{"image", "label", "disp", "family" (its number), "shared" (0 or 1)}, see `ShapePair`; labels as float32."""
         state = np.random.SeedSequence((self.seed, index)).generate_state(1, np.uint64)[0] >> np.uint64(1)
-        generator = Generator(self.device).manual_seed(int(state))
-        pair = draw_pair(generator, self.size, same_contrast=self.same_contrast)
+        pair = draw_pair(Draws(int(state), self.device), self.size, same_contrast=self.same_contrast)
         numbers = {"family": FAMILIES.index(pair.family), "shared": int(pair.shared)}
         return {"image": pair.image, "label": pair.label.float(), "disp": pair.disp} | numbers
 
@@ -106,9 +106,9 @@ class KnownFlowLoss(nn.Module):
 
     sum_k mean_x (warp([moving = k], d) - [fixed = k])^2 + a mean_w |d - u| + smoothness diffusion(d)
 
-    over at most `labels` labels k of each fixed map, drawn anew each time; w is 1 within 3 voxels of a label's border
-    in the fixed map, 0.1 elsewhere, 0 where x + u(x) is outside the grid. a is `early` in the first part of a training,
-    `late` afterwards: the truth sets it going, the labels, which ignore what no image shows, make it fine.
+    over at most `labels` labels k below 64 of each fixed map, drawn anew each time; w is 1 within 3 voxels of a label's
+    border in the fixed map, 0.1 elsewhere, 0 where x + u(x) is outside the grid. a is `early` in the first part of a
+    training, `late` afterwards: the truth sets it going, the labels, which ignore what no image shows, make it fine.
 
     Args:
         labels: that are compared at most; each costs a volume.
@@ -119,6 +119,8 @@ class KnownFlowLoss(nn.Module):
     Source: the squared difference of one-hot maps instead of a mean Dice, which ignores the labels' sizes, is what
         SynthMorph's authors use now; the known displacement is ours.
     """
+
+    capturable = True  # in a CUDA graph: nothing waits for the host
 
     def __init__(
         self,
@@ -133,35 +135,41 @@ class KnownFlowLoss(nn.Module):
         if labels < 1:
             raise ValueError(f"KnownFlowLoss() 'labels' must be >= 1, got {labels}")
         self.labels, self.early, self.late, self.until, self.smoothness = labels, early, late, until, smoothness
-        self.progress = 0.0  # share of the training that is behind
+        self.progress = 0.0
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is behind."""
+        return self._progress
+
+    @progress.setter
+    def progress(self, share: float) -> None:
+        self._progress, self.weight = share, self.early if share < self.until else self.late
 
     def forward(self, disp: Tensor, target: Tensor) -> Tensor:
         """disp (B, 3, I, J, K) in voxels, target (B, 5, I, J, K) of `prepare_shapes` -> scalar."""
         disp = disp.float()
         moving, fixed, truth = target[:, :1], target[:, 1:2], target[:, 2:]
-        weight = self.early if self.progress < self.until else self.late
         return (
             self.overlap(disp, moving, fixed)
-            + weight * self.distance(disp, truth, fixed)
+            + self.weight * self.distance(disp, truth, fixed)
             + self.smoothness * diffusion(disp)
         )
 
     def overlap(self, disp: Tensor, moving: Tensor, fixed: Tensor) -> Tensor:
         """Sum over labels of the mean squared difference of the one-hot maps, mean over the pairs."""
-        total = disp.new_zeros(())
-        for d, m, f in zip(disp.split(1), moving.split(1), fixed.split(1)):
-            present = f.unique()
-            drawn = present[torch.randperm(len(present))[: self.labels].to(present.device)].view(1, -1, 1, 1, 1)
-            warped = warp((m == drawn).to(d.dtype), d)
-            total = total + (warped - (f == drawn).to(d.dtype)).square().mean(dim=(0, 2, 3, 4)).sum()
-        return total / len(disp)
+        present = fixed.new_zeros(len(fixed), LABELS).scatter_(1, fixed.flatten(1).long(), 1.0)
+        chances, drawn = (present * (1 + torch.rand_like(present))).topk(min(self.labels, LABELS))
+        drawn = drawn[:, :, None, None, None]
+        warped = warp((moving == drawn).to(disp.dtype), disp)
+        squares = (warped - (fixed == drawn).to(disp.dtype)).square().mean(dim=(2, 3, 4))
+        return (squares * (chances > 0)).sum() / len(disp)
 
     @staticmethod
     def distance(disp: Tensor, truth: Tensor, fixed: Tensor) -> Tensor:
         """Weighted mean of |disp - truth| in voxels."""
-        size = tuple(disp.shape[2:])
-        there = identity(size, disp) + truth
-        last = there.new_tensor(size).view(1, 3, 1, 1, 1) - 1
-        inside = ((there >= 0) & (there <= last)).all(1, keepdim=True)
+        here = identity(tuple(disp.shape[2:]), disp)
+        there = here + truth
+        inside = ((there >= 0) & (there <= here[..., -1:, -1:, -1:])).all(1, keepdim=True)
         weight = inside * (0.1 + 0.9 * near_borders(fixed))
         return (weight * (disp - truth).norm(dim=1, keepdim=True)).sum() / weight.sum().clamp(min=1)

@@ -1,103 +1,114 @@
-"""Bytes, launches and memory of SACB-Net on CUDA, counted without a GPU: every ATen op of a run on fake tensors.
+"""Bytes, launches and memory of SACB-Net on CUDA, counted without a GPU: every operation of a run on fake tensors.
 
-    python tests/bench/account.py forward|train [160,192,224]
+    python tests/bench/account.py pass                       # at 160x192x224
+    python tests/bench/account.py step --size 80,96,80 --output counted.json
 
-The custom operators are opened (their own torch code is counted, their Triton launches as one launch each), so that the
-table says where a step's memory traffic comes from. Bytes of an op = its tensor arguments + results, each storage once;
-views and allocations count nothing. What a kernel reads more than once, and convolution workspaces, are not in it.
+The operators are opened: their own torch code is counted, their Triton launches as one launch each, so that the table
+says where the memory traffic comes from. Bytes of an operation are its tensors and results, each storage once; views
+and allocations count nothing. What a kernel reads more than once, and what convolutions need besides, is not in it.
+
+Predicted milliseconds: bytes at 2.8 TB/s; the convolutions as cuDNN did them on an H200 (results/gpu_h200.json), for
+sizes that were not measured in proportion to their products.
 """
 
 import collections
 import contextlib
 import importlib
+import json
 import sys
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fire
 import torch
-from torch._subclasses import FakeTensorMode
+from machine import ROOT
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).resolve().parents[2]
-what = sys.argv[1] if len(sys.argv) > 1 else "forward"
-size = tuple(map(int, (sys.argv[2] if len(sys.argv) > 2 else "160,192,224").split(",")))
 sys.path[:0] = [str(ROOT), str(ROOT / "bundles" / "sacb_net")]
-torch.cuda.device_of = lambda x: contextlib.nullcontext()
-torch.cuda.is_current_stream_capturing = lambda: False
-
-DEVICE = "cpu"  # with every layer chosen as on CUDA: torch for CPUs has no fake CUDA memory
-OPS = "warp", "match", "sacb", "kmeans", "norm_act", "scale"
-LABEL = ["other"]
-TOTAL = collections.defaultdict(lambda: [0, 0])  # (label, op) -> launches, bytes
-LIVE, PEAK = {}, [0, 0]
-FREE = {"aten.empty", "aten.detach", "aten.new_empty", "aten.empty_strided", "aten.empty_like", "aten.lift_fresh", "aten.alias"}  # noqa: E501
-
-
-def nbytes(x):
-    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
-
-
-def note(op, tensors, outs=()):
-    seen, total = set(), 0
-    for x in (*tensors, *outs):
-        key = (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x is not None and id(x) in map(id, outs))
-        if key not in seen:
-            seen.add(key)
-            total += nbytes(x)
-    entry = TOTAL[(LABEL[-1], op)]
-    entry[0] += 1
-    entry[1] += total
+OPS = "box", "conv", "warp", "match", "sacb", "kmeans", "norm_act", "scale"
+RATE = 2.8e12  # bytes a second
+GOALS = {"pass": {"launches": 400, "gb": 25, "ms": 20}, "step": {"gb": 70, "ms": 60}}  # below these
+FREE = {"empty", "detach", "new_empty", "empty_strided", "empty_like", "lift_fresh", "alias"}  # no launch
+DIVISORS = {"": 1, "half": 2, "quarter": 4, "eighth": 8}  # in names of measured convolutions
 
 
 class Count(TorchDispatchMode):
+    """Launches and bytes by subject and operation; the most memory that was alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.subjects = ["other"]
+        self.found: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0])
+        self.convolutions: list[tuple[bool, int, int, tuple[int, ...]]] = []  # backward?, inputs, outputs, (B, I, J, K)
+        self.alive: dict[int, int] = {}
+        self.now = self.peak = 0
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         outs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         ins = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         for x in outs:
-            track(x)
-        name = str(func).rsplit(".", 1)[0]
-        views = outs and ins and all(any(o.untyped_storage()._cdata == i.untyped_storage()._cdata for i in ins) for o in outs)  # noqa: E501
-        mutable = func._schema.is_mutable
-        if name in FREE or (views and not mutable) or not outs and not mutable:
+            self.keep(x)
+        name, written = func.overloadpacket.__name__, func._schema.is_mutable
+        held = {x.untyped_storage()._cdata for x in ins}
+        views = outs and ins and all(x.untyped_storage()._cdata in held for x in outs)
+        if name in FREE or not written and (views or not outs):
             return out
-        if mutable:  # read and written
-            note(name, ins, [x for x in ins[:1]])
-        else:
-            note(name, ins, outs)
+        self.note(name, ins, ins[:1] if written else outs)
+        if name.startswith("convolution"):
+            x, weight = ins[-2:] if name == "convolution_backward" else ins[:2]
+            self.convolutions.append((name != "convolution", *weight.shape[1::-1], (len(x), *x.shape[2:])))
         return out
 
+    def note(self, name: str, ins: list[torch.Tensor], outs: list[torch.Tensor] = ()) -> None:
+        read = {(x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape)): nbytes(x) for x in ins}
+        entry = self.found[self.subjects[-1], name]
+        entry[0] += 1
+        entry[1] += sum(read.values()) + sum(map(nbytes, outs))
 
-def track(x):
-    import weakref
+    def keep(self, x: torch.Tensor) -> None:
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key not in self.alive and isinstance(x, FakeTensor):
+            self.alive[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key)
 
-    storage = x.untyped_storage()
-    key = storage._cdata
-    if key in LIVE or not isinstance(x, torch._subclasses.FakeTensor):
-        return
-    LIVE[key] = storage.nbytes()
-    PEAK[1] += storage.nbytes()
-    PEAK[0] = max(PEAK[0], PEAK[1])
-    weakref.finalize(storage, forget, key)
+    def forget(self, key: int) -> None:
+        self.now -= self.alive.pop(key, 0)
+
+    @contextlib.contextmanager
+    def subject(self, name: str) -> Iterator[None]:
+        self.subjects.append(name)
+        try:
+            yield
+        finally:
+            self.subjects.pop()
 
 
-def forget(key):
-    PEAK[1] -= LIVE.pop(key, 0)
+def nbytes(x: torch.Tensor) -> int:
+    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
 class Kernel:
-    def __init__(self, name):
-        self.name = name
+    """In the place of a Triton kernel: a launch is counted."""
 
-    def __getitem__(self, grid):
-        def launch(*arguments, **options):
-            note("triton." + self.name, [x for x in arguments if isinstance(x, torch.Tensor)])
+    def __init__(self, name: str, kernel: object, count: Count) -> None:
+        self.name, self.kernel, self.count = name, kernel, count
 
-        return launch
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *arguments: object, **options: object) -> None:
+        self.count.note(f"triton {self.name}", [x for x in arguments if isinstance(x, torch.Tensor)])
 
 
-def open_op(op):
-    """A function that runs the operator's own torch code, with its registered gradient."""
+def opened(op: object, count: Count) -> Callable:
+    """A custom operator as a function that runs its own torch code, with its registered gradient."""
     body, back, setup = op._init_fn, op._backward_fn, op._setup_context_fn
     if back is None:
         return body
@@ -105,92 +116,134 @@ def open_op(op):
     class Opened(torch.autograd.Function):
         @staticmethod
         def forward(*inputs):
-            with labelled(LABEL[-1]):
-                return body(*inputs)
+            return body(*inputs)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.label = LABEL[-1]
+            ctx.subject = count.subjects[-1]
             if setup:
                 setup(ctx, inputs, output)
 
         @staticmethod
         def backward(ctx, *grads):
-            with labelled(ctx.label):
+            with count.subject(ctx.subject):
                 return back(ctx, *grads)
 
     return Opened.apply
 
 
-@contextlib.contextmanager
-def labelled(name):
-    LABEL.append(name)
-    try:
-        yield
-    finally:
-        LABEL.pop()
-
-
-def wrap(owner, name, label):
-    inner = getattr(owner, name)
-
-    def run(*args, **kwargs):
-        with labelled(label if LABEL[-1] == "other" or label.startswith("=") else LABEL[-1] + "/" + label):
-            return inner(*args, **kwargs)
-
-    setattr(owner, name, run)
-
-
-def main():
-    modules = {name: importlib.import_module(f"common.ops.{name}.kernel") for name in OPS}
-    for module in modules.values():
-        for name, value in list(vars(module).items()):
-            if name.endswith("_kernel"):
-                setattr(module, name, Kernel(name))
-            elif isinstance(value, torch._library.custom_ops.CustomOpDef):
-                setattr(module, name, open_op(value))
+def as_on_cuda(count: Count, kernel: type[Kernel] = Kernel) -> None:
+    """Replace, for the rest of this process, kernels and operators; every layer is chosen as for CUDA tensors."""
+    torch.cuda.device_of = lambda x: contextlib.nullcontext()
+    for name in OPS:
+        module = importlib.import_module(f"common.ops.{name}.kernel")
+        for key, value in list(vars(module).items()):
+            if key.endswith("_kernel"):
+                setattr(module, key, kernel(f"{name}.{key}", value, count))
+            elif hasattr(value, "op"):
+                setattr(module, key, opened(value.op, count))
+        sys.modules[f"common.ops.{name}"].choose = lambda *args, **options: "triton"
     from common import losses
     from sacb_net import network
 
-    for name in OPS:
-        sys.modules[f"common.ops.{name}"].choose = lambda *args, **kwargs: "triton"
-    from common.ops import sacb
+    norm_act = sys.modules["common.ops.norm_act"]
+    norm_act.conv_before_norm = lambda x, weight, bias: torch.nn.functional.conv3d(
+        x, weight + 0 * bias.view(-1, 1, 1, 1, 1) if torch.is_grad_enabled() else weight, padding=1
+    )
+    network.conv_before_norm = norm_act.conv_before_norm
+    subjects = {
+        network: ("norm_act", "halve", "double", "warp", "match", "compose"),
+        sys.modules["common.ops.sacb"]: ("norm_act", "kmeans", "box_mean", "modulated_conv3d"),
+        losses: ("lncc", "diffusion", "warp"),
+    }
+    for owner, names in subjects.items():
+        for name in names:
+            setattr(owner, name, told(getattr(owner, name), name, count))
 
-    for owner, name, label in ((network, "norm_act", "norm_act"), (network, "halve", "halve"), (network, "double", "double"),  # noqa: E501
-                               (network, "warp", "warp"), (network, "match", "match"), (network, "compose", "compose"),
-                               (sacb, "norm_act", "norm_act"), (sacb, "kmeans", "kmeans"), (sacb, "box_mean", "box_mean"),  # noqa: E501
-                               (sacb, "modulated_conv3d", "modulated_conv3d"), (losses, "lncc", "lncc"), (losses, "diffusion", "diffusion"),  # noqa: E501
-                               (losses, "warp", "loss warp")):
-        wrap(owner, name, label)
-    net = network.SACBNet().train(what == "train")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        params = {
-            k: torch.empty_strided(p.shape, p.stride(), device=DEVICE).requires_grad_(what == "train") for k, p in net.named_parameters()  # noqa: E501
+
+def told(inner: Callable, name: str, count: Count) -> Callable:
+    def run(*args, **options):
+        with count.subject(name if count.subjects[-1] == "other" else count.subjects[-1]):
+            return inner(*args, **options)
+
+    return run
+
+
+def run(count: Count, what: str, size: tuple[int, ...]) -> None:
+    """A pass, or a step of training without the optimizer, on tensors that have no memory."""
+    from common import losses
+    from sacb_net import SACBNet
+
+    learn = what == "step"
+    net = SACBNet().train(learn)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # as CPU tensors: torch for CPUs has no fake CUDA memory
+        parameters = {
+            name: torch.empty_strided(p.shape, p.stride()).requires_grad_(learn) for name, p in net.named_parameters()
         }
-        image = torch.empty(1, 2, *size, device=DEVICE)
-        base = sum(nbytes(p) for p in params.values())
-        with Count(), torch.set_grad_enabled(what == "train"):
-            disp = torch.func.functional_call(net, params, (image,))
-            forward = PEAK[0]
-            if what == "train":
+        image = torch.empty(1, 2, *size)
+        with count, torch.set_grad_enabled(learn):
+            disp = torch.func.functional_call(net, parameters, (image,))
+            if learn:
                 loss = losses.RegistrationLoss()(disp, image)
-                LABEL.append("backward")
-                loss.backward()
-    groups = collections.defaultdict(lambda: [0, 0])
-    for (label, op), (n, size_) in TOTAL.items():
-        head = label.split("/")[-1]
-        if op.startswith("aten.convolution"):
-            head = "conv3d" + ("" if label == "other" else " (" + label + ")")
-        groups[head][0] += n
-        groups[head][1] += size_
-    print(f"{what} {size}: {sum(n for n, _ in TOTAL.values())} launches, {sum(b for _, b in TOTAL.values()) / 1e9:.2f} GB; "  # noqa: E501
-          f"peak {PEAK[0] / 2**20:.0f} MiB beyond parameters {base / 2**20:.1f}, of which forward {forward / 2**20:.0f}")  # noqa: E501
-    for name, (n, b) in sorted(groups.items(), key=lambda x: -x[1][1]):
-        print(f"  {name:34s}{n:7d} launches {b / 1e9:9.3f} GB  {b / 2.8e12 * 1e3:8.3f} ms at 2.8 TB/s")
-    print("-- largest single ops")
-    for (label, op), (n, b) in sorted(TOTAL.items(), key=lambda x: -x[1][1])[:45]:
-        print(f"  {label[:30]:32s}{op:44s}{n:6d} {b / 1e9:9.3f} GB")
+                with count.subject("backward"):
+                    loss.backward()
 
 
-main()
+def predicted_ms(count: Count, size: tuple[int, ...]) -> float:
+    """See above."""
+    rest = sum(n for (_, name), (_, n) in count.found.items() if not name.startswith("convolution"))
+    rows = json.loads((Path(__file__).parent / "results" / "gpu_h200.json").read_text())["before"]["rows"]
+    measured = {}
+    for name, row in rows.items():
+        words = name.split()
+        if words[0] == "conv" and words[2:] == ["ndhwc", "tf32"]:
+            inputs, _, outputs, *scale = words[1].split("_")
+            measured[DIVISORS["".join(scale)], int(inputs), int(outputs)] = row["fwd"], row["bwd"]
+    full, total = (160, 192, 224), 1e3 * rest / RATE
+    for backward, inputs, outputs, (batch, *grid) in count.convolutions:
+        divisor = min(round(size[0] / grid[0]), 8)
+        near = min(measured, key=lambda k: (k[0] != divisor, abs(k[1] * k[2] - inputs * outputs)))
+        voxels = batch * grid[0] * grid[1] * grid[2] / (full[0] * full[1] * full[2] / near[0] ** 3)
+        total += measured[near][backward] * voxels * inputs * outputs / (near[1] * near[2])
+    return total
+
+
+def summary(count: Count, what: str, size: tuple[int, ...]) -> dict:
+    found = {"launches": sum(n for n, _ in count.found.values()), "gb": sum(n for _, n in count.found.values()) / 1e9}
+    found |= {"ms": predicted_ms(count, size), "peak_mib": count.peak / 2**20}
+    subjects: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    for (subject, name), (launches, moved) in count.found.items():
+        entry = subjects["convolutions" if name.startswith("convolution") else subject]
+        entry[0] += launches
+        entry[1] += moved / 1e9
+    ordered = dict(sorted(subjects.items(), key=lambda item: -item[1][1]))
+    return {"what": what, "size": size, "goals": GOALS[what]} | found | {"subjects": ordered}
+
+
+def main(what: str = "pass", size: str | tuple[int, ...] = (160, 192, 224), output: str | None = None) -> None:
+    """Count, print the table, and keep it as JSON.
+
+    Args:
+        what: "pass", or "step" for forward and backward pass with the loss.
+        size: voxels.
+        output: file of JSON.
+    """
+    size = tuple(int(n) for n in (size.split(",") if isinstance(size, str) else size))
+    count = Count()
+    as_on_cuda(count)
+    run(count, what, size)
+    found = summary(count, what, size)
+    goals = ", ".join(f"{name} below {limit}" for name, limit in GOALS[what].items())
+    line = f"{found['launches']} launches, {found['gb']:.2f} GB, {found['ms']:.1f} ms predicted"
+    print(f"{what} at {'x'.join(map(str, size))}: {line}, {found['peak_mib']:.0f} MiB (goals: {goals})")
+    for name, (launches, gb) in found["subjects"].items():
+        print(f"  {name:20s}{launches:6.0f} launches {gb:9.3f} GB {gb * 1e12 / RATE:8.3f} ms at 2.8 TB/s")
+    print("heaviest:")
+    for (subject, name), (launches, moved) in sorted(count.found.items(), key=lambda item: -item[1][1])[:30]:
+        print(f"  {subject:20s}{name:44s}{launches:6d} launches {moved / 1e9:9.3f} GB")
+    if output:
+        Path(output).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

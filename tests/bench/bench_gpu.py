@@ -8,9 +8,11 @@ A row holds the median milliseconds on the device (CUDA events, after warm-up), 
 ("host_ms"), of the first call with its compilation ("first_ms"), and MiB above the inputs ("mib") and in all. The file
 is written after every row, so that a time limit loses nothing.
 
-network        pass and training step; pass as a CUDA graph, with its largest difference; both under bfloat16 autocast
-methods        a 2 mm pair with 50 steps of refinement; a full-size SAMConvex
+network        pass and training step, as they are and as CUDA graphs, with the largest difference
 convolutions   each 3x3x3 convolution of the network: cuDNN's and ours, forward and both gradients, with relative errors
+small          the same as network at 80x96x80; 50 steps of refinement without and with a graph; a made-up pair drawn
+half           pass and step under bfloat16 autocast, at both sizes
+methods        a full-size SAMConvex
 operators      every operator at the sizes of the network's scales, forward and backward
 profile        kernels of a pass and of a step, the heaviest first
 """
@@ -30,11 +32,13 @@ from machine import ROOT, hardware
 from torch import Tensor
 
 sys.path[:0] = [str(ROOT), *(str(path) for path in sorted((ROOT / "bundles").iterdir()))]
+from common.graphs import Graphed  # noqa: E402
 from common.losses import RegistrationLoss  # noqa: E402
 from common.ops import conv3d, kmeans, match, modulated_conv3d, norm_act, warp  # noqa: E402
 from common.refine import refine  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
+SMALL = (80, 96, 80)  # a brain at 2 mm
 WIDTHS = {1: 8, 2: 16, 4: 32, 8: 64}  # divisor of the size: channels
 CONVOLUTIONS = (  # divisor of the size, inputs, outputs
     (1, 1, 4), (1, 4, 8), (1, 8, 8), (1, 16, 8), (1, 8, 3), (2, 8, 16), (2, 16, 16), (4, 32, 32), (8, 64, 64),
@@ -115,42 +119,70 @@ def forward_of(bench: Bench, net: torch.nn.Module, image: Tensor, half: bool = F
     return run
 
 
-def step_of(bench: Bench, net: torch.nn.Module, image: Tensor, half: bool = False) -> Callable[[], None]:
-    loss, optimizer = RegistrationLoss(), torch.optim.Adam(net.parameters(), lr=1e-4)
+def step_of(
+    bench: Bench, net: torch.nn.Module, image: Tensor, half: bool = False, graph: bool = False
+) -> Callable[[], Tensor]:
+    """A step of training that gives the loss; with `graph` as `GraphedStep` of common.train.engines does it."""
+    learned = list(net.parameters())
+    loss, optimizer = RegistrationLoss(), torch.optim.Adam(learned, lr=1e-4)
 
-    def run() -> None:
-        optimizer.zero_grad(set_to_none=True)
+    def forward_and_backward() -> tuple[Tensor, ...]:
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=half):
             disp = net(image)
-        loss(disp.float(), image).backward()
+        value = loss(disp.float(), image)
+        return value.detach(), *torch.autograd.grad(value, learned)
+
+    call = Graphed(forward_and_backward, bench.device, on=graph, copy=False)
+
+    def run() -> Tensor:
+        value, *slopes = call()
+        for parameter, slope in zip(learned, slopes):
+            parameter.grad = slope
         optimizer.step()
+        return value
 
     return run
 
 
 def as_graph(bench: Bench, run: Callable[[], Tensor]) -> dict:
-    """Replays of a captured pass, and how far the result is from the eager one."""
-    eager = run()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    row = bench.timed(graph.replay)
-    return row | {"largest_difference": float((out - eager).abs().max())}
+    """Replays of a pass, and how far the result is from that of the pass as it is."""
+    graphed = Graphed(run, bench.device, copy=False)
+    row = bench.timed(lambda: graphed())
+    return row | {"told": graphed.told, "largest_difference": float((graphed() - run()).abs().max())}
+
+
+def pass_and_step(bench: Bench, size: tuple[int, ...], name: str = "") -> None:
+    net, image = sacb_net(bench), bench.image(size)
+    forward = forward_of(bench, net, image)
+    bench.row(f"pass{name}", lambda: bench.timed(forward))
+    bench.row(f"step{name}", lambda: bench.timed(step_of(bench, net, image)))
+    bench.row(f"pass as a CUDA graph{name}", lambda: as_graph(bench, forward))
+    bench.row(f"step as a CUDA graph{name}", lambda: bench.timed(step_of(bench, net, image, graph=True)))
 
 
 def network(bench: Bench) -> None:
+    pass_and_step(bench, bench.size)
+
+
+def small(bench: Bench) -> None:
+    from common.train.synthesis import ShapePairs
+
+    size, name = (SMALL, " 80x96x80") if bench.device.type == "cuda" else ((32, 32, 32), " 32x32x32")
+    pass_and_step(bench, size, name)
+    net, pair = sacb_net(bench), bench.image(size)
+    run = forward_of(bench, net, pair)
+    for how, graphs in (("", False), (", as a CUDA graph", True)):
+        steps = lambda graphs=graphs: refine(run(), pair, 50, progress=False, graphs=graphs)  # noqa: E731
+        bench.row(f"pass and 50 steps{how}{name}", lambda steps=steps: bench.timed(steps, 3))
+    numbers = iter(range(1000))
+    drawn = ShapePairs(1000, size, device=bench.device)
+    bench.row(f"made-up pair{name}", lambda: bench.timed(lambda: drawn[next(numbers)], 30))
+
+
+def half(bench: Bench) -> None:
     net = sacb_net(bench)
-    for name, size in (("", bench.size), (" 80x96x80", (80, 96, 80))):
+    for name, size in (("", bench.size), (" 80x96x80", SMALL)):
         image = bench.image(size)
-        forward = forward_of(bench, net, image)
-        bench.row(f"pass{name}", lambda: bench.timed(forward))
-        bench.row(f"step{name}", lambda: bench.timed(step_of(bench, net, image)))
-        bench.row(f"pass as a CUDA graph{name}", lambda: as_graph(bench, forward))
         bench.row(f"pass bfloat16{name}", lambda: bench.timed(forward_of(bench, net, image, True)))
         bench.row(f"step bfloat16{name}", lambda: bench.timed(step_of(bench, net, image, True)))
 
@@ -158,9 +190,6 @@ def network(bench: Bench) -> None:
 def methods(bench: Bench) -> None:
     from samconvex import SAMConvex
 
-    net, pair = sacb_net(bench), bench.image((80, 96, 80))
-    run = forward_of(bench, net, pair)
-    bench.row("80x96x80, 50 steps", lambda: bench.timed(lambda: refine(run(), pair, 50, progress=False), 3))
     weights = torch.load(ROOT / "bundles/samconvex/models/model.pt", weights_only=True)
     size = (192, 160, 256) if bench.device.type == "cuda" else (48, 48, 48)
     for features in ("sam", "mind"):
@@ -263,7 +292,7 @@ def kernels(run: Callable[[], object]) -> dict:
     return {"ms": total / 1000, "launches": launches, "heaviest": heaviest[:60]}
 
 
-PARTS = {call.__name__: call for call in (network, methods, convolutions, operators, profile)}
+PARTS = {call.__name__: call for call in (network, convolutions, small, half, methods, operators, profile)}
 
 
 def main(
@@ -277,7 +306,7 @@ def main(
 
     Args:
         seconds: after which no further row begins.
-        parts: out of network, methods, convolutions, operators, profile.
+        parts: out of network, convolutions, small, half, methods, operators, profile.
         size: voxels of the full-size scans.
         device: by default "cuda".
         output: by default results/gpu.json beside this file.

@@ -6,9 +6,9 @@
 
 DATA is the folder with dev and dev_small. `readers` registers with the bundles, as a user would: "good" (two people's
 T1, samconvex with 50 steps), "folded" (the same with a rough random field added: what a refinement without a price on
-roughness gives), "modality" (T2 onto T1 of one person with sacb_net, whose weights know T1) and "flipped" (as "good", the moving scan's left and right
-exchanged). File names tell nothing. OUT/key.txt says which picture is which: show the others to somebody who has not
-seen it. Chromium is Debian's; selenium drives it.
+roughness gives), "modality" (T2 onto T1 of one person with sacb_net, whose weights know T1) and "flipped" (as "good",
+the moving scan's left and right exchanged). File names tell nothing. OUT/key.txt says which picture is which: show the
+others to somebody who has not seen it. Chromium is Debian's; selenium drives it.
 """
 
 import csv
@@ -32,6 +32,7 @@ SIZES = {"": (1280, 800), "_phone": (390, 844)}
 def readers(data, out, *only):
     """OUT/NAME/: the folder of each registration. `only`: their names."""
     import torch
+
     from common.run.registrar import Registrar
     from common.space import io
 
@@ -67,7 +68,8 @@ def _labelled(folder, fixed, moving, out):
     """The same registration judged once more, with its 138 labels."""
     from common.__main__ import make_report
 
-    labels = {f"{role}_label": scan.replace("images", "labels") for role, scan in (("fixed", fixed), ("moving", moving))}
+    names = {"fixed_label": fixed, "moving_label": moving}
+    labels = {name: scan.replace("images", "labels") for name, scan in names.items()}
     make_report(moving, fixed, str(folder / "transform.h5"), str(out), **labels)
 
 
@@ -126,11 +128,11 @@ def shots(out, seed=None):
     (Path(out) / "key.txt").write_text("\n".join(key) + "\n")
 
 
-# A step of a person, timed until the browser has painted it.
+# A step of a person: its script, and the layout after it; a headless browser on a busy machine may paint much later.
 TIMED = """
-const [act, done] = [arguments[0], arguments[1]], begin = performance.now();
-new Function(act)();
-requestAnimationFrame(() => setTimeout(() => done(performance.now() - begin)));
+const begin = performance.now();
+new Function(arguments[0])();
+return document.body.offsetHeight && performance.now() - begin;
 """
 STEPS = {
     "sort": "document.querySelector('th[data-key=folding_pct] button').click()",
@@ -167,7 +169,7 @@ def cohort(out, count=1000, results=str(RESULTS)):
     driver = browser(SIZES[""])
     found["load_ms"] = opened(driver, page)
     for name, act in STEPS.items():
-        found[f"{name}_ms"] = driver.execute_async_script(TIMED, act)
+        found[f"{name}_ms"] = driver.execute_script(TIMED, act)
         driver.execute_script("const s = document.getElementById('search'); s.value = ''")
     driver.quit()
     pages = {folder.parent.name: _page(folder) for folder in [*made, Path(out) / "labelled" / "report"]}

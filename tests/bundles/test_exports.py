@@ -13,6 +13,7 @@ from monai.bundle import ckpt_export, onnx_export
 from torch import Tensor
 
 from common import InputError
+from common.__main__ import main
 from common.phantom import Deformation, sample
 from common.publish.export import export, network_of
 from common.run.engines import load_weights
@@ -32,7 +33,7 @@ import torch
 run = {load}
 for n in {sizes}:
     with torch.no_grad():
-        torch.save(run(torch.load(f"image{{n}}.pt")), f"found{{n}}.pt")
+        torch.save(run(torch.load(f"image{{n}}.pt")){output}, f"found{{n}}.pt")
 try:
     run(torch.load("image{other}.pt"))
 except AssertionError as error:
@@ -41,8 +42,8 @@ except AssertionError as error:
 ONNX = """
 import numpy, onnxruntime
 session = onnxruntime.InferenceSession("model.onnx")
-name = session.get_inputs()[0].name
-numpy.save("found{own}.npy", session.run(None, {{name: numpy.load("image{own}.npy")}})[0])
+name = {input} or session.get_inputs()[0].name
+numpy.save("found{own}.npy", session.run({output}, {{name: numpy.load("image{own}.npy")}})[0])
 try:
     session.run(None, {{name: numpy.load("image{other}.npy")}})
 except Exception as error:
@@ -128,7 +129,7 @@ def test_torchscript(bundle: Path, pairs: tuple) -> None:
     folder, expected = pairs
     ckpt_export(**options(bundle, folder / "model.ts"), use_trace=True)
     assert "monai_registration" not in str(torch.jit.load(folder / "model.ts").inlined_graph), "an operator of ours"
-    alone(folder, TORCH.format(load="torch.jit.load('model.ts')", sizes=[0, 1], other=0))
+    alone(folder, TORCH.format(load="torch.jit.load('model.ts')", sizes=[0, 1], other=0, output=""))
     for n, value in enumerate(expected):
         compare(torch.load(folder / f"found{n}.pt"), *value, bundle.name)
 
@@ -143,25 +144,51 @@ def test_onnx(own: int, bundle: Path, pairs: tuple) -> None:
     # onnxscript gives a convolution without bias one of the wrong shape, which its optimizer takes away.
     quick = {"use_trace": True, "converter_kwargs": {"optimize": bundle.name == "samconvex"}}
     onnx_export(**options(bundle, folder / "model.onnx", SIZES[own]), **quick)
-    assert "refused: " in alone(folder, ONNX.format(own=own, other=1 - own), "torch")
+    told = alone(folder, ONNX.format(own=own, other=1 - own, input=None, output=None), "torch")
+    assert "refused: " in told
     compare(torch.from_numpy(np.load(folder / f"found{own}.npy")), *expected[own], bundle.name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("own", (0, 1))
-def test_torch_export(own: int, bundle: Path, pairs: tuple) -> None:
-    """Our command; the program has the size it was made for and refuses another."""
+def test_common_export_to_pt2(own: int, bundle: Path, pairs: tuple) -> None:
+    """The program has the size it was made for and refuses another."""
     folder, expected = pairs
     export(str(bundle), folder / "model.pt2", size=SIZES[own])
-    told = alone(folder, TORCH.format(load="torch.export.load('model.pt2').module()", sizes=[own], other=1 - own))
+    load = "torch.export.load('model.pt2').module()"
+    told = alone(folder, TORCH.format(load=load, sizes=[own], other=1 - own, output='["disp"]'))
     assert "refused: Guard failed: image.size()[2]" in told
     compare(torch.load(folder / f"found{own}.pt"), *expected[own], bundle.name)
     program = torch.export.load(folder / "model.pt2")
     assert not [node for node in program.graph.nodes if "monai_registration" in str(node.target)], "operator of ours"
 
 
+def test_common_export_to_torchscript(bundle: Path, pairs: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command itself; traced on one size, it takes any other, too."""
+    folder, expected = pairs
+    words = ["export", str(bundle), str(folder / "named.ts"), "--format", "torchscript", "--size", "32,48,32"]
+    monkeypatch.setattr(sys, "argv", ["common", *words])
+    main()
+    alone(folder, TORCH.format(load="torch.jit.load('named.ts')", sizes=[0, 1], other=0, output='["disp"]'))
+    for n, value in enumerate(expected):
+        compare(torch.load(folder / f"found{n}.pt"), *value, bundle.name)
+
+
+@pytest.mark.slow
+def test_common_export_to_onnx(bundle: Path, pairs: tuple) -> None:
+    """`image` in, `disp` out, by name."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime of the extra [export] is not installed")
+    folder, expected = pairs
+    export(str(bundle), folder / "model.onnx", size=SIZES[0])
+    told = alone(folder, ONNX.format(own=0, other=1, input="'image'", output=["disp"]), "torch")
+    assert "refused: " in told
+    compare(torch.from_numpy(np.load(folder / "found0.npy")), *expected[0], bundle.name)
+
+
 FAULTS = {
-    "ending": (("dual_flownet", "model.onnx", (32, 32, 32)), "model.onnx: the file must end in .pt2"),
+    "ending": (("dual_flownet", "model.bin", (32, 32, 32)), "model.bin: the file must end in .pt2, .ts, .onnx"),
+    "other": (("dual_flownet", "model.ts", (32, 32, 32), "onnx"), "model.ts: the file must end in .onnx"),
+    "format": (("dual_flownet", "m.ts", (32, 32, 32), "ts"), "--format must be one of pt2, torchscript, onnx, got ts"),
     "number": (("dual_flownet", "model.pt2", 32), "--size must be three numbers of voxels, as 96,112,96, got 32"),
     "size": (("dual_flownet", "model.pt2", (32, 32)), "--size must be three numbers of voxels, as 96,112,96"),
     "bundle": (("flownet", "model.pt2", (32, 32, 32)), "flownet: no such bundle"),
@@ -170,7 +197,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("arguments, sentence", FAULTS.values(), ids=FAULTS)
 def test_export_refuses(arguments: tuple, sentence: str, tmp_path: Path) -> None:
-    name, file, size = arguments
+    name, file, size, *format = arguments
     with pytest.raises(InputError, match=sentence):
-        export(name, tmp_path / file, size=size)
+        export(name, tmp_path / file, size=size, format=(format or [""])[0])
     assert list(tmp_path.iterdir()) == []

@@ -77,6 +77,7 @@ class SACBNet(nn.Module):
         if not set(sacb_scales) <= {5, 4, 3, 2}:
             raise ValueError(f"SACBNet() 'sacb_scales' must be out of 5, 4, 3, 2, got {tuple(sacb_scales)}")
         self.channels, self.backend = channels, backend
+        self.capturable = kmeans_iterations is not None  # as a CUDA graph: nothing waits for the host
         self.encoder = Encoder(channels, backend)
         self.sacb = nn.ModuleDict(
             {

@@ -128,7 +128,7 @@ def _convolve(
     modulated_conv3d_kernel[(triton.cdiv(labels.numel(), block), triton.cdiv(outputs, o_pad))](
         x, matrix.contiguous(), bias, modulation.contiguous(), labels.contiguous(), out, labels.numel(), *size,
         modulation.shape[1], C=channels, O=outputs, TO_DATA=to_data, PRECISION=precision(),
-        C_PAD=c_pad, O_PAD=o_pad, BLOCK=block,
+        C_PAD=c_pad, O_PAD=o_pad, BLOCK=block, num_warps=4 if max(c_pad, o_pad) < 64 else 8,
     )  # fmt: skip
     return out
 

@@ -124,7 +124,7 @@ def _warp(image: Tensor, disp: Tensor, nearest: bool, border: bool) -> Tensor:
     batch, *grid, _ = step.shape
     out = source.new_empty(batch, *grid, source.shape[4])
     voxels, width = batch * grid[0] * grid[1] * grid[2], padded(source.shape[4])
-    block = block_of(width)
+    block = block_of(2 * width)  # of more, registers would not do
     warp_fwd_kernel[(triton.cdiv(voxels, block),)](
         source, step, out, voxels, *grid, *source.shape[1:4],
         C=source.shape[4], NEAREST=nearest, BORDER=border, C_PAD=width, BLOCK=block,

@@ -58,6 +58,7 @@ def test_compiles(case: str, target: int, tmp_path: Path) -> None:
 
 def launches(case: str) -> Iterator[Callable[[], object]]:
     """Every operator, forward and backward; its constants differ from case to case, so that each of them occurs."""
+    from common.ops.box.kernel import box_sum_triton
     from common.ops.conv.kernel import conv3d_triton
     from common.ops.cost_volume.kernel import cost_volume_triton
     from common.ops.kmeans.kernel import kmeans_triton
@@ -87,6 +88,7 @@ def launches(case: str) -> Iterator[Callable[[], object]]:
         return
     taps = torch.zeros(out, channels, 3, 3, 3, dtype=dtype, requires_grad=True)
     yield lambda: conv3d_triton(features(), taps, None).sum().backward()
+    yield lambda: box_sum_triton(features(), 3).sum().backward()
     yield lambda: match_triton(features(), features(), 1).sum().backward()
     yield lambda: warp_triton(features(), features(3), "linear", padding).sum().backward()
     yield lambda: warp_triton(features(), features(3).detach(), "nearest", padding)

@@ -57,7 +57,7 @@ def test_card(repository_of_hub: Path) -> None:
 def test_mistakes(repository_of_hub: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists already; give a new folder"):
         publish(NAME, repository_of_hub)
-    with pytest.raises(InputError, match="--layout must be huggingface, got ngc"):
+    with pytest.raises(InputError, match="--layout must be huggingface or model-zoo, got ngc"):
         publish(NAME, tmp_path / "x", layout="ngc")
     with pytest.raises(InputError, match="none: no such bundle"):
         publish("none", tmp_path / "x")

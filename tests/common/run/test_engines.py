@@ -141,6 +141,18 @@ def test_inferer_refines_for_the_pair(image: Tensor) -> None:
     assert float(disp[0, 0, 6:-6, 6:-6, 6:-6].mean()) == pytest.approx(1.0, abs=0.3)
 
 
+def test_auto_compares_what_the_scans_have_in_common(image: Tensor) -> None:
+    """Dark for bright is another contrast: by MIND; else by LNCC."""
+    moving, fixed = image.chunk(2, 1)
+    for scan, similarity in ((moving, "lncc"), (1.05 - moving, "mind")):
+        pair = torch.cat([scan, fixed], 1)
+        by_word, found = (
+            engines.RegistrationInferer(3, similarity=word, progress=False)(pair, Still())
+            for word in (similarity, "auto")
+        )
+        assert torch.equal(found, by_word) and found.any()
+
+
 def test_inferer_rejects_negative_steps() -> None:
     with pytest.raises(InputError, match="--refine_steps must be a whole number >= 0, got -1"):
         engines.RegistrationInferer(-1)

@@ -15,7 +15,7 @@ from common.run import machine
 
 ROOT = Path(__file__).resolve().parents[3]
 MEMORY = """if True:
-    import resource, torch
+    import ctypes, resource, torch
     from common.run import machine
     from common.run.forecast import resident_memory
     def faults():
@@ -26,19 +26,20 @@ MEMORY = """if True:
     machine.keep_memory()
     faults()
     print(faults())
-    kept = resident_memory()
-    machine.give_back_memory()
-    print(kept - resident_memory())
+    kept, resident = machine.kept_memory(), resident_memory()
+    ctypes.CDLL(None).malloc_trim(0)
+    print(kept, resident - resident_memory())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_memory() does something with glibc only")
 def test_kept_memory_is_not_fetched_again() -> None:
     """Pages that the system has to hand out for ten tensors of 64 MiB, one after the other: 16384 for each; next to
-    none once the memory has settled. Given back, it is no longer memory of the process."""
+    none once the memory has settled. What is kept is said: so much less is left when it is given back to the system."""
     done = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, check=True, capture_output=True, text=True)
-    fetched, given_back = map(int, done.stdout.split())
+    fetched, kept, given_back = map(int, done.stdout.split())
     assert fetched < 1000 and given_back > 60 << 20
+    assert abs(kept - given_back) < 66 << 20, "but for the top of the heap, whose pages were never fetched"
 
 
 @pytest.mark.parametrize("load, threads", [(0.3, 4), (1.6, 2), (3.0, 1), (9.0, 1)])
@@ -49,11 +50,13 @@ def test_threads_are_those_of_idle_cores(monkeypatch: pytest.MonkeyPatch, load: 
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(4), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    machine.leave_room()
+    machine.take_threads()
     assert chosen == [threads]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    machine.leave_room()
+    machine.take_threads()
     assert chosen == [threads], "who has set them has chosen"
+    machine.take_threads(2)
+    assert chosen == [threads, 2], "more so who has set --threads"
 
 
 WATCHED = """if True:

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -59,9 +60,11 @@ def test_equals_the_command(people: Path, tmp_path: Path, registrar: Registrar) 
 def test_weights_are_kept(people: Path, tmp_path: Path, registrar: Registrar) -> None:
     before = list(sys.path)
     networks = []
-    for options in ({}, {"refine_steps": 1, "passes": 2}, {"intensity_range": [0, 1]}):
-        registrar.register(people / "a.nii.gz", people / "b.nii.gz", tmp_path / str(len(networks)), **options)
+    for options in ({}, {"refine_steps": 1, "passes": 2, "threads": 2}, {"intensity_range": [0, 1]}):
+        found = registrar.register(people / "a.nii.gz", people / "b.nii.gz", tmp_path / str(len(networks)), **options)
         networks.append(registrar._kept[1])
+        run = json.loads((found.folder / "report.json").read_text())["run"]
+        assert run["threads"] == options.get("threads", 1) and torch.get_num_threads() == 1
     assert networks[0] is networks[1], "refinement and passes need no other network"
     assert networks[2] is not networks[0], "an option that is not known to leave the network alone"
     assert sys.path == before

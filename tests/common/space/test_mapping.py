@@ -285,6 +285,15 @@ def test_resample_identity_nearest_and_outside(rng: np.random.Generator) -> None
     assert not mapping.resample(scan, OBLIQUE, (3, 3, 3), far).any()
 
 
+def test_channels_at_once_are_as_one_by_one(rng: np.random.Generator) -> None:
+    both, onto = rng.random((2, *SIZE)), OBLIQUE @ np.diag([2.3, 2.0, 1.9, 1.0])
+    for transform in (registration(rng), mapping.affine_transform(some_matrix(rng)), None):
+        found = mapping.resample(both, OBLIQUE, (13, 12, 15), onto, transform, outside=-1.0)
+        alone = [mapping.resample(channel, OBLIQUE, (13, 12, 15), onto, transform, outside=-1.0) for channel in both]
+        np.testing.assert_array_equal(found, alone)
+        assert found.min() == -1 and found.max() > 0
+
+
 @pytest.mark.parametrize("turn", ORIENTATIONS, ids=lambda turn: "".join(nib.aff2axcodes(turn)))
 def test_all_48_orientations_of_either_scan(turn: np.ndarray, tmp_path: Path, rng: np.random.Generator) -> None:
     """The same scans stored in another axis order give the same warped values, from files, by ITK alone."""

@@ -124,6 +124,47 @@ def test_same_seed_same_bits() -> None:
     assert torch.equal(target, torch.cat([batch["label"], batch["disp"]], 1))
 
 
+class Elsewhere(shapes.Draws):
+    """Volumes without values: whoever would wait for one, as for those of a GPU, fails."""
+
+    device = property(lambda self: torch.device("meta"))
+
+
+def test_waits_for_nothing_but_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of anatomy, motion and corruption is drawn without a look at a volume, but one."""
+    waits: list[int] = []
+    monkeypatch.setattr(shapes, "_present", lambda codes: waits.append(1) or torch.tensor([0, 1, 3, 4, shapes.RIM]))
+    families = set()
+    for seed in range(12):
+        pair = synthesis.draw_pair(Elsewhere(seed), (32, 36, 40))
+        assert pair.image.shape == pair.label.shape == (2, 32, 36, 40) and pair.disp.shape == (3, 32, 36, 40)
+        assert pair.image.is_meta and pair.label.is_meta and pair.disp.is_meta
+        families.add(pair.family)
+    assert len(waits) == 12 and families == set(shapes.FAMILIES)
+    with pytest.raises(RuntimeError, match="meta"):
+        float(pair.image.mean())
+
+
+def test_foreground_is_scaled_alike_everywhere() -> None:
+    """By the sort of a GPU as by the selection of a CPU."""
+
+    class Gpu(Tensor):
+        device = property(lambda self: torch.device("cuda"))
+
+    for count in (0, 1, 2, 101, 200):
+        image = torch.cat([torch.zeros(57), torch.rand(count)])[torch.randperm(57 + count)]
+        sorted_out = contrasts.scale_foreground(image.as_subclass(Gpu)).as_subclass(Tensor)
+        assert torch.equal(sorted_out, contrasts.scale_foreground(image))
+
+
+@pytest.mark.gpu
+def test_pair_on_gpu() -> None:
+    pair, again = (ShapePairs(4, (32, 36, 40), seed=2, device="cuda")[1] for _ in range(2))
+    assert pair["image"].is_cuda and all(torch.equal(pair[key], again[key]) for key in ("image", "label", "disp"))
+    drawn = [synthesis.draw_pair(shapes.Draws(seed, "cuda"), (40, 32, 36)) for seed in range(6)]
+    assert min(agreement(pair._replace(label=pair.label.cpu(), disp=pair.disp.cpu())) for pair in drawn) > 0.97
+
+
 def test_contrasts_are_shared_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Label means of the two images of one map, without corruptions: equal if shared, else unrelated."""
     monkeypatch.setattr(contrasts, "chance", lambda generator, p: False)
@@ -142,11 +183,10 @@ def test_contrasts_are_shared_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_corruptions_have_known_values() -> None:
-    like = torch.empty(())
-    slices = contrasts.blur_matrix(6, 0.0, 2, like)  # means 0.5, 2.5, 4.5 of pairs, at those places, linear between
+    slices = contrasts.blur_matrix(6, 0.0, 2)  # means 0.5, 2.5, 4.5 of pairs, at those places, linear between
     expected = torch.tensor([0.5, 1, 2, 3, 4, 4.5])
     assert torch.allclose(slices @ torch.arange(6.0), expected)
-    blur = contrasts.blur_matrix(31, 1.0, 1, like)
+    blur = contrasts.blur_matrix(31, 1.0, 1)
     assert torch.allclose(blur.sum(1), torch.ones(31))
     assert float(blur[15, 15] / blur[15, 16]) == pytest.approx(math.e**0.5)
     scaled = contrasts.scale_foreground(torch.cat([torch.zeros(50), torch.arange(1, 201.0)]))
@@ -184,6 +224,22 @@ def test_loss_known_values() -> None:
     wrong[:, 0, :2] = 2  # right far from the border of the labels, where the weight is a tenth
     weights = 0.1 * 2 + 1.0 * 6  # planes 0 and 1; 2 to 7; 8 and 9 leave the grid
     assert float(KnownFlowLoss.distance(wrong, truth, fixed)) == pytest.approx(2 * 6 / weights)
+
+
+def test_loss_draws_labels_that_are_there() -> None:
+    """Of 3 labels, 2 are drawn, each pair equally often; a map of one label has one; batches are means."""
+    fixed = torch.zeros(1, 1, 8, 8, 12)
+    fixed[..., 4:8], fixed[..., 8:] = 5, 63
+    moving = fixed.roll(1, -1)  # each label is wrong in two of twelve planes
+    nothing = torch.zeros(1, 3, 8, 8, 12)
+    for labels, value in ((1, 2 / 12), (2, 4 / 12), (3, 6 / 12), (100, 6 / 12)):
+        assert float(KnownFlowLoss(labels).overlap(nothing, moving, fixed)) == pytest.approx(value)
+    both = (torch.cat([x, x]) for x in (nothing, moving, fixed))
+    assert float(KnownFlowLoss().overlap(*both)) == pytest.approx(6 / 12)
+    assert float(KnownFlowLoss().overlap(nothing, fixed * 0, fixed * 0)) == 0
+    gone = torch.where(fixed == 5, 0, fixed)  # label 5 is not in the moving map: 4 planes; 0 has 4 too many
+    seen = {round(12 * float(KnownFlowLoss(1).overlap(nothing, gone, fixed))) for _ in range(40)}
+    assert seen == {0, 4}
 
 
 def test_loss_falls_towards_the_truth(drawn: list[synthesis.ShapePair]) -> None:

@@ -2,17 +2,24 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from ignite.engine import Engine
+from graph_stand_in import record
+from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.engines import SupervisedTrainer
+from monai.handlers import LrScheduleHandler
 from networks import Dummy
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from common import graphs
+from common.losses import RegistrationLoss
 from common.train import engines
+from sacb_net import SACBNet
 
 
 def test_label_dice_value() -> None:
@@ -139,6 +146,114 @@ def test_prepare_labelled_and_the_step() -> None:
     torch.testing.assert_close(value, 2 * image.sum() + 54)
     value.backward()
     torch.testing.assert_close(network.scale.grad, image.sum())
+
+
+class Squares(nn.Module):
+    """A loss with a weight that changes in a training."""
+
+    capturable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = 1.0
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return self.weight * (pred - target[:, :1]).square().mean()
+
+
+def train(on: bool, device: torch.device, make: Callable[[], nn.Module], loss: nn.Module, count: int = 6) -> tuple:
+    """Loss and weights after each step, with clipped gradients and a falling learning rate; and the trainer."""
+    torch.manual_seed(0)
+    network = make().to(device)
+    network.capturable = True
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+    data = [{"image": torch.rand(2, 16, 16, 16)} for _ in range(count // 2)]
+    found: list[tuple[float, Tensor]] = []
+
+    def keep(engine: Engine) -> None:
+        weights = torch.cat([p.detach().flatten() for p in network.parameters()]).cpu().clone()
+        found.append((float(engine.state.output[0]["loss"]), weights))
+
+    trainer = SupervisedTrainer(
+        device=device,
+        max_epochs=2,
+        train_data_loader=DataLoader(data, batch_size=1),
+        network=network,
+        optimizer=optimizer,
+        loss_function=loss,
+        prepare_batch=engines.prepare_pair,
+        iteration_update=engines.GraphedStep(on),
+        train_handlers=[engines.ClipGradients(network, 0.5), LrScheduleHandler(scheduler, print_lr=False)],
+    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, keep)
+    trainer.logger.disabled = True
+    trainer.run()
+    return found, trainer
+
+
+def test_step_as_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit-equal to MONAI's own step, by the stand-in of a graph; recorded once."""
+    made: list[object] = []
+    monkeypatch.setattr(graphs, "possible", lambda device: True)
+    monkeypatch.setattr(graphs, "record", lambda *given: made.append(record(*given)) or made[-1])
+    cpu = torch.device("cpu")
+    own, _ = train(False, cpu, Dummy, Squares())
+    replayed, trainer = train(True, cpu, Dummy, Squares())
+    assert len(made) == 1 and len(own) == len(replayed) == 6
+    for (loss, weights), (other_loss, other_weights) in zip(own, replayed):
+        assert loss == other_loss and torch.equal(weights, other_weights)
+    assert not torch.equal(own[0][1], own[5][1])
+    assert trainer.state.output[0]["pred"].isfinite().all()
+
+
+def test_graph_is_made_anew_for_another_weight_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(graphs, "possible", lambda device: True)
+    monkeypatch.setattr(graphs, "record", lambda *given: made.append(record(*given)) or made[-1])
+    loss = Squares()
+    _, trainer = train(True, torch.device("cpu"), Dummy, loss)
+    before = float(trainer.state.output[0]["loss"])
+    loss.weight = 3.0
+    batch = {"image": trainer.state.output[0]["image"][None]}
+    for _ in range(3):
+        trainer._process_function(trainer, batch)
+    assert len(made) == 2 and float(trainer.state.output[0]["loss"]) > 2 * before
+
+
+@pytest.mark.parametrize("what", ["network", "loss", "amp", "off"])
+def test_step_as_written(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where network or loss do not say that they can be captured, with mixed precision, and when switched off."""
+    monkeypatch.setattr(graphs, "possible", lambda device: True)
+    monkeypatch.setattr(graphs, "record", lambda *given: pytest.fail("recorded"))
+    network, loss = Dummy(), Squares()
+    network.capturable, loss.capturable = what != "network", what != "loss"
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=DataLoader([{"image": torch.rand(2, 4, 4, 4)}] * 3, batch_size=1),
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+        loss_function=loss,
+        prepare_batch=engines.prepare_pair,
+        iteration_update=engines.GraphedStep(what != "off"),
+    )
+    trainer.logger.disabled = True
+    trainer.amp = what == "amp"
+    trainer.scaler = None
+    trainer.run()
+    assert trainer.state.iteration == 3
+
+
+@pytest.mark.gpu
+def test_step_as_a_graph_on_gpu() -> None:
+    """SACB-Net, as its train.json trains it; Adam's step is its learning rate wherever a gradient's sign is sure."""
+    device, make = torch.device("cuda"), SACBNet
+    (own, _), (replayed, trainer) = (train(on, device, make, RegistrationLoss(), 8) for on in (False, True))
+    assert trainer._process_function._graphed.told == "replayed"
+    for number, ((loss, weights), (other_loss, other_weights)) in enumerate(zip(own, replayed), 1):
+        assert other_loss == pytest.approx(loss, abs=5e-3)
+        assert (weights - other_weights).abs().mean() <= 1e-2 * number
 
 
 def run_python(code: str, root: Path) -> subprocess.CompletedProcess:
