@@ -179,7 +179,8 @@ def test_page_of_a_cohort(folder: Path, tmp_path: Path, browser) -> None:
     review.write_review(tmp_path, rows, tmp_path / "index.html")
     script = opened(browser, tmp_path / "index.html")
     ids = "return [...document.querySelectorAll('tbody tr')].filter((r) => !r.hidden).map((r) => r.dataset.id)"
-    assert script(ids)[0] == "pair0002" and len(script(ids)) == 1000
+    assert script(ids)[0] == "pair0002" and 60 <= len(script(ids)) < 1000, "the rest is laid out when it is scrolled to"
+    assert script("return document.getElementById('count').textContent") == "1000 of 1000 found"
     script("document.querySelector('th[data-key=folding_pct] button').click()")
     assert script(ids)[0] == "pair0999"
     look = "return getComputedStyle(document.querySelector('td img')).objectPosition"
