@@ -5,7 +5,7 @@
   const texts = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
 
   /* ---- sort and filter; more rows are laid out as they are scrolled to ---- */
-  const PAGE = 60;
+  const PAGE = 60, names = new Intl.Collator(undefined, { numeric: true });
   let order = rows, limit = PAGE;
   function value(row, key) {
     const text = row.dataset[key], number = parseFloat(text);
@@ -17,7 +17,7 @@
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
     const sign = down ? -1 : 1;
     const keyed = rows.map((row) => [value(row, key), row]);
-    keyed.sort(([a], [b]) => (a === null) - (b === null) || sign * (typeof a === "string" ? a.localeCompare(b) : a - b));
+    keyed.sort(([a], [b]) => (a === null) - (b === null) || sign * (typeof a === "string" ? names.compare(a, b) : a - b));
     order = keyed.map(([, row]) => row);  // rows without a value stay at the end
     limit = PAGE, filter(), body.append(...order);
   }
