@@ -73,6 +73,22 @@ def test_headers_that_agree_say_nothing(volume: np.ndarray, tmp_path: Path) -> N
         np.testing.assert_allclose(io.read_scan(path)[1], affine, atol=1e-5)
 
 
+def test_a_grid_is_that_of_the_scan(volume: np.ndarray, tmp_path: Path) -> None:
+    """Also where the header alone leaves no doubt, and the values are not read."""
+    turned = nib.affines.from_matvec(TURN @ np.diag([2.0, 2, 3]), [1, 2, 3])
+    kinds = {"agree": (turned, turned), "disagree": (moved((40, -25, 10)), AFFINE), "sheared": (sheared(), None)}
+    for name, (sform, qform) in kinds.items():
+        path = nifti(volume, tmp_path / f"{name}.nii.gz", sform=(sform, 2), qform=None if qform is None else (qform, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RegistrationWarning)
+            size, affine = io.read_grid(path)
+            scan, expected = io.read_scan(path)
+        assert size == scan.shape[1:]
+        np.testing.assert_array_equal(affine, expected, err_msg=name)
+    (tmp_path / "agree.nii").write_bytes(gzip.decompress((tmp_path / "agree.nii.gz").read_bytes())[:400])
+    np.testing.assert_allclose(io.read_grid(tmp_path / "agree.nii")[1], turned, atol=1e-5)
+
+
 def test_a_header_that_is_not_there(volume: np.ndarray, tmp_path: Path) -> None:
     path = nifti(volume, tmp_path / "s.nii", qform=(AFFINE, 1))
     with pytest.raises(InputError, match="s.nii: --header sform is asked for, and the file has qform"):

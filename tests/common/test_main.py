@@ -98,6 +98,16 @@ def test_direction_of_points(pair: Path, tmp_path: Path, command: Command) -> No
     np.testing.assert_allclose(read_points(tmp_path / "back.csv").lps, fixed, atol=0.01)
 
 
+def test_points_are_mapped_without_torch(pair: Path, tmp_path: Path) -> None:
+    """Which takes two CPU-seconds to load."""
+    write_points(Points(np.eye(3), ["a", "b", "c"]), tmp_path / "points.csv")
+    words = ["apply", tmp_path / "points.csv", pair / "t.h5", tmp_path / "there.csv"]
+    code = f"import sys; from common.__main__ import main; sys.argv[1:] = {list(map(str, words))}; main()"
+    done = subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert len(read_points(tmp_path / "there.csv").lps) == 3
+
+
 def test_moving_landmark_lies_where_the_warped_scan_shows_it(pair: Path, tmp_path: Path, command: Command) -> None:
     """A bright spot of the moving scan appears in the warped scan at the point that --inverse gives."""
     affine = io.read_scan(pair / "moving.nii.gz")[1]
