@@ -93,6 +93,7 @@ TRAINING = {
     "window": Option("whole", "voxels of the window of the loss's LNCC", low=3, high=99),
     "smoothness": Option("number", "weight of the smoothness in the loss"),
     "folding": Option("number", "weight of folding in the loss", of="sacb_net"),
+    "cuda_graphs": Option("switch", "on a GPU, replay forward and backward pass as a CUDA graph", of="sacb_net"),
     "same_prob": Option("number", "how often a scan is registered with itself, moved", high=1, of="sacb_net"),
     "flip_prob": Option("number", "how often a pair is mirrored left to right", high=1),
     "val_interval": Option("whole", "epochs from one validation to the next", low=1),

@@ -87,6 +87,7 @@ SMALL = {
     "bench_gpu.py": {
         "--device": "cpu", "--size": "32,32,32", "--parts": "operators", "--seconds": "5", "--output": "gpu.json",
     },
+    "bench_rows.py draw": {"--output": "rows.png"},
     "bench_traced.py": {"--size": "16,16,16"},
     "bench_dual_flownet.py consistency": {"--spacing": "9"},
     "bench_dual_flownet.py table2": {"--spacing": "4.5"},

@@ -187,7 +187,7 @@ def test_the_readme_has_the_table() -> None:
 
 def test_words_are_those_of_the_code() -> None:
     assert FOR_INFERENCE["prealign"].words == transforms.PREALIGN
-    assert FOR_INFERENCE["refine_similarity"].words == refine.SIMILARITIES
+    assert FOR_INFERENCE["refine_similarity"].words == (*refine.SIMILARITIES, "auto")
     assert FOR_INFERENCE["too_large"].words == forecast.POLICIES
     assert FOR_INFERENCE["trained_on"].words == tuple(transforms.verdict.TRAINING)
     assert FOR_TRAINING["bad_labels"].words == labels.BAD_LABELS
