@@ -176,20 +176,21 @@ def make_report(
     io.replaced(folder / "report.png", lambda path: picture.draw_report(looked, content, path, body=body))
     options = {"neurological": neurological}
     io.replaced(folder / "report.html", lambda path: page.write_page(looked, content, body, path, **options))
-    io.replaced(folder / "thumbnail.webp", lambda path: page.write_thumbnail(body, path))
+    io.replaced(folder / "thumbnail.webp", lambda path: page.write_thumbnail(looked, path))
     told = _written(output, "report.html, report.png and report.json")
     return "\n    - ".join([f"{told}\n  verdict: {content['verdict'].upper()}", *notes])
 
 
-def review(folder: str):
+def review(folder: str, *, neurological: bool = False):
     """Make the page of a cohort anew, FOLDER/index.html: every pair with its verdict, the most suspicious first.
 
     Args:
         folder: of results: --output_dir of a bundle, or any folder whose subfolders hold a report.json.
+        neurological: show the patient's left on the left.
     """
     from common.run.cohort import review_folder
 
-    path, count = review_folder(Path(str(folder)))
+    path, count = review_folder(Path(str(folder)), neurological=neurological)
     return _written(str(path), f"{count} pairs")
 
 

@@ -22,11 +22,13 @@ from common.quality.measure import Registration
 from common.quality.views import Views
 
 VOXELS = 2**20  # of a volume in the page, at most: of larger grids every second voxel along each axis, or fewer
+SHOWN = 2  # reasons that stand open; more of them would push the picture out of sight
 EVERY = 2  # voxels of the page between those at which the displacement is kept
 MARKED = {  # measure: words, digits
     "ncc": ("correlation inside the fixed foreground", 3),
     "nmi": ("normalised mutual information", 3),
     "structure": ("agreement of structure (MIND-SSC, any contrast)", 3),
+    "quick_agreement": ("same way as a quick registration by structure, cosine", 2),
     "ssim": ("structural similarity", 3),
     "dice": ("mean Dice of the labels", 3),
     "dice_coarse": ("mean Dice of the label groups", 3),
@@ -57,8 +59,12 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
     size, onto = page_grid(views.pair, step)
     furthest = max(float(views.pair.disp.abs().max()) / step, 1e-3)
     to_voxel = np.linalg.inv(views.pair.fixed_affine) @ onto
-    # What the first reason is about is seen at once.
-    deformed = any(reason.startswith(verdict.OF_DEFORMATION) for reason in content["warnings"][:1])
+    run, names = content["run"], report.names_of(content)
+    reasons = content["warnings"]
+    for role, name in zip(("moving", "fixed"), names):  # the folders stand below, under inputs
+        reasons = [reason.replace(str(content[role]), name) if name else reason for reason in reasons]
+    headline = verdict.foremost(reasons) if reasons else ""
+    deformed = headline.startswith(verdict.OF_DEFORMATION)  # what the headline is about is seen at once
     edges = content["verdict"] != "plausible" and not deformed
     data = {
         "size": size,
@@ -80,10 +86,12 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
         "landmarks": [_scaled(mark, step) for mark in views.landmarks],
         "volumes": _volumes(views, step, size, furthest),
     }
-    run, names = content["run"], report.names_of(content)
+    reasons = [_led(reason) for reason in sorted(reasons, key=headline.__ne__)]
     values = {
         "doubtful": content["verdict"] != "plausible",
-        "reasons": [_led(sentence) for sentence in content["warnings"]],
+        "headline": _led(headline)[0],
+        "reasons": reasons[:SHOWN],
+        "more": reasons[SHOWN:],
         "edges": edges,
         "remarks": run.get("remarks", []),
         "name": content.get("id", ""),
@@ -107,14 +115,9 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
     path.write_text(render("case", values), encoding="utf-8")
 
 
-def write_thumbnail(body: Image.Image, path: Path) -> None:
-    """Fixed, before and after of the first row of the planes, 88 pixels high, for the page of a cohort."""
-    columns = [(picture.EDGE + n * (picture.CELL + picture.GAP), 24) for n in range(3)]
-    strip = Image.new("RGB", (264, 88))
-    for n, (x, y) in enumerate(columns):
-        panel = body.crop((x, y, x + picture.CELL, y + picture.CELL))
-        strip.paste(panel.resize((88, 88), Image.Resampling.BOX), (88 * n, 0))
-    strip.save(path, "WEBP", quality=75, method=0)
+def write_thumbnail(views: Views, path: Path) -> None:
+    """What `common.quality.picture.draw_strips` draws, for the page of a cohort."""
+    picture.draw_strips(views).save(path, "WEBP", quality=75, method=0)
 
 
 def render(name: str, values: Mapping[str, object]) -> str:

@@ -21,6 +21,7 @@ RULER = 20  # mm of the bar in the first column
 TILES = 8  # of the checkerboard, along the longer side
 LINES = 24  # of the deformation grid, along the longer side
 CELL, GAP, EDGE = 224, 6, 26  # pixels: longer side of a panel, between panels, left of them
+THUMB = 88  # pixels: side of a panel for the page of a cohort
 BAR = 96  # pixels of the colour bar with its numbers
 MEASURES = {  # name in a row -> words, wanted direction
     "ncc": ("correlation", "higher is better"),
@@ -78,6 +79,28 @@ def draw_planes(views: Views, *, neurological: bool = False) -> Image.Image:
         _ruler(panels["fixed"], RULER / views.mm * scale)
         rows.append((f"{plane}, {_where(views, normal)}", panels))
     return _page(rows, caption(views, neurological=neurological), views.longest)
+
+
+def draw_strips(views: Views) -> Image.Image:
+    """Axial fixed scan, moving scan before and after, the latter with the fixed contours: THUMB pixels high.
+
+    Twice, as the page of a cohort may turn them: above radiological, below neurological.
+    """
+    cut = (slice(None), slice(None), views.middle[2])
+    f, m, w = (scan[cut] for scan in (views.fixed, views.moving, views.warped))
+    scale, strips = THUMB / max(f.shape), Image.new("RGB", (3 * THUMB, 2 * THUMB))
+    edges = _contours(f, views.top, scale, 2)
+    for n, scan in enumerate((f, m, w)):
+        panel = _grey(scan, views.top, scale)
+        if n:
+            panel.paste(ORANGE, mask=edges)
+        corner = n * THUMB + (THUMB - panel.width) // 2, (THUMB - panel.height) // 2
+        strips.paste(ImageOps.mirror(panel), corner)
+        strips.paste(panel, (corner[0], THUMB + corner[1]))
+        for y, letters in ((0, "RL"), (THUMB, "LR")):
+            for x, letter in zip((8, THUMB - 8), letters):
+                ImageDraw.Draw(strips).text((n * THUMB + x, y + THUMB / 2), letter, ORANGE, _font(13), anchor="mm")
+    return strips
 
 
 def _panels(views: Views, normal: int, scale: float) -> dict[str, Image.Image]:

@@ -27,7 +27,7 @@ VERSIONS = {
 }
 # where the measures of a row go: section -> what its names begin with
 SECTIONS = {
-    "similarity": ("ncc", "nmi", "ssim", "structure"),
+    "similarity": ("ncc", "nmi", "ssim", "structure", "quick"),
     "overlap": ("overlap", "dice", "hd", "assd", "labels"),
     "landmarks": ("tre", "landmarks", "guides"),
     "deformation": ("disp", "folding", "sdlogj", "inverse"),

@@ -24,13 +24,14 @@ COLUMNS = {  # of a row: words, digits, whether high is good (1), bad (-1), or n
 }
 
 
-def write_review(folder: Path, rows: list[dict], path: Path) -> None:
+def write_review(folder: Path, rows: list[dict], path: Path, *, neurological: bool = False) -> None:
     """The page of a cohort.
 
     Args:
         folder: OUT, in which a pair's folder has its id as name.
         rows: those of results.csv; "error" of a pair that failed, "warnings" of a doubtful one.
         path: file to write.
+        neurological: the patient's left on the left, at first.
     """
     numbers = {name: [_number(row.get(name)) for row in rows] for name in COLUMNS}
     numbers = {name: values for name, values in numbers.items() if any(v is not None for v in values)}
@@ -62,6 +63,7 @@ def write_review(folder: Path, rows: list[dict], path: Path) -> None:
         "columns": [(name, COLUMNS[name][0]) for name in numbers],
         "plots": [_plot(name, numbers[name], fences[name], rows) for name in numbers],
         "counts": {word: sum(line["verdict"] == word for line in lines) for word in words},
+        "neurological": neurological,
         "date": datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         "maker": f"monai-registration-bundles {common.__version__}",
     }

@@ -68,7 +68,10 @@ class PairTable:
         self.path, self.rows = self.folder / "results.csv", {}
         self.described = [described(item) for item in settings]
         self.settings = hashlib.sha256(json.dumps(self.described, default=str).encode()).hexdigest()[:12]
-        self.saves = any(getattr(step, "save", False) for item in settings for step in getattr(item, "transforms", ()))
+        steps = [step for item in settings for step in getattr(item, "transforms", ())]
+        self.saves, self.neurological = (
+            any(getattr(step, name, False) for step in steps) for name in ("save", "neurological")
+        )
 
     def attach(self, engine: Engine) -> None:
         engine.state.table = self
@@ -191,7 +194,8 @@ class PairTable:
     def review(self) -> None:
         """index.html of all pairs in the table."""
         rows = read_table(self.path)
-        replaced(self.folder / "index.html", lambda path: write_review(self.folder, rows, path))
+        sides = {"neurological": self.neurological}
+        replaced(self.folder / "index.html", lambda path: write_review(self.folder, rows, path, **sides))
 
     def summary(self) -> str:
         """What the results say, a line a measure, and where they are."""
@@ -315,8 +319,11 @@ def run(engine: Evaluator) -> None:
         raise InputError(f"{table.path}: {count} ({failed[0]['error']}); run the same command again to retry them")
 
 
-def review_folder(folder: Path) -> tuple[Path, int]:
+def review_folder(folder: Path, *, neurological: bool = False) -> tuple[Path, int]:
     """Make index.html of a folder of results anew, from results.csv and the pairs' folders; returns it and the count.
+
+    Args:
+        neurological: show the patient's left on the left.
 
     Raises:
         InputError: no folder, or no pair in it.
@@ -328,7 +335,7 @@ def review_folder(folder: Path) -> tuple[Path, int]:
     if not rows:
         raise InputError(f"{folder}: holds no results.csv and no pair's report.json")
     path = folder / "index.html"
-    replaced(path, lambda partial: write_review(folder, rows, partial))
+    replaced(path, lambda partial: write_review(folder, rows, partial, neurological=neurological))
     return path, len(rows)
 
 

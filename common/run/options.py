@@ -79,6 +79,7 @@ INFERENCE = {
     "save": Option("switch", "write a folder for the pair; False measures only"),
     "displacement": Option("switch", "write displacement.nii.gz; by default for small scans", none=True),
     "report": Option("word", "what is drawn: a picture, a page, both or none", ("png", "html", "both", "none")),
+    "neurological": Option("switch", "draw the patient's left on the left"),
     "resume": Option("switch", "leave out pairs that are done"),
     "surface": Option("switch", "surface distances of labels, and SSIM; by default distances of few", none=True),
     "groups": Option("data", 'groups of labels for one more Dice: {"NAME": {"members": [1, 2]}}', none=True),

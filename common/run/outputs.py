@@ -67,7 +67,7 @@ def middle_files(pair: measure.Registration) -> dict[str, Callable[[Path], None]
 
 
 def drawings(
-    pair: measure.Registration, content: dict, kinds: tuple[str, ...]
+    pair: measure.Registration, content: dict, kinds: tuple[str, ...], *, neurological: bool = False
 ) -> dict[str, Callable[[Path], None]]:
     """The files to look at; the planes are drawn once for all of them."""
 
@@ -75,14 +75,14 @@ def drawings(
     def planes() -> tuple[Views, Image.Image]:
         progress.stage("drawing")
         views = Views(pair)
-        return views, picture.draw_planes(views)
+        return views, picture.draw_planes(views, neurological=neurological)
 
-    found = {}
+    found, sides = {}, {"neurological": neurological}
     if "png" in kinds:
         found["report.png"] = lambda path: picture.draw_report(planes()[0], content, path, body=planes()[1])
     if "html" in kinds:
-        found["thumbnail.webp"] = lambda path: page.write_thumbnail(planes()[1], path)
-        found["report.html"] = lambda path: page.write_page(planes()[0], content, planes()[1], path)
+        found["thumbnail.webp"] = lambda path: page.write_thumbnail(planes()[0], path)
+        found["report.html"] = lambda path: page.write_page(planes()[0], content, planes()[1], path, **sides)
     return found
 
 

@@ -177,6 +177,7 @@ class DeliverPaird(Transform):
             None: of fixed scans of up to WRITTEN voxels.
         report: what is drawn: "png" report.png, "html" report.html and the thumbnail for the cohort's page, "both",
             or "none".
+        neurological: draw the patient's left on the left.
         midspace: also write both scans in the space in their middle, and the transforms from there to each.
         trained_on: what the weights were trained on, a key of `common.quality.verdict.TRAINING`; None or "" if they
             were not.
@@ -193,6 +194,7 @@ class DeliverPaird(Transform):
         save: bool = True,
         displacement: bool | None = None,
         report: str = "both",
+        neurological: bool = False,
         trained_on: str | None = None,
         midspace: bool = False,
     ) -> None:
@@ -203,6 +205,7 @@ class DeliverPaird(Transform):
         self.output_dir, self.save_inverse, self.surface = Path(output_dir), save_inverse, surface
         self.minimum, self.groups, self.save, self.trained_on = minimum, groups, save, trained_on or None
         self.displacement, self.report, self.midspace = displacement, report, midspace
+        self.neurological = neurological
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict:
         data = dict(data)
@@ -238,7 +241,7 @@ class DeliverPaird(Transform):
         if self.save:
             progress.stage("writing")
             content = report.report(row, details, notes, facts)
-            writers |= outputs.drawings(pair, content, REPORTS[self.report])
+            writers |= outputs.drawings(pair, content, REPORTS[self.report], neurological=self.neurological)
             writers["report.json"] = partial(outputs.write_report, content)  # the last
             io.write_folder(self.output_dir / data["id"], writers)
         row["seconds"] = time.time() - float(data["started"])

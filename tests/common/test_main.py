@@ -181,7 +181,11 @@ def test_report(pair: Path, tmp_path: Path, command: Command) -> None:
         write_points(Points(points, ["a", "b"]), path)
     options = [f"--{role}_{kind}" for kind in ("label", "points") for role in ("moving", "fixed")]
     files = [pair / "moving_label.nii.gz", pair / "fixed_label.nii.gz", *marks]
-    text = command("report", *scans, pair / "t.h5", tmp_path / "r", *[w for both in zip(options, files) for w in both])
+    words = [word for both in zip(options, files) for word in both] + ["--neurological", "True"]
+    text = command("report", *scans, pair / "t.h5", tmp_path / "r", *words)
+    assert '"radiological": false' in (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    command("review", tmp_path, "--neurological", "True")
+    assert '<body class="neurological">' in (tmp_path / "index.html").read_text(encoding="utf-8")
     found = json.loads((tmp_path / "r" / "report.json").read_text())
     assert "report.html, report.png and report.json" in text and "verdict: DOUBTFUL" in text
     assert found["verdict"] == "doubtful"

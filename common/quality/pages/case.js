@@ -262,7 +262,7 @@
     const text = (words) => box.append(Object.assign(document.createElement("span"), { textContent: words }));
     const strip = (stops) => box.append(Object.assign(document.createElement("i"), { style: `background:${CSS(stops)}` }));
     if (state.view === "volume change") {
-      text("volume: half"), strip(PURPLES), text("double, on a logarithmic scale; white is unchanged, yellow is folded");
+      text("yellow: folded, turned inside out"), text("volume: half"), strip(PURPLES), text("double, on a logarithmic scale; white is unchanged");
     } else if (state.view === "displacement") {
       text("0"), strip(LENGTHS), text(`${data.longest.toFixed(1)} mm, length of the displacement after the alignment`);
     } else if (state.view === "difference") {
@@ -270,6 +270,7 @@
     } else if (state.view === "grid") {
       text(`grid lines every ${(data.spacing_of_grid * data.mm).toFixed(0)} mm; where they cross over each other, it folds`);
     } else text({ fixed: "the fixed scan", before: "the moving scan, aligned by a matrix only", after: "the moving scan, warped" }[state.view]);
+    if (state.edges) text("orange lines: edges of the fixed scan, which those of the picture should follow");
     if (state.landmarks) text("ring: landmark of the fixed scan; orange: where that of the moving scan came to lie");
   }
 
@@ -347,6 +348,7 @@
     event.preventDefault();
   });
   addEventListener("resize", redraw);
+  addEventListener("beforeprint", () => document.querySelectorAll(".verdict details").forEach((more) => (more.open = true)));
   redraw();
   document.body.dataset.ready = "yes";
 })();

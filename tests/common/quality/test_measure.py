@@ -159,7 +159,8 @@ FAULTS = {
     "no improvement": ({"structure_after": 0.51}, "no improvement over the pre-alignment: structures agree by 0.50"),
     "unrelated": ({"structure_after": 0.3}, "the scans hardly agree in structure .0.30"),
     "mirrored": ({"structure_mirrored": 0.52}, "left and right may be exchanged .* .0.520 instead of 0.500"),
-    "two contrasts": ({"ncc_before": 0.1, "ncc_after": 0.5}, "two contrasts were made to look alike .correlation 0.10"),
+    "two contrasts": ({"ncc_before": 0.1, "ncc_after": 0.5}, "two modalities or contrasts were .* .correlation 0.10"),
+    "elsewhere": ({"quick_agreement": 0.3, "quick_gain": 0.01}, "a quick registration by structure goes elsewhere"),
     "labels": ({"dice_after": 0.4}, "the labels overlap less than before: 0.50 before, 0.40 after"),
     "landmarks": ({"tre_mm_after": 5.0}, "the landmarks agree less than before: 4.00 mm before, 5.00 mm after"),
     "overlap": ({"overlap": 0.3}, "little overlap: the foregrounds share 0.30"),
@@ -179,12 +180,23 @@ def test_each_fault_gives_its_sentence(change: dict, words: str) -> None:
     assert re.search(words, sentence), sentence
 
 
+def test_what_a_page_begins_with() -> None:
+    """The cause, not what follows from it; else the first reason."""
+    rough, sides = "rough deformation: SDlogJ 2.0, above 1.1", "left and right may be exchanged in one scan"
+    assert verdict.foremost([rough, sides]) == sides
+    contrasts = "two modalities or contrasts were made to look alike"
+    assert verdict.foremost([sides, "much folding: 3.2 %", contrasts]) == contrasts
+    assert verdict.foremost([rough, "2 of 9 labels vanish"]) == rough
+
+
 def test_what_is_no_fault() -> None:
     """A pair that is aligned already, a small label that vanishes, and contrasts whose correlation becomes negative."""
     for change in (
         {"structure_before": 0.98, "structure_after": 0.98, "ncc_before": 0.97, "ncc_after": 0.97},
         {"labels_lost": 1, "labels_lost_pct": 0.1},
         {"ncc_before": -0.3, "ncc_after": -0.6},
+        {"quick_agreement": 0.3, "quick_gain": -0.01},
+        {"quick_agreement": 0.8, "quick_gain": 0.01},
     ):
         assert verdict.judge(GOOD | change) == [], change
 

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common import InputError, phantom
 from common.quality import measure, page, picture, report, review, verdict
@@ -21,11 +22,21 @@ EVIL = "<script>document.title='bad'</script>"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pair's files: the phantom and itself, moved by a smooth field, with labels and landmarks."""
+    """A pair's files, and in `turned` those that show the patient's left on the left."""
     folder = tmp_path_factory.mktemp("pages") / "pair"
+    write_pair(folder)
+    write_pair(folder.parent / "turned", neurological=True)
+    return folder
+
+
+def write_pair(folder: Path, *, labels: int = 0, neurological: bool = False) -> None:
+    """The phantom and itself, moved by a smooth field, with labels and landmarks; or with so many slabs as labels."""
     folder.mkdir()
     size, space = (36, 44, 34), nib.affines.from_matvec(np.diag([4.0, 4, 4]), [-70, -86, -66])
     scan, label = phantom.sample(size, space)
+    if labels:
+        inside = scan > 0
+        label[inside] = np.arange(inside.sum()) * labels // inside.sum() + 1
     wave = torch.sin(torch.arange(size[0]) / 6)[None, :, None, None]
     disp = torch.cat([0.5 * wave, wave, 0 * wave]).expand(3, *size).contiguous()
     marks = Points(np.array([[0.0, 0, 0], [20, 10, 0]]), ["a", EVIL])
@@ -45,12 +56,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     row = {"id": EVIL, "fixed": "fixed.nii.gz", "moving": f"{EVIL}.nii.gz"} | row
     notes = verdict.judge(row)
     content = report.report(row, details, notes, {"seconds": 1.0, "settings": []})
-    looked = Views(pair)
-    body = picture.draw_planes(looked)
-    page.write_page(looked, content, body, folder / "report.html")
-    page.write_thumbnail(body, folder / "thumbnail.webp")
+    looked, sides = Views(pair), {"neurological": neurological}
+    body = picture.draw_planes(looked, **sides)
+    page.write_page(looked, content, body, folder / "report.html", **sides)
+    page.write_thumbnail(looked, folder / "thumbnail.webp")
     report.write_report(content, folder / "report.json")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +131,34 @@ def test_page_alone(folder: Path) -> None:
     assert text.index('<img class="static" src="data:image/jpeg') < text.index("<script>")
 
 
+def test_page_with_138_labels(tmp_path: Path) -> None:
+    """Every label stands in report.json and in the page's table; the page stays small."""
+    write_pair(tmp_path / "pair", labels=138)
+    text = (tmp_path / "pair" / "report.html").read_text(encoding="utf-8")
+    each = json.loads((tmp_path / "pair" / "report.json").read_text())["overlap"]["each"]
+    assert len(each) == 138 and len(text) < 3e6
+    for name, found in each.items():
+        assert f'<td class="number">{name}</td><td class="number">{found["dice_before"]:.3f}</td>' in text
+
+
+def test_both_sides(folder: Path, browser) -> None:
+    """Radiological unless asked for: picture, page and thumbnail; the page's button turns it."""
+    script = opened(browser, folder.parent / "turned" / "report.html")
+    words = "return document.getElementById('convention').textContent"
+    assert script(words).startswith("Neurological view: the patient's left is on the left")
+    turned = script(PICTURE)
+    assert "Neurological view" in (folder.parent / "turned" / "report.html").read_text()
+    script = opened(browser, folder / "report.html")
+    assert script(words).startswith("Radiological view: the patient's left is on the right")
+    assert script(PICTURE) != turned
+    press(script, "r")
+    assert script(PICTURE) == turned
+    strips = np.asarray(Image.open(folder / "thumbnail.webp").convert("L"), float)
+    assert strips.shape == (2 * picture.THUMB, 3 * picture.THUMB)
+    above, below = strips[: picture.THUMB, 20:68], strips[picture.THUMB :, 20:68]  # without the letters
+    assert np.abs(above[:, ::-1] - below).mean() < 4 < np.abs(above - below).mean()
+
+
 def cohort(folder: Path, count: int) -> list[dict]:
     rows = []
     rng = np.random.default_rng(0)
@@ -133,14 +171,22 @@ def cohort(folder: Path, count: int) -> list[dict]:
     return rows
 
 
-def test_page_of_a_cohort(tmp_path: Path, browser) -> None:
+def test_page_of_a_cohort(folder: Path, tmp_path: Path, browser) -> None:
     """1,000 pairs: worst first, sorted and filtered, notes kept and saved as CSV."""
-    review.write_review(tmp_path, cohort(tmp_path, 1000), tmp_path / "index.html")
+    rows = cohort(tmp_path, 1000)
+    (tmp_path / "pair0000").mkdir()
+    shutil.copy(folder / "thumbnail.webp", tmp_path / "pair0000")
+    review.write_review(tmp_path, rows, tmp_path / "index.html")
     script = opened(browser, tmp_path / "index.html")
     ids = "return [...document.querySelectorAll('tbody tr')].filter((r) => !r.hidden).map((r) => r.dataset.id)"
-    assert script(ids)[0] == "pair0002" and len(script(ids)) == 1000
+    assert script(ids)[0] == "pair0002" and 60 <= len(script(ids)) < 1000, "the rest is laid out when it is scrolled to"
+    assert script("return document.getElementById('count').textContent") == "1000 of 1000 found"
     script("document.querySelector('th[data-key=folding_pct] button').click()")
     assert script(ids)[0] == "pair0999"
+    look = "return getComputedStyle(document.querySelector('td img')).objectPosition"
+    sides = [script(look), script("document.getElementById('sides').click()"), script(look)]
+    assert sides == ["50% 0%", None, "50% 100%"]
+    assert script("return document.getElementById('convention').textContent").startswith("Neurological")
     script("const s = document.getElementById('only'); s.value = 'failed'; s.dispatchEvent(new Event('change'))")
     assert script(ids) == ["pair0002"]
     note = "const r = document.querySelector('tr[data-id=pair0002] .note'); r.value = 'say \"a\", b'; r.oninput()"
@@ -159,9 +205,11 @@ def test_review_from_the_folders(folder: Path, tmp_path: Path) -> None:
     path, count = review_folder(tmp_path / "out")
     text = path.read_text(encoding="utf-8")
     assert count == 1 and 'loading="lazy"' in text
-    assert 'src="pair/thumbnail.webp"' in text and 'href="pair/report.html"' in text
+    assert '<body>' in text and 'src="pair/thumbnail.webp"' in text and 'href="pair/report.html"' in text
     assert EVIL not in text
     known = json.loads((folder / "report.json").read_text())
     assert f"{known['similarity']['structure_after']:.3f}" in text
+    review_folder(tmp_path / "out", neurological=True)
+    assert '<body class="neurological">' in path.read_text(encoding="utf-8")
     with pytest.raises(InputError, match="holds no results.csv"):
         review_folder(tmp_path)

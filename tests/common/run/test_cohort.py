@@ -17,6 +17,7 @@ from monai.transforms import Compose
 
 from common import InputError
 from common.run import cohort
+from common.run.transforms import DeliverPaird
 from common.space.files import HOST
 
 SCRIPT = """
@@ -235,3 +236,12 @@ def test_two_processes_share_the_pairs(tmp_path: Path) -> None:
     assert {lines.count("0"), lines.count("1")} == {4, 5}
     assert [row["id"] for row in table(tmp_path / "out")] == [f"100{n}" for n in range(9)]
     assert not list((tmp_path / "out").glob(".rows.*"))
+
+
+def test_the_page_is_turned_as_the_pairs_are(tmp_path: Path) -> None:
+    """--neurological is said once, for the pages of the pairs and of the cohort."""
+    (tmp_path / "results.csv").write_text("id,error\na,no such file\n")
+    for neurological, body in ((True, '<body class="neurological">'), (False, "<body>")):
+        deliver = DeliverPaird(str(tmp_path), neurological=neurological)
+        cohort.PairTable(str(tmp_path), settings=[Compose([deliver])]).review()
+        assert body in (tmp_path / "index.html").read_text(encoding="utf-8")

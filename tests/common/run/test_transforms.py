@@ -52,7 +52,7 @@ def delivered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     assert data["image"].shape[0] == 2 and nib.aff2axcodes(data["image"].affine.numpy()) == ("R", "A", "S")
     pred = known_displacement(voxels_of(data["image"].shape[1:]))
     data["pred"] = torch.from_numpy(np.moveaxis(pred, -1, 0).astype(np.float32))
-    row = DeliverPaird(str(folder / "out"), save_inverse=True)(data)["row"]
+    row = DeliverPaird(str(folder / "out"), save_inverse=True, neurological=True)(data)["row"]
     inside = np.asarray(nib.load(paths["fixed"]).dataobj) > 0
     return Delivered(paths, folder / "out" / "pair", row, inside, data["matrix"].numpy(), data["image"].affine.numpy())
 
@@ -204,6 +204,7 @@ def test_row_and_folder_are_complete(delivered: Delivered) -> None:
     names = "warped.nii.gz transform.h5 displacement.nii.gz warped_label.nii.gz inverse_transform.h5"
     names += " warped_points.csv report.json report.png report.html thumbnail.webp"
     assert set(names.split()) == {path.name for path in delivered.out.iterdir()}
+    assert '"radiological": false' in (delivered.out / "report.html").read_text(encoding="utf-8")
     content = json.loads((delivered.out / "report.json").read_text())
     assert content["verdict"] == "doubtful" and content["warnings"][0].startswith("no improvement")
     row = delivered.row
