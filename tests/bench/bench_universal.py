@@ -1,6 +1,6 @@
 """The weights from made-up shapes beside untrained MIND and others: across contrasts with known truth, and by labels.
 
-    python tests/bench/bench_universal.py measure DATA1MM DATA2MM                  # or --sets "known;spine" --ways "..."
+    python tests/bench/bench_universal.py measure DATA1MM DATA2MM            # or --sets "known,spine" --ways "..."
     python tests/bench/bench_universal.py table
 
 DATA1MM holds brain_ms and spine_t1_t2, DATA2MM brain_t1_2mm and hippocampus_mr. One thread, a process a way.
@@ -197,7 +197,8 @@ def measure(data1mm, data2mm, sets=",".join(SETS), ways=";".join(WAYS), output=s
             if not program:
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                line = [program, __file__, "child", json.dumps(way), name, str(data1mm), str(data2mm), f"{folder}/found.json"]
+                words = ["child", json.dumps(way), name, str(data1mm), str(data2mm), f"{folder}/found.json"]
+                line = [program, __file__, *words]
                 subprocess.run(line, env=one_thread(), check=True, stdout=subprocess.DEVNULL)
                 for row, entry in json.loads(Path(folder, "found.json").read_text()).items():
                     entry["mean"] = round(sum(entry["values"]) / len(entry["values"]), 4)

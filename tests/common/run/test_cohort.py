@@ -221,8 +221,8 @@ def start(out: Path, count: int, seconds: float, *launcher: str) -> subprocess.P
     out.mkdir(exist_ok=True)
     script = out.parent / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(out), count=count, seconds=seconds))
-    root = str(Path(__file__).resolve().parents[3])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).resolve().parents[3]
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
     line = [sys.executable, *launcher, str(script)]
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
