@@ -65,7 +65,7 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
         reasons = [reason.replace(str(content[role]), name) if name else reason for reason in reasons]
     headline = verdict.foremost(reasons) if reasons else ""
     deformed = headline.startswith(verdict.OF_DEFORMATION)  # what the headline is about is seen at once
-    edges = content["verdict"] != "plausible" and not deformed
+    edges = not deformed
     data = {
         "size": size,
         "middle": [n // step for n in views.middle],

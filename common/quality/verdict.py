@@ -86,10 +86,11 @@ def judge(row: dict[str, float]) -> list[str]:
     if row["overlap"] < OVERLAP:
         found.append(f"little overlap: the foregrounds share {row['overlap']:.2f} (Dice) after the pre-alignment")
     if row["structure_mirrored"] - row["structure_aligned"] > MIRRORED:
-        fit = f"{row['structure_mirrored']:.3f} instead of {row['structure_aligned']:.3f}"
-        found.append(f"left and right may be exchanged in one scan: mirrored, the moving one agrees better ({fit})")
+        fit = f"structure {row['structure_mirrored']:.3f} instead of {row['structure_aligned']:.3f}"
+        look = f"mirrored, the moving one agrees better ({fit}); look at both headers"
+        found.append(f"left and right may be exchanged in one scan: {look}")
     if before - row["ncc_before"] > CONTRASTS and row["ncc_after"] - row["ncc_before"] > DRIVEN:
-        change = f"correlation {row['ncc_before']:.2f} before, {row['ncc_after']:.2f} after"
+        change = f"correlation {row['ncc_before']:.2f} before, {row['ncc_after']:.2f} after, no success here"
         advice = "take samconvex with --features mind, and --refine_similarity mind"
         found.append(f"two modalities or contrasts were made to look alike ({change}): structures move off; {advice}")
     if after < UNRELATED:
