@@ -158,7 +158,7 @@ def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
 FAULTS = {
     "no improvement": ({"structure_after": 0.51}, "no improvement over the pre-alignment: structures agree by 0.50"),
     "unrelated": ({"structure_after": 0.3}, "the scans hardly agree in structure .0.30"),
-    "mirrored": ({"structure_mirrored": 0.52}, "left and right may be exchanged .* .0.520 instead of 0.500"),
+    "mirrored": ({"structure_mirrored": 0.52}, "left and right may be exchanged .*structure 0.520 instead of 0.500"),
     "two contrasts": ({"ncc_before": 0.1, "ncc_after": 0.5}, "two modalities or contrasts were .* .correlation 0.10"),
     "elsewhere": ({"quick_agreement": 0.3, "quick_gain": 0.01}, "a quick registration by structure goes elsewhere"),
     "labels": ({"dice_after": 0.4}, "the labels overlap less than before: 0.50 before, 0.40 after"),
