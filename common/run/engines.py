@@ -137,7 +137,7 @@ class RegistrationInferer(Inferer):
         cost: dict[str, float] | None = None,
         guide: float = 0.0,
         midspace: bool = False,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool = False,
         **options: Any,
     ) -> None:
         if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
