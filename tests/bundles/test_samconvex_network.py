@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from common import InputError, RegistrationWarning
 from common.fields import identity, resize_disp
-from common.mind import box_mean, mind_ssc
+from common.mind import box_mean, mind_features, mind_ssc
 from common.ops import cost_volume, warp
 from common.run.engines import RegistrationInferer
 from samconvex import MIND, SAMConvex, convex
@@ -261,3 +262,9 @@ def test_rejects() -> None:
         SAMConvex(coupling="mm")
     with pytest.raises(ValueError, match="mind_ssc.. 'image' must have shape"):
         mind_ssc(torch.zeros(1, 2, 8, 8, 8))
+
+
+def test_mind_of_a_scan_with_its_geometry() -> None:
+    """MONAI's MetaTensor is described as a plain tensor is."""
+    scan = torch.rand(1, 1, 9, 10, 11)
+    assert torch.equal(torch.as_tensor(mind_features(MetaTensor(scan))), mind_features(scan))
