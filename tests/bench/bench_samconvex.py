@@ -94,11 +94,12 @@ def method(name):
     options, steps, similarity = (VARIANTS | LEVELS)[name]
     net = network(options)
     features = net.features if similarity == "features" else None
+    weight = {"smoothness": 0.5} if options.get("features") == "convexadam" else {}  # as in convexadam.json
 
     def ours(image):
         with torch.no_grad():
             disp = net(image)
-        return refine(disp, image, steps, similarity=similarity, features=features, progress=False)
+        return refine(disp, image, steps, similarity=similarity, features=features, progress=False, **weight)
 
     return ours
 
