@@ -11,7 +11,7 @@ import torch
 from bundle_words import ROOT, parsed, value
 
 from common import InputError, refine
-from common.run import forecast, options, transforms
+from common.run import align, forecast, options, transforms
 from common.run.cli import sentence_of
 from common.run.options import FOR_INFERENCE, FOR_TRAINING, TEMPLATE
 from common.run.transforms import AlignAndGridd, scan_tensor
@@ -186,7 +186,7 @@ def test_the_readme_has_the_table() -> None:
 
 
 def test_words_are_those_of_the_code() -> None:
-    assert FOR_INFERENCE["prealign"].words == transforms.PREALIGN
+    assert FOR_INFERENCE["prealign"].words == align.PREALIGN
     assert FOR_INFERENCE["refine_similarity"].words == (*refine.SIMILARITIES, "auto")
     assert FOR_INFERENCE["too_large"].words == forecast.POLICIES
     assert FOR_INFERENCE["trained_on"].words == tuple(transforms.verdict.TRAINING)
