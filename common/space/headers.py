@@ -33,6 +33,7 @@ class Nifti(NamedTuple):
     values: np.ndarray | None  # as they are in the file, without slope and intercept
     scaling: tuple[float, float]  # slope and intercept
     spacing: tuple[float, float, float]  # pixdim, in mm
+    kind: str  # of the values, by numpy's letter: "f" real numbers, "c" complex ones
 
 
 def is_nifti(path: Path) -> bool:
@@ -78,9 +79,8 @@ def read_nifti(path: Path, *, values: bool = True) -> Nifti:
     scaling = tuple(float(header[name]) for name in ("scl_slope", "scl_inter"))
     spacing = tuple(float(size) for size in np.abs(header["pixdim"][1:4]))
     code = int(header["intent_code"])
-    return Nifti(
-        header.get_data_shape(), matrices, code, intent, values_of_intent, finite, array, scaling, spacing
-    )
+    shape, kind = header.get_data_shape(), header.get_data_dtype().kind
+    return Nifti(shape, matrices, code, intent, values_of_intent, finite, array, scaling, spacing, kind)
 
 
 def plain(found: Nifti, *, codes: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
@@ -107,11 +107,11 @@ def plain(found: Nifti, *, codes: bool = False) -> tuple[np.ndarray, np.ndarray]
 
 
 def plain_grid(found: Nifti) -> tuple[tuple[int, int, int], np.ndarray] | None:
-    """Size and affine of a file about whose place there can be but one opinion, as `plain`; None for any other."""
+    """Size and affine of a file of real numbers about whose place there can be but one opinion; None for any other."""
     size = found.shape
     while len(size) > 3 and size[-1] == 1:
         size = size[:-1]
-    if len(size) != 3 or min(size) < 2 or not found.matrices:
+    if len(size) != 3 or min(size) < 2 or not found.matrices or found.kind not in "iuf":
         return None
     affine = found.matrices.get("sform", found.matrices.get("qform"))
     sizes = np.array(found.spacing)

@@ -45,7 +45,9 @@ def registration(bundle, steps):
     parser["bundle_root"], parser["device"] = str(root), "cpu"
     network = parser.get_parsed_content("network").eval()
     inferer = RegistrationInferer(steps, cost=parser.get_parsed_content("cost"))
-    return lambda image, steps=steps: inferer._register(image, network, None, None, steps, True, (), {})
+    return lambda image, steps=steps: inferer._register(
+        image, network, None, None, None, steps=steps, quiet=True, args=(), kwargs={}
+    )
 
 
 def memory_gib(line):

@@ -217,7 +217,8 @@ def draw(table: str = str(RESULTS / "rows.csv"), output: str = str(RESULTS / "ro
         axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(output, dpi=110)
-    print(f"{output}: {sum(len(some) for _, some in panels)} rows")
+    count = sum(len(some) for _, some in panels)
+    print(f"{output}: {count} rows, {100 * count / len(rows):.0f} % of those known")
 
 
 def shown(row: dict) -> bool:

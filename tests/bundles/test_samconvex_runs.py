@@ -109,7 +109,7 @@ REFUSED = {
     "similarity": (
         "--refine_similarity",
         "mi",
-        "error: --refine_similarity must be one of lncc, mind, features, got mi",
+        "error: --refine_similarity must be one of lncc, mind, features, auto, got mi",
     ),
     "features": ("--features", "SAM", "error: --features must be one of sam, mind, got SAM; did you mean sam?"),
     "option": ("--moving_lable", "x", "error: --moving_lable: there is no such option, did you mean --moving_label?"),
