@@ -16,6 +16,7 @@ from common.deploy.command import deploy
 from common.label.command import label
 from common.run.cli import exact_words, printable, sentence_of
 from common.run.door import register, run, series, template
+from common.run.line import asks_help
 
 
 def bids(words: list[str]) -> str:
@@ -358,7 +359,7 @@ def main() -> None:
             if said := COMMANDS[command](words):
                 print(said)
             return
-        if {"--help", "-h"} & set(words):
+        if asks_help(words):
             words = ["--", "--help"]  # behind "--" it is fire's own, which says nothing around it
         else:
             words = exact_words(command, COMMANDS[command], words)

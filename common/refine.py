@@ -62,7 +62,7 @@ def refine(
     coarse_share: float = 0.2,
     start_means: int = 8,
     progress: bool | Callable[[int, int], None] = True,
-    graphs: bool = True,
+    graphs: bool = False,
 ) -> Tensor:
     """Minimise dissimilarity(moving(x + disp(x)), fixed) + smoothness * diffusion(disp) over the displacement, by Adam.
 

@@ -3,12 +3,10 @@
 import atexit
 import csv
 import datetime
-import gc
 import hashlib
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import closing
@@ -30,6 +28,7 @@ from common.run import progress
 from common.run.claims import claimed, lineage
 from common.run.cli import sentence_of
 from common.run.data import NUMBERS
+from common.run.processes import leave_group, processes, rank, wait
 from common.space.files import locked, output_folder, remove_leftovers, replaced, write_table
 from common.space.io import contrasts_of
 
@@ -249,19 +248,6 @@ class PairTable:
         return f"{name}: {verdict.verdict_of(reasons)}" + (f": {reasons[0]}" if reasons else "")
 
 
-def leave_group() -> None:
-    """End the process group with its threads, last and for `atexit`: one that lives on may abort the program.
-
-    A thread of gloo that lets go of a tensor while Python ends does, and one that does so while the group ends has been
-    seen to wait for ever: hence half a second for what is under way. The group lives as long as anything names it, and
-    a finished workflow, whose parts name each other, does until it is collected.
-    """
-    if torch.distributed.is_initialized():
-        time.sleep(0.5)  # without the interpreter's lock, which that thread needs
-        torch.distributed.destroy_process_group()
-    gc.collect()
-
-
 def run(engine: Evaluator) -> None:
     """Run an evaluator over the pairs of its data, one by one; its own log is kept quiet.
 
@@ -375,22 +361,6 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return isinstance(value, (int, float, str, type(None)))
-
-
-def rank() -> int:
-    """Number of this process under torchrun; 0 without."""
-    return int(os.environ.get("RANK", 0))
-
-
-def processes() -> int:
-    """How many processes torchrun has started; 1 without."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def wait() -> None:
-    """Until all processes are here."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def read_table(path: Path) -> list[dict]:

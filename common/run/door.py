@@ -19,7 +19,7 @@ from typing import Any
 from common import InputError
 from common.run.cli import bundle_folder, config_file, one_sentence_errors, refuse_unknown, sentence_of
 from common.run.help import help_of_register, help_of_series, help_of_template
-from common.run.line import check_configs, config_files, split, top
+from common.run.line import asks_help, check_configs, config_files, split, top
 from common.run.options import FOR_INFERENCE, OF_ALL, OF_SERIES, TEMPLATE, Option
 
 PLACES = ("moving", "fixed", "output_dir")
@@ -37,7 +37,7 @@ def register(words: list[str]) -> str:
     Raises:
         InputError: a word, an option or an input that is wrong; a pair that fails.
     """
-    if {"--help", "-h"} & set(words):
+    if asks_help(words):
         return help_of_register()
     options = _options(words)
     method, config = (options.pop(name, "") or "" for name in OWN)
@@ -61,10 +61,9 @@ def series(words: list[str]) -> str:
     Raises:
         InputError: a word, an option or an input that is wrong; a phase that fails.
     """
-    if {"--help", "-h"} & set(words):
+    if asks_help(words):
         return help_of_series()
     from common.run.series import DEFAULTS, checked_reference, phases_of, run_series
-    from common.run.words import split
 
     options, places = split(words, {*FOR_INFERENCE, *OWN, *OF_SERIES})
     for name in options:
@@ -151,7 +150,7 @@ def run(words: list[str]) -> str:
     if not takes_options(config):
         raise InputError(f"--config_file {files[0]}: is no config of these bundles; give it to monai.bundle run")
     refuse_early()
-    if not {"--help", "-h"} & set(words):
+    if not asks_help(words):
         values_of(words, config)
     options, others = split(words, set(config) | OF_MONAI)
     own = {name: word for name, word in options.items() if top(name) not in {*table_of(config), "help", "h"}}
@@ -168,7 +167,7 @@ def template(words: list[str]) -> str:
     Raises:
         InputError: a word, an option or a scan that is wrong; a registration that fails.
     """
-    if {"--help", "-h"} & set(words):
+    if asks_help(words):
         return help_of_template()
 
     table = TEMPLATE | {name: FOR_INFERENCE[name] for name in OF_ALL}

@@ -90,9 +90,9 @@ def _refuse_numbers(where: str, value: Tensor, own: Tensor) -> None:
         raise InputError(f"{where} holds NaN or infinite values")
 
 
-def _fitting(warped: Tensor, fixed: Tensor) -> str:
-    """What a refinement should compare: LNCC of the scans, or MIND if a contrast that both have is not alike."""
-    pairs = zip(warped[0].cpu().numpy(), fixed[0].cpu().numpy())
+def _fitting(image: Tensor) -> str:
+    """What a refinement should compare: LNCC of aligned scans, or MIND if a contrast that both have is not alike."""
+    pairs = zip(*image[0].cpu().numpy().reshape(2, -1, *image.shape[2:]))
     alike = [tissue_correlation(moved, there, (moved > 0) & (there > 0)) for moved, there in pairs]
     return "lncc" if min(alike) >= ALIKE else "mind"
 
@@ -114,7 +114,7 @@ class RegistrationInferer(Inferer):
         passes: how often the network registers: each further pass takes the moving scan as the ones before have warped
             it, and its displacement is composed with theirs. Of what they warn, the last pass's counts.
         similarity: of the refinement; "features" takes the network's own, `network.features(scan)`; "auto" LNCC for two
-            scans of one contrast and MIND for two (`choose.tissue_correlation` after the network).
+            scans of one contrast and MIND for two, by `choose.tissue_correlation` of the aligned scans, once a pair.
         memory: GiB that may be used; None: most of what is free.
         too_large: what to do with a pair that needs more: "stop", "tile" or "coarsen".
         cost: {"units": ..., "bytes": ...} that the network takes a voxel, as `forecast.Work` says; without, and with a
@@ -176,6 +176,8 @@ class RegistrationInferer(Inferer):
         guide = self.guide if guide is None else guide
         if guide and not self.refine_steps:
             raise InputError(UNGUIDED)
+        # Once for all tiles and both directions, which have to compare the same.
+        similarity = _fitting(image) if self.similarity == "auto" and self.refine_steps else self.similarity
         # Mask and start travel as more channels, so that tiles and coarser grids treat them as they do the scans.
         beside = [x.to(image) for x in (mask, start) if x is not None]
         packed = torch.cat([image, *beside], 1)
@@ -186,7 +188,7 @@ class RegistrationInferer(Inferer):
                 weight = rest.pop(0) if mask is not None else None
                 begun = rest[0] * _share(image, part, how).view(1, 3, 1, 1, 1) if start is not None else None
                 marks = self._guide(points, guide, image, part, how)
-                options = {"steps": steps, "quiet": quiet, "args": args, "kwargs": kwargs}
+                options = {"steps": steps, "similarity": similarity, "quiet": quiet, "args": args, "kwargs": kwargs}
                 if not self.midspace:
                     return self._register(own, network, weight, marks, begun, **options)
                 return self._both_ways(own, network, weight, marks, **options)
@@ -218,7 +220,7 @@ class RegistrationInferer(Inferer):
         backward = self._register(swapped[0], network, swapped[1], marks, None, **options)
         return integrate(flow_between(forward, backward))
 
-    def _register(self, image, network, mask, guide, start, *, steps, quiet, args, kwargs) -> Tensor:
+    def _register(self, image, network, mask, guide, start, *, steps, similarity, quiet, args, kwargs) -> Tensor:
         image = image if mask is None else fill(image, mask)
         moving, fixed = image.chunk(2, dim=1)
         pair, disp = image if start is None else torch.cat([warp(moving, start), fixed], 1), start
@@ -235,9 +237,8 @@ class RegistrationInferer(Inferer):
             disp = spread(disp, known > 0.5) if (known > 0.5).any() else disp
         if not steps:
             return disp
-        similarity = self.similarity if self.similarity != "auto" else _fitting(warp(moving, disp), fixed)
-        features = getattr(network, "features", None) if self.similarity == "features" else None
-        if self.similarity == "features" and features is None:
+        features = getattr(network, "features", None) if similarity == "features" else None
+        if similarity == "features" and features is None:
             raise InputError(f"--refine_similarity features: {type(network).__name__} has no features of its own")
         if hasattr(features, "pooled"):  # averaged over blocks, on a grid that `refine` does not take
             name = type(features).__name__

@@ -14,6 +14,10 @@ HELP = ("-h", "--help")
 ENDINGS = (".json", ".yaml", ".yml")  # of configs, for MONAI
 
 
+def asks_help(words: list[str]) -> bool:
+    return bool(set(HELP) & set(words))
+
+
 class Words(NamedTuple):
     """A command line: options with their words (None: without one), and words that belong to none."""
 

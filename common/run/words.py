@@ -25,7 +25,7 @@ from common import InputError
 from common.run import progress
 from common.run.cli import refuse_unknown
 from common.run.help import help_of
-from common.run.line import HELP, config_files, split, top
+from common.run.line import asks_help, config_files, split, top
 from common.run.machine import keep_memory, take_threads
 from common.run.options import FOR_INFERENCE, FOR_TRAINING, Option
 from common.run.values import check, read
@@ -100,7 +100,7 @@ def _of_command_line() -> dict[str, Any]:
     if not (files := config_files(words)):
         return {}
     config = ConfigParser.load_config_files(files)
-    if set(HELP) & set(words):
+    if asks_help(words):
         print(help_of(files[0], config, table_of(config)), flush=True)
         sys.exit(0)
     values = values_of(words, config)

@@ -24,9 +24,9 @@ from common.graphs import Graphed, modules_state
 from common.ops import plain
 from common.quality.metrics import label_overlap, mean_over_labels
 from common.run import progress
-from common.run.cohort import leave_group
 from common.run.engines import rank_device
 from common.run.machine import keep_memory
+from common.run.processes import leave_group
 
 TORCHRUN = "torchrun --standalone --nproc_per_node=GPUS"
 __all__ = ["keep_memory", "leave_group", "rank_device"]  # which the configs name as part of this module

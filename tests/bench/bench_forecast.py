@@ -46,7 +46,7 @@ def registration(bundle, steps):
     network = parser.get_parsed_content("network").eval()
     inferer = RegistrationInferer(steps, cost=parser.get_parsed_content("cost"))
     return lambda image, steps=steps: inferer._register(
-        image, network, None, None, None, steps=steps, quiet=True, args=(), kwargs={}
+        image, network, None, None, None, steps=steps, similarity="lncc", quiet=True, args=(), kwargs={}
     )
 
 

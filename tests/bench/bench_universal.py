@@ -28,6 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "universal.json"
 UNIVERSAL = ROOT / "bundles/sacb_net/configs/universal.json"
 MIND = {"features": "mind"}
 BY_MIND = {"refine_similarity": "mind"}
+SMOOTHNESS = {"samconvex, MIND, 50 MIND steps, smoothness 0.5": 0.5}  # of the refinement, by a config of its own
 WAYS = {  # row: bundle, config, options
     "universal": ("sacb_net", UNIVERSAL, {}),
     "universal, 20 MIND steps": ("sacb_net", UNIVERSAL, BY_MIND | {"refine_steps": 20}),
@@ -35,6 +36,7 @@ WAYS = {  # row: bundle, config, options
     "samconvex, MIND": ("samconvex", "", MIND),
     "samconvex, MIND, 20 MIND steps": ("samconvex", "", MIND | BY_MIND | {"refine_steps": 20}),
     "samconvex, MIND, 50 MIND steps": ("samconvex", "", MIND | BY_MIND | {"refine_steps": 50}),
+    "samconvex, MIND, 50 MIND steps, smoothness 0.5": ("samconvex", "", MIND | BY_MIND | {"refine_steps": 50}),
     "samconvex, MIND, 50 LNCC steps": ("samconvex", "", MIND | {"refine_steps": 50}),
     "sacb_net, brain weights": ("sacb_net", "", {}),
     "ANTs SyN (Mattes)": "antspyx",
@@ -171,6 +173,9 @@ def child(way, name, data1mm, data2mm, output):
             from common.run.registrar import Registrar
 
             bundle, config, options = WAYS[way]
+            if way in SMOOTHNESS:
+                config = Path(folder, "smoothness.json")
+                config.write_text(json.dumps({"inferer::smoothness": SMOOTHNESS[way]}))
             registrar = Registrar(ROOT / "bundles" / bundle, config=config, device="cpu", surface=False, **options)
         for row, pair in cases(name, data1mm, data2mm, Path(folder)):
             begin = time.process_time()

@@ -189,6 +189,17 @@ def test_auto_compares_what_the_scans_have_in_common(image: Tensor) -> None:
         assert torch.equal(found, by_word) and found.any()
 
 
+def test_auto_looks_once_a_pair(image: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both directions compare the same, whatever is left to find in each."""
+    answers = iter((0.9, 0.0))
+    monkeypatch.setattr(engines, "tissue_correlation", lambda *given: next(answers))
+    by_word, found = (
+        engines.RegistrationInferer(3, similarity=word, midspace=True, progress=False)(image, Still())
+        for word in ("lncc", "auto")
+    )
+    assert torch.equal(found, by_word) and next(answers) == 0.0, "the second answer was not asked for"
+
+
 def test_inferer_rejects_negative_steps() -> None:
     with pytest.raises(InputError, match="--refine_steps must be a whole number >= 0, got -1"):
         engines.RegistrationInferer(-1)
