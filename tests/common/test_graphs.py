@@ -202,7 +202,7 @@ def test_refinement(similarity: str, guided: bool, recording: list[int], captura
     guide = Guide(points, points + 1, torch.eye(3), 0.1) if guided else None
     seen: list[tuple[int, int]] = []
     options = {"similarity": similarity, "guide": guide}
-    found = refine(disp, image, 10, progress=lambda *done: seen.append(done), **options)
+    found = refine(disp, image, 10, progress=lambda *done: seen.append(done), graphs=True, **options)
     assert len(recording) == (2 if similarity == "lncc" else 1) and seen == [(n, 10) for n in range(1, 11)]
     written = refine(disp, image, 10, progress=False, graphs=False, **options)
     assert len(recording) <= 2
