@@ -147,7 +147,7 @@ def as_on_cuda(count: Count, kernel: type[Kernel] = Kernel) -> None:
     from sacb_net import network
 
     norm_act = sys.modules["common.ops.norm_act"]
-    norm_act.conv_before_norm = lambda x, weight, bias: torch.nn.functional.conv3d(
+    norm_act.conv_before_norm = lambda x, weight, bias, **_: torch.nn.functional.conv3d(
         x, weight + 0 * bias.view(-1, 1, 1, 1, 1) if torch.is_grad_enabled() else weight, padding=1
     )
     network.conv_before_norm = norm_act.conv_before_norm

@@ -28,7 +28,7 @@ class ConvNormAct(nn.Conv3d):
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_act(conv_before_norm(x, self.weight, self.bias), backend=self.backend)
+        return norm_act(conv_before_norm(x, self.weight, self.bias, backend=self.backend), backend=self.backend)
 
 
 class Encoder(nn.Module):
@@ -135,11 +135,11 @@ class SACBNet(nn.Module):
 
     def last(self, x: Tensor) -> Tensor:
         """The displacement from the last features, in float32 under autocast too: three digits of it are too few."""
-        layer = self.flow[-1]
+        layer, last = self.flow[-1], None if self.backend == "triton" else self.backend
         if not torch.is_autocast_enabled(x.device.type):
-            return conv3d(x, layer.weight, layer.bias)
+            return conv3d(x, layer.weight, layer.bias, backend=last)
         with torch.autocast(x.device.type, enabled=False):
-            return conv3d(x.float(), layer.weight, layer.bias)
+            return conv3d(x.float(), layer.weight, layer.bias, backend=last)
 
     @staticmethod
     def both(module: nn.Module, moving: Tensor, fixed: Tensor) -> tuple:

@@ -1,12 +1,13 @@
-"""The plain 3x3x3 convolution: torch's own, or by name a kernel with gradients for few channels."""
+"""The plain convolutions of 3x3x3 and 1x1x1 taps: torch's own, on a CPU what is quicker, by name a kernel."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.ops import _checks
 from common.ops._dispatch import choose, plain, scripted_as
 from common.ops.conv import reference
-from common.ops.conv.reference import conv3d_reference
+from common.ops.conv.lean import conv3d_lean, pointwise_lean
+from common.ops.conv.reference import conv3d_reference, pointwise_reference
 
 
 @scripted_as(reference.conv3d)
@@ -15,16 +16,17 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
     out(b, o, v) = bias(o) + sum over c, t of weight(o, c, t) x(b, c, v + t)
 
-    By default it is torch's own. On an H200 cuDNN's gradients take eight times its forward pass where 8 channels meet
-    8, but with the kernels in their place, up to 32 x 32 channels, a training step of SACB-Net took 241 ms, not less
-    than before (results/gpu_h200.json of tests/bench). So the kernels are taken by name only, until
-    `bench_gpu.py --parts convolutions` says for which channels they pay.
+    On a CPU few outputs are computed two voxels at a time (`lean.py`), elsewhere it is torch's own. On an H200 cuDNN's
+    gradients take eight times its forward pass where 8 channels meet 8, but with the kernels in their place, up to
+    32 x 32 channels, a training step of SACB-Net took 241 ms, not less than before (results/gpu_h200.json of
+    tests/bench). So the kernels are taken by name only, until `bench_gpu.py --parts convolutions` says for which
+    channels they pay.
 
     Args:
         x: (B, C, I, J, K) features; under autocast they and the weight are cast as autocast casts a convolution's.
         weight: (O, C, 3, 3, 3).
         bias: (O,), or None.
-        backend: "reference", "lean" (the same), "triton", or None for torch's own.
+        backend: "reference", "lean", "triton", or None for torch's own or, on a CPU, the lean layer.
 
     Returns:
         (B, O, I, J, K).
@@ -32,11 +34,14 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     Raises:
         ValueError: shapes that are not as above.
     """
-    x, weight = plain(x), plain(weight)
+    x, weight, bias = plain(x), plain(weight), plain(bias)
     _checks.volume("conv3d", "x", x)
     fits = weight.ndim == 5 and tuple(weight.shape[1:]) == (x.shape[1], 3, 3, 3)
     _checks.require(fits, "conv3d", "weight", f"have shape (O, {x.shape[1]}, 3, 3, 3)", tuple(weight.shape))
-    if backend is None or choose("conv", x, backend, name="conv3d") != "triton":
+    layer = choose("conv", x, backend, name="conv3d")
+    if layer == "lean":
+        return conv3d_lean(x, weight, bias)
+    if layer == "reference" or backend is None:
         return conv3d_reference(x, weight, bias)
     from common.ops.conv.kernel import conv3d_triton
 
@@ -44,3 +49,49 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (value if value is None else value.to(dtype) for value in (x, weight, bias))
     return conv3d_triton(x, weight, bias)
+
+
+@scripted_as(reference.pointwise)
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """Convolution with one tap: a matrix product for each voxel.
+
+    out(b, o, v) = bias(o) + sum over c of weight(o, c) x(b, c, v)
+
+    Args:
+        x: (B, C, I, J, K) features.
+        weight: (O, C, 1, 1, 1).
+        bias: (O,), or None.
+        backend: "reference", "lean", or None to choose by device; there is no kernel, so that "triton" is refused.
+
+    Returns:
+        (B, O, I, J, K).
+
+    Raises:
+        ValueError: shapes that are not as above.
+    """
+    x, weight, bias = plain(x), plain(weight), plain(bias)
+    _checks.volume("pointwise", "x", x)
+    fits = weight.ndim == 5 and tuple(weight.shape[1:]) == (x.shape[1], 1, 1, 1)
+    _checks.require(fits, "pointwise", "weight", f"have shape (O, {x.shape[1]}, 1, 1, 1)", tuple(weight.shape))
+    layer = choose("pointwise", x, backend)
+    return (pointwise_lean if layer == "lean" else pointwise_reference)(x, weight, bias)
+
+
+class Conv3d(nn.Conv3d):
+    """torch.nn.Conv3d of 3x3x3 taps with zeros outside, by `conv3d`."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv3d(x, self.weight, self.bias)
+
+
+class Pointwise(nn.Conv3d):
+    """torch.nn.Conv3d of 1x1x1 taps, by `pointwise`."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pointwise(x, self.weight, self.bias)

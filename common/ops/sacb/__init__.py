@@ -113,7 +113,7 @@ class SACB(nn.Module):
 
     def forward(self, x: Tensor, clusters: Clusters | None = None) -> Tensor:
         """(B, C, I, J, K) -> the same shape. `clusters` replaces the k-means (for tests and studies)."""
-        projected = conv_before_norm(x, self.proj_in.weight, self.proj_in.bias)
+        projected = conv_before_norm(x, self.proj_in.weight, self.proj_in.bias, backend=self.backend)
         features = norm_act(projected, backend=self.backend)
         labels, centroids = self.cluster(features) if clusters is None else clusters
         bias, modulation = self.bias_mlp(centroids), self.kernel_mlp(centroids)
