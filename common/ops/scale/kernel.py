@@ -64,18 +64,11 @@ def double_kernel(
 
 
 @triton.jit
-def share_of(m, n, STEP: tl.constexpr):
-    """Weight of voxel m of an axis of n in result 2 m - 1 + STEP: what `below` says, solved for m; 0 outside."""
-    width = 2.0 * n - 1.0
-    if STEP == 0:
-        share = tl.where(m > 0, (n - m).to(tl.float32), 0.0) / width
-    elif STEP == 1:
-        share = 1.0 - m.to(tl.float32) / width
-    elif STEP == 2:
-        share = 1.0 - (n - 1 - m).to(tl.float32) / width
-    else:
-        share = tl.where(m < n - 1, (m + 1).to(tl.float32), 0.0) / width
-    return share
+def share_of(o, m, n):
+    """Weight of voxel m of an axis in result o."""
+    low, part = below(o, n)
+    inside = (o >= 0) & (o < 2 * n)
+    return tl.where(inside, tl.where(low == m, 1 - part, tl.where(low + 1 == m, part, 0.0)), 0.0)
 
 
 @triton.jit
@@ -89,14 +82,13 @@ def double_grad_kernel(
     c = tl.arange(0, C_PAD)[None, :]
     mask = (v < voxels)[:, None] & (c < C)
     out = tl.zeros([BLOCK, C_PAD], tl.float32)
-    for a in tl.static_range(4):
-        for e in tl.static_range(4):
-            plane = share_of(i, I, a) * share_of(j, J, e)
-            row = ((b * 2 * I + 2 * i - 1 + a) * 2 * J + 2 * j - 1 + e) * 2 * K + 2 * k - 1
-            for d in tl.static_range(4):
-                weight = plane * share_of(k, K, d)
-                at, used = (row + d)[:, None] * C + c, mask & (weight > 0)[:, None]  # outside it is 0
-                out += weight[:, None] * tl.load(p_grad + at, mask=used, other=0.0).to(tl.float32)
+    for n in range(64):  # not unrolled: three quarters of the time
+        a, e, d = 2 * i - 1 + n // 16, 2 * j - 1 + (n // 4) % 4, 2 * k - 1 + n % 4
+        weight = share_of(a, i, I) * share_of(e, j, J) * share_of(d, k, K)
+        inside = (a >= 0) & (a < 2 * I) & (e >= 0) & (e < 2 * J) & (d >= 0) & (d < 2 * K)
+        row = ((b * 2 * I + a) * 2 * J + e) * 2 * K + d
+        grad = tl.load(p_grad + row[:, None] * C + c, mask=mask & inside[:, None], other=0.0).to(tl.float32)
+        out += weight[:, None] * grad
     tl.store(p_out + v[:, None] * C + c, 2 * out, mask=mask)
 
 
