@@ -1,4 +1,4 @@
-"""The plain convolutions of 3x3x3 and 1x1x1 taps: torch's own, on a CPU what is quicker, by name a kernel."""
+"""The plain convolutions of 3x3x3 and 1x1x1 taps: torch's own, with what a CPU or a GPU does faster in its place."""
 
 import torch
 from torch import Tensor, nn
@@ -6,8 +6,11 @@ from torch import Tensor, nn
 from common.ops import _checks
 from common.ops._dispatch import choose, plain, scripted_as
 from common.ops.conv import reference
-from common.ops.conv.lean import conv3d_lean, pointwise_lean
+from common.ops.conv.cpu import pointwise_lean
+from common.ops.conv.lean import conv3d_lean
 from common.ops.conv.reference import conv3d_reference, pointwise_reference
+
+FEW = 1  # inputs up to which the kernel is faster than cuDNN
 
 
 @scripted_as(reference.conv3d)
@@ -16,17 +19,17 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
     out(b, o, v) = bias(o) + sum over c, t of weight(o, c, t) x(b, c, v + t)
 
-    On a CPU few outputs are computed two voxels at a time (`lean.py`), elsewhere it is torch's own. On an H200 cuDNN's
-    gradients take eight times its forward pass where 8 channels meet 8, but with the kernels in their place, up to
-    32 x 32 channels, a training step of SACB-Net took 241 ms, not less than before (results/gpu_h200.json of
-    tests/bench). So the kernels are taken by name only, until `bench_gpu.py --parts convolutions` says for which
-    channels they pay.
+    The values are torch's own, but for one channel on a GPU, where a kernel takes a third of cuDNN's time, and for
+    rounding on a CPU, where few outputs are computed two voxels at a time (`cpu.py`). The gradients of float32 on a GPU
+    are products of bfloat16 with sums in float32, wherever torch may take TF32
+    (torch.backends.cudnn.conv.fp32_precision): they differ from torch's by some 0.002 of their size, and a training
+    step of SACB-Net takes 98 ms on an H200, where it took 224 (results/gpu_h200.json of tests/bench).
 
     Args:
         x: (B, C, I, J, K) features; under autocast they and the weight are cast as autocast casts a convolution's.
         weight: (O, C, 3, 3, 3).
         bias: (O,), or None.
-        backend: "reference", "lean", "triton", or None for torch's own or, on a CPU, the lean layer.
+        backend: "reference" (torch's own), "lean" (those pairs, those gradients), "triton", or None: by device.
 
     Returns:
         (B, O, I, J, K).
@@ -39,10 +42,10 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     fits = weight.ndim == 5 and tuple(weight.shape[1:]) == (x.shape[1], 3, 3, 3)
     _checks.require(fits, "conv3d", "weight", f"have shape (O, {x.shape[1]}, 3, 3, 3)", tuple(weight.shape))
     layer = choose("conv", x, backend, name="conv3d")
-    if layer == "lean":
-        return conv3d_lean(x, weight, bias)
-    if layer == "reference" or backend is None:
-        return conv3d_reference(x, weight, bias)
+    if backend is None and layer == "triton" and x.shape[1] > FEW:
+        layer = "lean"
+    if layer != "triton":
+        return conv3d_reference(x, weight, bias) if layer == "reference" else conv3d_lean(x, weight, bias)
     from common.ops.conv.kernel import conv3d_triton
 
     if torch.is_autocast_enabled(x.device.type):
@@ -78,12 +81,14 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend:
 
 
 class Conv3d(nn.Conv3d):
-    """torch.nn.Conv3d of 3x3x3 taps with zeros outside, by `conv3d`."""
+    """torch.nn.Conv3d of 3x3x3 taps with zeros outside; on a CPU by `conv3d`."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":  # a GPU's gradients there are torch's own
+            return self._conv_forward(x, self.weight, self.bias)
         return conv3d(x, self.weight, self.bias)
 
 

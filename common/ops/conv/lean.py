@@ -1,62 +1,52 @@
-"""Convolutions on a CPU: few channels come out two voxels at a time, and no size falls back to torch's slow loops.
-
-oneDNN computes as many output channels at once as a register holds, 16 numbers of AVX-512: of 8 channels, half of its
-work is thrown away. Two neighbours along k as one voxel of twice the channels fill it; in channels-last memory that is
-another view of the same numbers. The pair 2k, 2k+1 reads x at 2k-1 .. 2k+2, two pairs of a volume that is shifted by
-one: 8 products of C x O numbers where 6 would do, at twice the speed. All in torch's own terms, gradients too.
-"""
+"""The convolution of torch with gradients of its own: on a GPU cuDNN's in TF32 take eight times its forward pass."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from common.ops.conv.reference import conv3d_reference, pointwise_reference
+from common.ops.conv.cpu import conv3d_cpu
+from common.ops.conv.reference import conv3d_reference
 
-LANES = {"AVX512": 16, "AVX2": 8}  # float32 numbers in a register, by torch's name of what the processor has
+ONES = [1, 1, 1]
 
 
 def conv3d_lean(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `common.ops.conv.conv3d`."""
-    if not _on_cpu(x) or not torch.backends.mkldnn.is_available():
+    if x.device.type == "cpu":
+        return conv3d_cpu(x, weight, bias)
+    if not by_halves(x) or torch.is_autocast_enabled(x.device.type):
         return conv3d_reference(x, weight, bias)
-    if 2 * weight.shape[0] <= LANES.get(torch.backends.cpu.get_cpu_capability(), 0):
-        return paired(x, weight, bias)
-    return _convolve(x, weight, bias, [1, 1, 1])
+    return HalfGradients.apply(x, weight, bias)
 
 
-def pointwise_lean(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """See `common.ops.conv.pointwise`: one product of the rows of channels-last memory; oneDNN takes seven times it."""
-    if not _on_cpu(x) or not x.is_contiguous(memory_format=torch.channels_last_3d):
-        return pointwise_reference(x, weight, bias)
-    return F.linear(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
+def by_halves(x: Tensor) -> bool:
+    """Whether gradients of x are products of bfloat16: on a GPU, where float32 may be multiplied as TF32."""
+    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-def paired(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution of pairs of voxels along k, for any device and type."""
-    batch, channels, i, j, k = x.shape
-    last = F.pad(x.permute(0, 2, 3, 4, 1).contiguous(), (0, 0, 1, 1 + k % 2))
-    pairs = last.view(batch, i, j, -1, 2 * channels).permute(0, 4, 1, 2, 3)
-    twice = None if bias is None else bias.repeat(2)
-    out = _convolve(pairs, _pair_weight(weight), twice, [1, 1, 0]).permute(0, 2, 3, 4, 1)
-    return out.reshape(batch, i, j, -1, weight.shape[0])[:, :, :, :k].permute(0, 4, 1, 2, 3)
+class HalfGradients(torch.autograd.Function):
+    """Gradients of products of bfloat16 with sums in float32, as autocast takes them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return conv3d_reference(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        x_slope, weight_slope = half_gradients(grad, x, weight, to_x=to_x, to_weight=to_weight)
+        return x_slope, weight_slope, grad.sum((0, 2, 3, 4)) if to_bias else None
 
 
-def _pair_weight(weight: Tensor) -> Tensor:
-    """(O, C, 3, 3, 3) -> (2 O, 2 C, 3, 3, 2): output n of a pair has its taps at inputs n .. n + 2 of two pairs."""
-    outputs, channels = weight.shape[:2]
-    shifted = torch.stack([F.pad(weight, (n, 1 - n)) for n in (0, 1)])  # (2, O, C, 3, 3, 4)
-    taps = shifted.view(2, outputs, channels, 3, 3, 2, 2).permute(0, 1, 6, 2, 3, 4, 5)
-    taps = taps.reshape(2 * outputs, 2 * channels, 3, 3, 2)
-    return taps.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
-    """torch's convolution, which of its own does small volumes on one thread without oneDNN: three times slower."""
-    own = x.dtype == torch.float32 and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
-    if not own or x.device.type != "cpu":
-        return F.conv3d(x, weight, bias, padding=padding)
-    return torch.mkldnn_convolution(x, weight, bias, padding, [1, 1, 1], [1, 1, 1], 1)
-
-
-def _on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def half_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, *, to_x: bool = False, to_weight: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients to x and weight, each in float32 with the digits of bfloat16, or None where it is not wanted."""
+    half = (value.to(torch.bfloat16) for value in (grad, x, weight))
+    found = torch.ops.aten.convolution_backward(
+        *half, None, ONES, ONES, ONES, False, [0, 0, 0], 1, [to_x, to_weight, False]
+    )
+    return tuple(None if value is None else value.float() for value in found[:2])
