@@ -12,9 +12,9 @@ def pointwise_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return F.conv3d(x, weight, bias)
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
     return F.conv3d(x, weight, bias, padding=1)
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
     return F.conv3d(x, weight, bias)
