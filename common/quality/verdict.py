@@ -38,7 +38,8 @@ FIRST = (  # of several reasons, the one that a page begins with: causes before 
     "left and right",
     "a quick registration",
 )
-OF_DEFORMATION = ("much folding", "rough deformation", "the map is not one-to-one")  # how sentences about it begin
+OF_FOLDING, OF_SIDES = "much folding", "left and right"  # how sentences about it begin
+OF_DEFORMATION = (OF_FOLDING, "rough deformation", "the map is not one-to-one")
 LOST_PCT = 1.0  # of the labelled voxels, in labels that vanish
 
 

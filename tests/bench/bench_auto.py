@@ -1,6 +1,6 @@
 """What `--method auto` chooses for six kinds of pairs, and what the other choices would have given.
 
-`python tests/bench/bench_auto.py DATA` with the development data; scans of a head with its skull in HEAD_FOLDER
+`python tests/bench/bench_auto.py DATA`, DATA being the folder with dev; scans of a head with its skull in HEAD_FOLDER
 (ch2.nii.gz and aal.nii.gz of Debian's mricron-data, CC BY) are taken as --head HEAD_FOLDER. Dice of labels; for T1 to
 FLAIR, where the fixed person has none, of those that T1 to T1 of the same two people gives; for the head, of itself
 bent by a known smooth field and made darker. The first row of a kind is what is chosen. The chest takes minutes a row.
@@ -44,7 +44,7 @@ def pairs(data: Path, head: Path | None, place: Path) -> dict[str, dict]:
     from common.run.registrar import Registrar
     from common.space import io
 
-    dev = data / "data" / "dev"
+    dev = data / "dev"
     t1, ms = dev / "brain_t1", dev / "brain_ms"
 
     def of(folder: Path, moving: str, fixed: str) -> dict:
