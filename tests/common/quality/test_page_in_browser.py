@@ -189,7 +189,7 @@ def test_both_sides(folder: Path, browser) -> None:
     words = "return document.getElementById('convention').textContent"
     assert script(words).startswith("Neurological view: the patient's left is on the left")
     turned = script(PICTURE)
-    assert "Neurological view" in (folder.parent / "turned" / "report.html").read_text()
+    assert "displacement. Neurological view" in (folder.parent / "turned" / "report.html").read_text()
     script = opened(browser, folder / "report.html")
     assert script(words).startswith("Radiological view: the patient's left is on the right")
     assert script(PICTURE) != turned
