@@ -36,7 +36,10 @@ def choices(kind: str) -> list[tuple[str, str, dict]]:
         return [(b, HIPPOCAMPUS, STEPS) for b in ("sacb_net", "dual_flownet", "residual_aligner")] + both[1:2]
     if kind == "brain T1":
         return [*BRAINS, ("dual_flownet", "", {"passes": 2}), both[1]]
-    return [*both, ("samconvex", "", STEPS | more)]
+    found = [*both, ("samconvex", "", STEPS | more)]
+    if kind == "chest CT":  # all of them on 3 mm voxels, and the best two on those of 2 mm
+        return [(b, c, o | {"spacing": 3.0}) for b, c, o in found] + [both[1], found[-1]]
+    return found
 
 
 def pairs(data: Path, head: Path | None, place: Path) -> dict[str, dict]:
