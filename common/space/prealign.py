@@ -1,4 +1,4 @@
-"""Affine pre-alignment of a pair of scans: mutual information, coarse to fine, in numpy alone.
+"""Affine pre-alignment of a pair of scans: mutual information, coarse to fine, in numpy.
 
 Everything is in RAS millimetres; a matrix (4, 4) maps a point of the fixed scan to its place in the moving scan.
 """
@@ -6,6 +6,7 @@ Everything is in RAS millimetres; a matrix (4, 4) maps a point of the fixed scan
 import itertools
 from collections.abc import Callable
 
+import nibabel as nib
 import numpy as np
 
 LEVELS = (12, 18, 24)  # voxels along the side of the foreground: 9, 6 and 4.5 mm for a brain
@@ -13,6 +14,7 @@ BINS = 32
 SAMPLES = 2**16  # of the fixed copy, at most
 SIEVE = 2**11, 16  # samples by which many starts are told apart first, and how many are left then
 DEGREES = (-25.0, 0.0, 25.0)  # about each axis, tried at the coarsest level
+SLACK = np.float32(1e-3)  # of a voxel: where two grids coincide, rounding must not decide on which side a sample lies
 MARGIN = {"fixed": 0.07, "moving": 0.2}  # of background around the copies, in sides of the foreground
 
 
@@ -31,7 +33,8 @@ def prealign(
 
     M = argmax_M I(fixed(x), moving(M x)),   I = sum_ab p(a, b) log(p(a, b) / (p(a) p(b)))
 
-    The same input gives the same bits. No overlap of the two scans in world space is needed.
+    The same input gives the same bits; stored in another order of axes, the same but for the rounding of its affine. No
+    overlap of the two scans in world space is needed.
 
     Args:
         fixed, moving: (I, J, K) scans, of any size, spacing, orientation and contrast.
@@ -115,7 +118,8 @@ class _Scan:
     """A scan with the centre, reach and side of its foreground (Otsu), and small copies of it."""
 
     def __init__(self, array: np.ndarray, affine_ras: np.ndarray) -> None:
-        self.array, self.affine = np.asarray(array, np.float32), np.asarray(affine_ras, np.float64)
+        self.array, self.affine = _in_ras_order(np.asarray(array, np.float32), np.asarray(affine_ras, np.float64))
+        array = self.array
         box = abs(np.prod(array.shape) * np.linalg.det(self.affine[:3, :3])) ** (1 / 3)
         small, affine = self._pooled(box / 60)
         self.threshold = _otsu(small)
@@ -153,6 +157,14 @@ class _Scan:
         step = np.eye(4)
         step[:3, 3] = -pads[:, 0]
         return np.pad(np.clip(array, self.low, self.high), pads, constant_values=self.background), affine @ step
+
+
+def _in_ras_order(array: np.ndarray, affine_ras: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The scan with its axes in closest RAS order, in memory too: which voxels are pooled and drawn, and in which order
+    they are added up, must not depend on how a file stores them."""
+    order = nib.orientations.io_orientation(affine_ras)
+    turned = nib.orientations.apply_orientation(array, order)
+    return np.ascontiguousarray(turned), affine_ras @ nib.orientations.inv_ornt_aff(order, array.shape)
 
 
 def _otsu(array: np.ndarray) -> float:
@@ -227,10 +239,9 @@ class _Information:
         voxels = np.ascontiguousarray((self.points @ (self.to_voxel @ matrix)[:3].T).T, np.float32)
         inside = np.ones(len(self.points), bool)
         for v, n in zip(voxels, self.moving.shape):
-            inside &= (v >= 0) & (v <= n - 1)
+            inside &= (v >= -SLACK) & (v <= n - 1 + SLACK)
         if self.mask is not None:
-            i, j, k = np.rint(voxels[:, inside]).astype(np.int64)
-            inside[inside] = self.mask[i, j, k]
+            inside[inside] = self.mask[tuple(np.rint(voxels[:, inside] + SLACK).astype(np.int64))]
         return voxels, inside
 
     def __call__(self, matrix: np.ndarray, *, slope: bool = True) -> tuple[float, np.ndarray]:
@@ -278,7 +289,7 @@ def _unit(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 def _sample(array: np.ndarray, voxels: np.ndarray, slope: bool) -> tuple[np.ndarray, np.ndarray | None]:
     """Trilinear values (N) at voxels (3, N) inside the grid, and their slopes (3, N) along the axes if wanted."""
-    first = [np.minimum(v.astype(np.int64), n - 2) for v, n in zip(voxels, array.shape)]
+    first = [np.minimum((v + SLACK).astype(np.int64), n - 2) for v, n in zip(voxels, array.shape)]
     i, j, k = (v - low for v, low in zip(voxels, first))
     strides = (array.shape[1] * array.shape[2], array.shape[2], 1)
     base, flat = sum(low * stride for low, stride in zip(first, strides)), array.ravel()
