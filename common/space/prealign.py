@@ -60,17 +60,21 @@ def prealign(
     _check("fixed", fixed, fixed_affine_ras)
     _check("moving", moving, moving_affine_ras)
     fixed_scan, moving_scan = _Scan(fixed, fixed_affine_ras), _Scan(moving, moving_affine_ras)
-    tried = _starts(fixed_scan, moving_scan, scaled=mode == "affine") if start is None else [np.asarray(start)]
+    onto, back = _shift(-moving_scan.shift), _shift(fixed_scan.shift)
+    if start is None:
+        tried = _starts(fixed_scan, moving_scan, scaled=mode == "affine")
+    else:
+        tried = [onto @ np.asarray(start, np.float64) @ back]
     for level, side in enumerate(LEVELS):
         mm = min(fixed_scan.side, moving_scan.side) / side
         copies = fixed_scan.copy(mm, MARGIN["fixed"]), moving_scan.copy(mm, MARGIN["moving"])
-        masks = ((fixed_mask, fixed_affine_ras), (moving_mask, moving_affine_ras))
+        masks = ((fixed_mask, np.linalg.inv(back) @ fixed_affine_ras), (moving_mask, onto @ moving_affine_ras))
         metric = _Information(*copies, *(_mask_of(copy, *mask) for copy, mask in zip(copies, masks)))
         motion = "rigid" if mode == "rigid" else "similarity" if level == 0 else "affine"
         ranked = metric.rank(tried)
         ends = [_descend(metric, motion, matrix, fixed_scan, mm) for matrix in ranked[: 3 if level == 0 else 1]]
         tried = ranked[:1] + ends  # what a level was given stays in the race: it may win at the next, finer one
-    return metric.rank(tried)[0]
+    return np.linalg.inv(onto) @ metric.rank(tried)[0] @ np.linalg.inv(back)
 
 
 def fit_points(fixed: np.ndarray, moving: np.ndarray, *, scaled: bool = False) -> np.ndarray | None:
@@ -115,11 +119,18 @@ def _check(name: str, array: np.ndarray, affine_ras: np.ndarray) -> None:
 
 
 class _Scan:
-    """A scan with the centre, reach and side of its foreground (Otsu), and small copies of it."""
+    """A scan with the centre, reach and side of its foreground (Otsu), and small copies of it.
+
+    Its place is known but for `shift`, less than two voxels, which is kept apart: a descent carries the rounding of an
+    origin in a file, 1e-5 mm, on to 0.1 mm, so that it must not see it.
+    """
 
     def __init__(self, array: np.ndarray, affine_ras: np.ndarray) -> None:
         self.array, self.affine = _in_ras_order(np.asarray(array, np.float32), np.asarray(affine_ras, np.float64))
         array = self.array
+        self.step = 2.0 ** np.ceil(np.log2(np.linalg.norm(self.affine[:3, :3], axis=0).min()))
+        self.shift = self.affine[:3, 3] - _on_lattice(self.affine[:3, 3], self.step)
+        self.affine[:3, 3] -= self.shift
         box = abs(np.prod(array.shape) * np.linalg.det(self.affine[:3, :3])) ** (1 / 3)
         small, affine = self._pooled(box / 60)
         self.threshold = _otsu(small)
@@ -165,6 +176,15 @@ def _in_ras_order(array: np.ndarray, affine_ras: np.ndarray) -> tuple[np.ndarray
     order = nib.orientations.io_orientation(affine_ras)
     turned = nib.orientations.apply_orientation(array, order)
     return np.ascontiguousarray(turned), affine_ras @ nib.orientations.inv_ornt_aff(order, array.shape)
+
+
+def _on_lattice(values: np.ndarray, step: float) -> np.ndarray:
+    """The values, each moved to a multiple of `step`, by a rule whose border no round number lies on."""
+    return np.floor(values / step + 0.3717) * step
+
+
+def _shift(by: np.ndarray) -> np.ndarray:
+    return nib.affines.from_matvec(np.eye(3), by)
 
 
 def _otsu(array: np.ndarray) -> float:
@@ -307,7 +327,7 @@ def _sample(array: np.ndarray, voxels: np.ndarray, slope: bool) -> tuple[np.ndar
 def _starts(fixed: _Scan, moving: _Scan, scaled: bool) -> list[np.ndarray]:
     """Where to begin: the headers as they are, centres of mass and of the boxes, turned and scaled."""
     scale = float(np.clip(moving.side / fixed.side, 0.5, 2.0))
-    starts = [np.eye(4)]
+    starts = [_shift(_on_lattice(fixed.shift - moving.shift, fixed.step / 256))]
     for size, degrees in itertools.product((1.0, scale) if scaled else (1.0,), itertools.product(DEGREES, repeat=3)):
         for centre, target in ((fixed.centre, moving.centre), (fixed.middle, moving.middle)):
             starts.append(_about(centre, size * _rotation(np.radians(degrees)), target - centre))
