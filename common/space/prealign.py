@@ -6,15 +6,15 @@ Everything is in RAS millimetres; a matrix (4, 4) maps a point of the fixed scan
 import itertools
 from collections.abc import Callable
 
-import nibabel as nib
 import numpy as np
+
+from common.space.copies import SLACK, Scan, mask_of, on_lattice, translation
 
 LEVELS = (12, 18, 24)  # voxels along the side of the foreground: 9, 6 and 4.5 mm for a brain
 BINS = 32
 SAMPLES = 2**16  # of the fixed copy, at most
 SIEVE = 2**11, 16  # samples by which many starts are told apart first, and how many are left then
 DEGREES = (-25.0, 0.0, 25.0)  # about each axis, tried at the coarsest level
-SLACK = np.float32(1e-3)  # of a voxel: where two grids coincide, rounding must not decide on which side a sample lies
 MARGIN = {"fixed": 0.07, "moving": 0.2}  # of background around the copies, in sides of the foreground
 
 
@@ -59,8 +59,8 @@ def prealign(
         return np.eye(4) if start is None else np.asarray(start, np.float64)
     _check("fixed", fixed, fixed_affine_ras)
     _check("moving", moving, moving_affine_ras)
-    fixed_scan, moving_scan = _Scan(fixed, fixed_affine_ras), _Scan(moving, moving_affine_ras)
-    onto, back = _shift(-moving_scan.shift), _shift(fixed_scan.shift)
+    fixed_scan, moving_scan = Scan(fixed, fixed_affine_ras), Scan(moving, moving_affine_ras)
+    onto, back = translation(-moving_scan.shift), translation(fixed_scan.shift)
     if start is None:
         tried = _starts(fixed_scan, moving_scan, scaled=mode == "affine")
     else:
@@ -69,7 +69,7 @@ def prealign(
         mm = min(fixed_scan.side, moving_scan.side) / side
         copies = fixed_scan.copy(mm, MARGIN["fixed"]), moving_scan.copy(mm, MARGIN["moving"])
         masks = ((fixed_mask, np.linalg.inv(back) @ fixed_affine_ras), (moving_mask, onto @ moving_affine_ras))
-        metric = _Information(*copies, *(_mask_of(copy, *mask) for copy, mask in zip(copies, masks)))
+        metric = _Information(*copies, *(mask_of(copy, *mask) for copy, mask in zip(copies, masks)))
         motion = "rigid" if mode == "rigid" else "similarity" if level == 0 else "affine"
         ranked = metric.rank(tried)
         ends = [_descend(metric, motion, matrix, fixed_scan, mm) for matrix in ranked[: 3 if level == 0 else 1]]
@@ -116,99 +116,6 @@ def _check(name: str, array: np.ndarray, affine_ras: np.ndarray) -> None:
         raise ValueError(f"prealign() {name!r} must not be constant, got {low} everywhere")
     if np.shape(affine_ras) != (4, 4) or abs(np.linalg.det(np.asarray(affine_ras)[:3, :3])) < 1e-12:
         raise ValueError(f"prealign() '{name}_affine_ras' must be an invertible (4, 4), got {affine_ras}")
-
-
-class _Scan:
-    """A scan with the centre, reach and side of its foreground (Otsu), and small copies of it.
-
-    Its place is known but for `shift`, less than two voxels, which is kept apart: a descent carries the rounding of an
-    origin in a file, 1e-5 mm, on to 0.1 mm, so that it must not see it.
-    """
-
-    def __init__(self, array: np.ndarray, affine_ras: np.ndarray) -> None:
-        self.array, self.affine = _in_ras_order(np.asarray(array, np.float32), np.asarray(affine_ras, np.float64))
-        array = self.array
-        self.step = 2.0 ** np.ceil(np.log2(np.linalg.norm(self.affine[:3, :3], axis=0).min()))
-        self.shift = self.affine[:3, 3] - _on_lattice(self.affine[:3, 3], self.step)
-        self.affine[:3, 3] -= self.shift
-        box = abs(np.prod(array.shape) * np.linalg.det(self.affine[:3, :3])) ** (1 / 3)
-        small, affine = self._pooled(box / 60)
-        self.threshold = _otsu(small)
-        inside = small > self.threshold
-        self.low, self.high = float(small.min()), float(np.percentile(small[inside], 99))
-        # `high`: a few bright voxels must not use up the bins. `background`: the darkest voxel may be noise.
-        self.background = float(np.median(small[~inside]))
-        points = np.argwhere(inside) @ affine[:3, :3].T + affine[:3, 3]
-        weight = np.minimum(small[inside], self.high).astype(np.float64) - self.background
-        self.centre = weight @ points / weight.sum()
-        self.side = max(abs(inside.sum() * np.linalg.det(affine[:3, :3])) ** (1 / 3), 0.35 * box)
-        self.reach = max(float(np.sqrt(np.square(points - self.centre).sum(1).mean())), 0.2 * self.side)
-        self.middle = (self.affine @ np.append((np.array(array.shape) - 1) / 2, 1))[:3]
-
-    def _pooled(self, mm: float) -> tuple[np.ndarray, np.ndarray]:
-        """Means over blocks of about `mm` a side, and their affine."""
-        array, sizes = self.array, np.array(self.array.shape)
-        factors = np.round(mm / np.linalg.norm(self.affine[:3, :3], axis=0)).astype(int)
-        factors = np.clip(factors, 1, np.maximum(sizes // 4, 1))
-        first = sizes % factors // 2
-        array = array[tuple(slice(a, a + n // f * f) for a, n, f in zip(first, sizes, factors))]
-        for axis, factor in enumerate(factors):
-            blocks = array.shape[:axis] + (-1, factor) + array.shape[axis + 1 :]
-            array = array.reshape(blocks).mean(axis + 1) if factor > 1 else array
-        step = np.diag([*factors, 1.0])
-        step[:3, 3] = first + (factors - 1) / 2
-        return array, self.affine @ step
-
-    def copy(self, mm: float, margin: float) -> tuple[np.ndarray, np.ndarray]:
-        """Copy of about `mm` spacing. Where a face holds background, more background lies beyond it and is added."""
-        array, affine = self._pooled(mm)
-        widths = np.rint(margin * self.side / np.linalg.norm(affine[:3, :3], axis=0)).astype(int)
-        outside = [[np.mean(array.take(end, axis) > self.threshold) < 0.1 for end in (0, -1)] for axis in range(3)]
-        pads = np.array(outside) * widths[:, None]
-        step = np.eye(4)
-        step[:3, 3] = -pads[:, 0]
-        return np.pad(np.clip(array, self.low, self.high), pads, constant_values=self.background), affine @ step
-
-
-def _in_ras_order(array: np.ndarray, affine_ras: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The scan with its axes in closest RAS order, in memory too: which voxels are pooled and drawn, and in which order
-    they are added up, must not depend on how a file stores them."""
-    order = nib.orientations.io_orientation(affine_ras)
-    turned = nib.orientations.apply_orientation(array, order)
-    return np.ascontiguousarray(turned), affine_ras @ nib.orientations.inv_ornt_aff(order, array.shape)
-
-
-def _on_lattice(values: np.ndarray, step: float) -> np.ndarray:
-    """The values, each moved to a multiple of `step`, by a rule whose border no round number lies on."""
-    return np.floor(values / step + 0.3717) * step
-
-
-def _shift(by: np.ndarray) -> np.ndarray:
-    return nib.affines.from_matvec(np.eye(3), by)
-
-
-def _otsu(array: np.ndarray) -> float:
-    """Threshold with the largest variance between the classes; the outer percent at either end is set aside."""
-    low, high = np.percentile(array, (1, 99))
-    if low == high:
-        low, high = array.min(), array.max()
-    counts, edges = np.histogram(np.clip(array, low, high), 256, (low, high))
-    values = (edges[1:] + edges[:-1]) / 2
-    below, total = counts.cumsum()[:-1], counts.sum()
-    sums = (counts * values).cumsum()
-    between = (sums[-1] * below / total - sums[:-1]) ** 2 / np.maximum(below * (total - below), 1)
-    return float(edges[1 + between.argmax()])
-
-
-def _mask_of(copy: tuple[np.ndarray, np.ndarray], mask: np.ndarray | None, affine: np.ndarray) -> np.ndarray | None:
-    """A mask on the grid of a copy, by nearest neighbour; what lies beyond the mask is as its border."""
-    if mask is None:
-        return None
-    array, onto = copy
-    inner = np.linalg.inv(affine) @ onto
-    voxels = np.indices(array.shape).reshape(3, -1).T @ inner[:3, :3].T + inner[:3, 3]
-    i, j, k = np.clip(np.rint(voxels).astype(np.int64), 0, np.array(mask.shape) - 1).T
-    return (mask[i, j, k] > 0).reshape(array.shape)
 
 
 class _Information:
@@ -324,17 +231,17 @@ def _sample(array: np.ndarray, voxels: np.ndarray, slope: bool) -> tuple[np.ndar
     return mix[0], np.stack([faces[1] - faces[0], mix[1], mix[2]])
 
 
-def _starts(fixed: _Scan, moving: _Scan, scaled: bool) -> list[np.ndarray]:
+def _starts(fixed: Scan, moving: Scan, scaled: bool) -> list[np.ndarray]:
     """Where to begin: the headers as they are, centres of mass and of the boxes, turned and scaled."""
     scale = float(np.clip(moving.side / fixed.side, 0.5, 2.0))
-    starts = [_shift(_on_lattice(fixed.shift - moving.shift, fixed.step / 256))]
+    starts = [translation(on_lattice(fixed.shift - moving.shift, fixed.step / 256))]
     for size, degrees in itertools.product((1.0, scale) if scaled else (1.0,), itertools.product(DEGREES, repeat=3)):
         for centre, target in ((fixed.centre, moving.centre), (fixed.middle, moving.middle)):
             starts.append(_about(centre, size * _rotation(np.radians(degrees)), target - centre))
     return starts
 
 
-def _descend(metric: Callable, motion: str, start: np.ndarray, fixed: _Scan, mm: float) -> np.ndarray:
+def _descend(metric: Callable, motion: str, start: np.ndarray, fixed: Scan, mm: float) -> np.ndarray:
     """BFGS from `start`; parameters are in mm of mean shift, a step is at most 2 `mm` long, the value never rises."""
     size = {"rigid": 6, "similarity": 7, "affine": 12}[motion]
 
@@ -372,7 +279,7 @@ def _descend(metric: Callable, motion: str, start: np.ndarray, fixed: _Scan, mm:
     return at(params)
 
 
-def _moved(motion: str, params: np.ndarray, fixed: _Scan) -> np.ndarray:
+def _moved(motion: str, params: np.ndarray, fixed: Scan) -> np.ndarray:
     """Matrix of parameters in mm, about the centre of the fixed foreground; the identity at 0."""
     if motion == "affine":
         return _about(fixed.centre, np.eye(3) + params[:9].reshape(3, 3) / fixed.reach, params[9:])
