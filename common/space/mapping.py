@@ -180,9 +180,7 @@ def resample(
     Returns:
         ([C,] I', J', K') float32, or with `nearest` or `voted` in the type of `array`.
     """
-    size = tuple(int(n) for n in size)
-    if math.prod(size) > LARGEST:
-        raise InputError(f"a grid of {' x '.join(map(str, size))} voxels is too large")
+    size = _size(size)
     source = torch.from_numpy(np.ascontiguousarray(array, dtype=None if nearest or voted else np.float32))
     out = torch.empty(source.shape[:-3] + size, dtype=source.dtype)
     to_voxel = np.linalg.inv(affine_ras)
@@ -196,8 +194,17 @@ def resample(
     return out.numpy()
 
 
+def _size(size: tuple[int, ...]) -> tuple[int, ...]:
+    """As integers of Python; refused where no machine holds such a grid."""
+    size = tuple(int(n) for n in size)
+    if math.prod(size) > LARGEST:
+        raise InputError(f"a grid of {' x '.join(map(str, size))} voxels is too large")
+    return size
+
+
 def displacement_mm(transform: Transform, size: tuple[int, int, int], affine_ras: np.ndarray) -> np.ndarray:
     """The whole point map as vectors transform(x) - x (LPS mm) on a grid, (3, I, J, K) float32: ANTs' warp."""
+    size = _size(size)
     found = torch.empty((3, *size), dtype=torch.float32)
     for rows, coords, frame in _places(transform, size, affine_ras):
         start = _lattice(size, rows)

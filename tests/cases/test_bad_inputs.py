@@ -30,6 +30,13 @@ def test_a_sample_ends_good(good: bad_inputs.Good, tmp_path: Path) -> None:
     assert sum(end.kind == "refused" for end in found.values()) > 0.8 * COUNT
 
 
+@pytest.mark.parametrize("name", ["Registrar fixed: pipe", "report MOVING: pipe", "compose --reference: huge sizes"])
+def test_what_was_waited_for_or_ended_in_a_traceback(good: bad_inputs.Good, tmp_path: Path, name: str) -> None:
+    (case,) = (case for case in bad_inputs.scans(good) if case.name == name)
+    found = bad_inputs.outcome(case, tmp_path / "a", PATIENCE)
+    assert found.kind == "refused", found
+
+
 def test_the_judge_sees_what_is_wrong(tmp_path: Path) -> None:
     """A traceback, silence, several sentences and a file left behind are told apart from a good end."""
 
