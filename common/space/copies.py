@@ -3,7 +3,7 @@
 import nibabel as nib
 import numpy as np
 
-SLACK = np.float32(1e-3)  # of a voxel: where two grids coincide, rounding must not decide on which side a sample lies
+SLACK = np.float32(1e-4)  # of a voxel: where two grids coincide, rounding must not decide on which side a sample lies
 
 
 class Scan:
