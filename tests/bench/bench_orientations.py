@@ -3,8 +3,8 @@
     python tests/bench/bench_orientations.py [--every 1] [--seed 0] [--rows FILE] [--minutes 0] [--output FILE]
     python tests/bench/bench_orientations.py --prealign none --every 12
 
-All 768 pairs take ten minutes of a CPU. With --rows, a file of a line a pair, what it holds is not done again; --minutes
-ends a part (exit code 75), and the same line goes on. --output is tests/bench/results/orientations.json.
+All 768 pairs take ten minutes of a CPU. With --rows, a file of a line a pair, what it holds is not done again;
+--minutes ends a part (exit code 75), and the same line goes on. --output is tests/bench/results/orientations.json.
 
 Fixed and moving scan are, each for itself, of equal or unequal voxels, straight or oblique: 16 kinds of pairs. Each is
 registered in all 48 orders of the fixed scan, that of the moving scan being another permutation of the 48. Then ITK
