@@ -27,7 +27,7 @@ def phases_of(series: str, folder: Path, *, reference: int = 0) -> list[str]:
     """The files of a series' phases, in order: of a folder, its scans; of a 4-D file, what is written to `folder`.
 
     Raises:
-        InputError: no such thing, no time in it, one phase, no phase of the number `reference`; then nothing is written.
+        InputError: no such thing, no time in it, one phase, no phase `reference`; then nothing is written.
     """
     if not os.path.exists(series):
         raise InputError(f"{series}: no such file")

@@ -204,7 +204,7 @@ def read_matching(
     moving: str | os.PathLike, moving_affine: np.ndarray, fixed: str | os.PathLike, fixed_affine: np.ndarray
 ) -> tuple[Points, Points]:
     """Landmarks of both scans, the n-th of one belonging to the n-th of the other; pairs of which one was never placed
-    in 3-D Slicer are left out, with a `RegistrationWarning` that counts them. Of names that say something else, one warns.
+    in 3-D Slicer are left out, with a `RegistrationWarning` that counts them; another one tells of names that differ.
 
     Raises:
         InputError: what `read_points` refuses, different numbers, and the same names in another order.
