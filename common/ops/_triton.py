@@ -10,11 +10,21 @@ from torch import Tensor
 
 TILE = 4096  # values that one program holds of a (voxels, channels) tile
 MAX_BLOCK = 256  # voxels of one program
+WIDE = 2**31 - 2**20  # values
+
+
+@triton.jit
+def tile_of(BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Rows of this program's tile, int64 in WIDE volumes, elsewhere int32: a division of int64 is a hundred steps."""
+    first = tl.program_id(0)
+    if WIDE:
+        first = first.to(tl.int64)
+    return first * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
 def voxel_of(v, I, J, K):  # noqa: E741
-    """Row v of a (B, I, J, K) grid as b, i, j, k; int64 throughout, so that no volume is too large."""
+    """Row v of a (B, I, J, K) grid as b, i, j, k, in integers of the width of v."""
     k = v % K
     j = v // K % J
     i = v // K // J % I
@@ -38,6 +48,11 @@ def padded(channels: int, least: int = 1) -> int:
 def block_of(channels: int, least: int = 16) -> int:
     """Voxels of a tile with so many (padded) channels."""
     return max(min(triton.next_power_of_2(TILE // channels + 1) // 2, MAX_BLOCK), least)
+
+
+def wide(*tensors: Tensor | None) -> bool:
+    """Whether places in any of these tensors, or a tile beyond its end, do not fit into int32."""
+    return any(x is not None and x.numel() > WIDE for x in tensors)
 
 
 def rows(x: Tensor) -> Tensor:

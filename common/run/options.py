@@ -94,6 +94,7 @@ TRAINING = {
     "learning_rate": Option("number", "of the optimiser, at the start", low=1e-12, high=100),
     "window": Option("whole", "voxels of the window of the loss's LNCC", low=3, high=99),
     "smoothness": Option("number", "weight of the smoothness in the loss"),
+    "scans_device": Option("device", "where the training scans are kept, and the pairs deformed", none=True),
     "folding": Option("number", "weight of folding in the loss", of="sacb_net"),
     "cuda_graphs": Option("switch", "on a GPU, replay forward and backward pass as a CUDA graph", of="sacb_net"),
     "same_prob": Option("number", "how often a scan is registered with itself, moved", high=1, of="sacb_net"),

@@ -25,8 +25,8 @@ def random_rotation(degrees: float) -> Tensor:
 def rotation_displacement(matrix: Tensor, size: tuple[int, int, int]) -> Tensor:
     """(R - 1)(x - c) about the centre c of the grid: (1, 3, I, J, K) in voxels."""
     x = identity(size, matrix)
-    centre = (torch.tensor(size, dtype=matrix.dtype) - 1).view(1, 3, 1, 1, 1) / 2
-    return torch.einsum("ab,nb...->na...", matrix - torch.eye(3), x - centre)
+    centre = (torch.tensor(size).to(matrix) - 1).view(1, 3, 1, 1, 1) / 2
+    return torch.einsum("ab,nb...->na...", matrix - torch.eye(3).to(matrix), x - centre)
 
 
 class SamePersond(Transform):
@@ -111,7 +111,9 @@ class RotatePaird(Transform):
         data = dict(data)
         if not self.degrees:
             return data
-        disp = rotation_displacement(random_rotation(self.degrees), tuple(data["image"].shape[1:]))
+        image = data["image"]
+        matrix = random_rotation(self.degrees).to(image.device)
+        disp = rotation_displacement(matrix, tuple(image.shape[1:]))
         return data | {key: _pulled(data[key], key, [disp]) for key in ("image", "label") if key in data}
 
 
@@ -137,12 +139,13 @@ class DeformPaird(Transform):
         data = dict(data)
         if not self.amplitude:
             return data
-        disps = [self._displacement(tuple(data["image"].shape[1:])) for _ in ("moving", "fixed")]
+        disps = [self._displacement(data["image"]) for _ in ("moving", "fixed")]
         return data | {key: _pulled(data[key], key, disps) for key in ("image", "label") if key in data}
 
-    def _displacement(self, size: tuple[int, int, int]) -> Tensor:
+    def _displacement(self, image: Tensor) -> Tensor:
+        size = tuple(image.shape[1:])
         points = self.amplitude * torch.randn(1, 3, *(1 + math.ceil((n - 1) / self.distance) for n in size))
-        return F.interpolate(points, size=size, mode="trilinear", align_corners=True)
+        return F.interpolate(points.to(image.device), size=size, mode="trilinear", align_corners=True)
 
 
 def _pulled(value: MetaTensor, key: str, disps: list[Tensor]) -> MetaTensor:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from common import InputError
@@ -117,6 +119,7 @@ class OrderedPairs(Dataset):
         pairs: (moving id, fixed id) to use instead of all ordered pairs.
         kind: what every pair gets as "kind", where several sets are validated on.
         limit: number of pairs at most.
+        device: where the scans are kept, and so where the pairs are made; None leaves them where they are.
     """
 
     def __init__(
@@ -127,9 +130,12 @@ class OrderedPairs(Dataset):
         pairs: list[tuple[str, str]] | None = None,
         kind: str | None = None,
         limit: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.data, self.pair_transform, self.kind = data, pair_transform, kind
         self.scans = [transform(scan) if transform else scan for scan in counted(data, "load", "scan")]
+        if device is not None:
+            self.scans = [{key: _on(value, device) for key, value in scan.items()} for scan in self.scans]
         number = {scan["id"]: n for n, scan in enumerate(data)}
         if pairs:
             self.pairs = [(number[moving], number[fixed]) for moving, fixed in pairs]
@@ -148,3 +154,7 @@ class OrderedPairs(Dataset):
         if self.kind:
             pair["kind"] = self.kind
         return self.pair_transform(pair) if self.pair_transform else pair
+
+
+def _on(value: object, device: torch.device | str) -> object:
+    return value.to(device) if isinstance(value, Tensor) else value

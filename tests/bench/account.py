@@ -132,7 +132,7 @@ def opened(op: object, count: Count) -> Callable:
     return Opened.apply
 
 
-def as_on_cuda(count: Count, kernel: type[Kernel] = Kernel) -> None:
+def as_on_cuda(count: Count, kernel: type[Kernel] = Kernel, *, halves: bool = True) -> None:
     """Replace, for the rest of this process, kernels and operators; every layer is chosen as for CUDA tensors."""
     torch.cuda.device_of = lambda x: contextlib.nullcontext()
     for name in OPS:
@@ -147,10 +147,13 @@ def as_on_cuda(count: Count, kernel: type[Kernel] = Kernel) -> None:
     from sacb_net import network
 
     norm_act = sys.modules["common.ops.norm_act"]
-    norm_act.conv_before_norm = lambda x, weight, bias: torch.nn.functional.conv3d(
-        x, weight + 0 * bias.view(-1, 1, 1, 1, 1) if torch.is_grad_enabled() else weight, padding=1
+    norm_act.conv_before_norm = lambda x, weight, bias: norm_act.conv3d(
+        x, weight + 0 * bias.view(-1, 1, 1, 1, 1) if torch.is_grad_enabled() else weight
     )
-    network.conv_before_norm = norm_act.conv_before_norm
+    for owner in (network, sys.modules["common.ops.sacb"]):
+        owner.conv_before_norm = norm_act.conv_before_norm
+    for name in ("conv.lean", "sacb.kernel"):
+        sys.modules[f"common.ops.{name}"].by_halves = lambda x: halves and x.dtype == torch.float32
     subjects = {
         network: ("norm_act", "halve", "double", "warp", "match", "compose"),
         sys.modules["common.ops.sacb"]: ("norm_act", "kmeans", "box_mean", "modulated_conv3d"),
@@ -189,7 +192,7 @@ def run(count: Count, what: str, size: tuple[int, ...]) -> None:
                     loss.backward()
 
 
-def predicted_ms(count: Count, size: tuple[int, ...]) -> float:
+def predicted_ms(count: Count, size: tuple[int, ...], exact: bool) -> float:
     """See above."""
     rest = sum(n for (_, name), (_, n) in count.found.items() if not name.startswith("convolution"))
     rows = json.loads((Path(__file__).parent / "results" / "gpu_h200.json").read_text())["before"]["rows"]
@@ -198,7 +201,8 @@ def predicted_ms(count: Count, size: tuple[int, ...]) -> float:
         words = name.split()
         if words[0] == "conv" and words[2:] == ["ndhwc", "tf32"]:
             inputs, _, outputs, *scale = words[1].split("_")
-            measured[DIVISORS["".join(scale)], int(inputs), int(outputs)] = row["fwd"], row["bwd"]
+            backward = rows[name if exact else name.replace("tf32", "bf16")]["bwd"]
+            measured[DIVISORS["".join(scale)], int(inputs), int(outputs)] = row["fwd"], backward
     full, total = (160, 192, 224), 1e3 * rest / RATE
     for backward, inputs, outputs, (batch, *grid) in count.convolutions:
         divisor = min(round(size[0] / grid[0]), 8)
@@ -208,9 +212,9 @@ def predicted_ms(count: Count, size: tuple[int, ...]) -> float:
     return total
 
 
-def summary(count: Count, what: str, size: tuple[int, ...]) -> dict:
+def summary(count: Count, what: str, size: tuple[int, ...], exact: bool) -> dict:
     found = {"launches": sum(n for n, _ in count.found.values()), "gb": sum(n for _, n in count.found.values()) / 1e9}
-    found |= {"ms": predicted_ms(count, size), "peak_mib": count.peak / 2**20}
+    found |= {"ms": predicted_ms(count, size, exact), "peak_mib": count.peak / 2**20}
     subjects: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
     for (subject, name), (launches, moved) in count.found.items():
         entry = subjects["convolutions" if name.startswith("convolution") else subject]
@@ -220,19 +224,25 @@ def summary(count: Count, what: str, size: tuple[int, ...]) -> dict:
     return {"what": what, "size": size, "goals": GOALS[what]} | found | {"subjects": ordered}
 
 
-def main(what: str = "pass", size: str | tuple[int, ...] = (160, 192, 224), output: str | None = None) -> None:
+def main(
+    what: str = "pass",
+    size: str | tuple[int, ...] = (160, 192, 224),
+    exact: bool = False,
+    output: str | None = None,
+) -> None:
     """Count, print the table, and keep it as JSON.
 
     Args:
         what: "pass", or "step" for forward and backward pass with the loss.
         size: voxels.
+        exact: gradients of convolutions in TF32, without the casts to bfloat16.
         output: file of JSON.
     """
     size = tuple(int(n) for n in (size.split(",") if isinstance(size, str) else size))
     count = Count()
-    as_on_cuda(count)
+    as_on_cuda(count, halves=not exact)
     run(count, what, size)
-    found = summary(count, what, size)
+    found = summary(count, what, size, exact)
     goals = ", ".join(f"{name} below {limit}" for name, limit in GOALS[what].items())
     line = f"{found['launches']} launches, {found['gb']:.2f} GB, {found['ms']:.1f} ms predicted"
     print(f"{what} at {'x'.join(map(str, size))}: {line}, {found['peak_mib']:.0f} MiB (goals: {goals})")

@@ -96,7 +96,7 @@ def main(
 
     size = tuple(int(n) for n in (size.split(",") if isinstance(size, str) else size))
     count = Count()
-    as_on_cuda(count, Compiled)
+    as_on_cuda(count, Compiled, halves=False)
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     run(count, what, size)
     found = {}

@@ -6,15 +6,15 @@ import triton.language as tl
 from torch import Tensor
 
 from common.ops._dispatch import custom_op
-from common.ops._triton import on_device
+from common.ops._triton import on_device, tile_of, wide
 
 BLOCK = 1024
 
 
 @triton.jit
-def box_sum_kernel(p_x, p_out, count, size, stride, RADIUS: tl.constexpr, BLOCK: tl.constexpr):
+def box_sum_kernel(p_x, p_out, count, size, stride, RADIUS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """Along an axis of `size` values, which lie `stride` apart."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tile_of(BLOCK, WIDE)
     valid = at < count
     place = at // stride % size
     total = tl.zeros([BLOCK], tl.float32)
@@ -33,7 +33,7 @@ def box_sum_triton(x: Tensor, window: int) -> Tensor:
     for axis in (2, 3, 4):
         out = torch.empty_like(x, dtype=torch.float32 if axis < 4 else dtype)
         box_sum_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-            x, out, x.numel(), x.shape[axis], x.stride(axis), RADIUS=window // 2, BLOCK=BLOCK
+            x, out, x.numel(), x.shape[axis], x.stride(axis), RADIUS=window // 2, BLOCK=BLOCK, WIDE=wide(x)
         )
         x = out
     return x

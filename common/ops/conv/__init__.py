@@ -1,4 +1,4 @@
-"""The plain 3x3x3 convolution: torch's own, or by name a kernel with gradients for few channels."""
+"""The plain 3x3x3 convolution: torch's own, with gradients that a GPU takes faster, and a kernel for one channel."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,10 @@ from torch import Tensor
 from common.ops import _checks
 from common.ops._dispatch import choose, plain, scripted_as
 from common.ops.conv import reference
+from common.ops.conv.lean import conv3d_lean
 from common.ops.conv.reference import conv3d_reference
+
+FEW = 1  # inputs up to which the kernel is faster than cuDNN
 
 
 @scripted_as(reference.conv3d)
@@ -15,16 +18,16 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
     out(b, o, v) = bias(o) + sum over c, t of weight(o, c, t) x(b, c, v + t)
 
-    By default it is torch's own. On an H200 cuDNN's gradients take eight times its forward pass where 8 channels meet
-    8, but with the kernels in their place, up to 32 x 32 channels, a training step of SACB-Net took 241 ms, not less
-    than before (results/gpu_h200.json of tests/bench). So the kernels are taken by name only, until
-    `bench_gpu.py --parts convolutions` says for which channels they pay.
+    The values are torch's own, but for one channel on a GPU, where a kernel takes a third of cuDNN's time. The
+    gradients of float32 on a GPU are products of bfloat16 with sums in float32, wherever torch may take TF32
+    (torch.backends.cudnn.conv.fp32_precision): they differ from torch's by some 0.002 of their size, and a training step
+    of SACB-Net takes 98 ms on an H200, where it took 224 (results/gpu_h200.json of tests/bench).
 
     Args:
         x: (B, C, I, J, K) features; under autocast they and the weight are cast as autocast casts a convolution's.
         weight: (O, C, 3, 3, 3).
         bias: (O,), or None.
-        backend: "reference", "lean" (the same), "triton", or None for torch's own.
+        backend: "reference" (torch's own), "lean" (with those gradients), "triton", or None to choose by device.
 
     Returns:
         (B, O, I, J, K).
@@ -36,8 +39,11 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     _checks.volume("conv3d", "x", x)
     fits = weight.ndim == 5 and tuple(weight.shape[1:]) == (x.shape[1], 3, 3, 3)
     _checks.require(fits, "conv3d", "weight", f"have shape (O, {x.shape[1]}, 3, 3, 3)", tuple(weight.shape))
-    if backend is None or choose("conv", x, backend, name="conv3d") != "triton":
-        return conv3d_reference(x, weight, bias)
+    layer = choose("conv", x, backend, name="conv3d")
+    if backend is None and layer == "triton" and x.shape[1] > FEW:
+        layer = "lean"
+    if layer != "triton":
+        return conv3d_reference(x, weight, bias) if layer == "reference" else conv3d_lean(x, weight, bias)
     from common.ops.conv.kernel import conv3d_triton
 
     if torch.is_autocast_enabled(x.device.type):

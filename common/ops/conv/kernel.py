@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from common.ops._dispatch import custom_op
-from common.ops._triton import on_device, padded, precision, rows, taps_of, volume, voxel_of
+from common.ops._triton import on_device, padded, precision, rows, taps_of, tile_of, volume, voxel_of, wide
 
 HELD = 8192  # values of nine (padded to 16) taps of a tile that one program holds
 WIDEST = 32  # inputs of a tile, and outputs
@@ -22,11 +22,11 @@ PROGRAMS = 1024  # about: each leaves sums of its own behind
 def conv3d_kernel(
     p_x, p_weight, p_bias, p_out, voxels, I, J, K,  # noqa: E741
     C: tl.constexpr, O: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
-    C_PAD: tl.constexpr, O_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    C_PAD: tl.constexpr, O_PAD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (voxels, outputs): three products, each of the nine taps of one offset along I."""
     TAPS: tl.constexpr = 16  # nine, padded
-    v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tile_of(BLOCK, WIDE)
     valid = v < voxels
     _, i, j, k = voxel_of(v, I, J, K)
     o, t = tl.program_id(1) * O_PAD + tl.arange(0, O_PAD), tl.arange(0, TAPS)
@@ -53,18 +53,19 @@ def conv3d_kernel(
 def conv3d_weight_kernel(
     p_x, p_grad, p_out, voxels, steps, I, J, K,  # noqa: E741
     C: tl.constexpr, O: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
-    C_PAD: tl.constexpr, O_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    C_PAD: tl.constexpr, O_PAD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, plane of nine taps, tile of dW): partial dW (9, C, O) over `steps` tiles of voxels."""
     TAPS: tl.constexpr = 16  # nine, padded
-    chunk, plane, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    chunk, plane, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = chunk.to(tl.int64) * steps if WIDE else chunk * steps
     parts: tl.constexpr = (O + O_PAD - 1) // O_PAD
     c, o = part // parts * C_PAD + tl.arange(0, C_PAD), part % parts * O_PAD + tl.arange(0, O_PAD)
     t = tl.arange(0, TAPS)
     tap = plane * 9 + t
     total = tl.zeros([TAPS * C_PAD, O_PAD], tl.float32)
     for tile in tl.range(0, steps, num_stages=1):  # ahead of time they would be fetched by fours of bytes
-        v = (chunk * steps + tile) * BLOCK + tl.arange(0, BLOCK)
+        v = (first + tile) * BLOCK + tl.arange(0, BLOCK)
         valid = v < voxels
         _, i, j, k = voxel_of(v, I, J, K)
         step, inside = taps_of(i[None, :], j[None, :], k[None, :], tap[:, None], 1, I, J, K)
@@ -90,7 +91,7 @@ def _convolve(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     block = min(2 * HELD // (16 * c_pad), 256)
     conv3d_kernel[(triton.cdiv(voxels, block), triton.cdiv(outputs, o_pad))](
         last, taps.contiguous(), bias, out, voxels, *size, C=channels, O=outputs, PRECISION=precision(),
-        C_PAD=c_pad, O_PAD=o_pad, BLOCK=block, num_warps=8,
+        C_PAD=c_pad, O_PAD=o_pad, BLOCK=block, WIDE=wide(last, out), num_warps=8,
     )  # fmt: skip
     return volume(out)
 
@@ -133,7 +134,7 @@ def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     out = torch.empty(chunks, 27, channels, outputs, device=x.device)
     conv3d_weight_kernel[(chunks, 3, tiles)](
         last, g, out, voxels, steps, *size, C=channels, O=outputs, PRECISION=precision(),
-        C_PAD=c_pad, O_PAD=o_pad, BLOCK=block, num_warps=8,
+        C_PAD=c_pad, O_PAD=o_pad, BLOCK=block, WIDE=wide(last, g), num_warps=8,
     )  # fmt: skip
     return out.sum(0).view(3, 3, 3, channels, outputs).permute(4, 3, 0, 1, 2).contiguous()
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from common.ops._dispatch import custom_op
-from common.ops._triton import block_of, on_device, padded, rows, volume, voxel_of
+from common.ops._triton import block_of, on_device, padded, rows, tile_of, volume, voxel_of, wide
 from common.ops.cost_volume.lean import cost_volume_lean
 
 WIDEST = 256  # channels of a tile; more are taken in turns
@@ -26,9 +26,9 @@ def nearest_inside(i, size, BORDER: tl.constexpr):
 def cost_volume_kernel(
     p_fixed, p_moving, p_disp, p_out, voxels, GI, GJ, GK, I, J, K,  # noqa: E741
     C: tl.constexpr, RADIUS: tl.constexpr, LOOKUP: tl.constexpr, SSD: tl.constexpr, BORDER: tl.constexpr,
-    C_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    C_PAD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tile_of(BLOCK, WIDE)
     valid = v < voxels
     batch, i, j, k = voxel_of(v, GI, GJ, GK)
     fx = tl.zeros([BLOCK], tl.float32)
@@ -39,7 +39,7 @@ def cost_volume_kernel(
         z = k.to(tl.float32) + tl.load(p_disp + v * 3 + 2, mask=valid, other=0.0)
         x0, y0, z0 = tl.floor(x), tl.floor(y), tl.floor(z)
         fx, fy, fz = x - x0, y - y0, z - z0
-        i, j, k = x0.to(tl.int64), y0.to(tl.int64), z0.to(tl.int64)
+        i, j, k = x0.to(v.dtype), y0.to(v.dtype), z0.to(v.dtype)
     WIDTH: tl.constexpr = 2 * RADIUS + 1
     CORNERS: tl.constexpr = 8 if LOOKUP else 1
     for n in range(WIDTH * WIDTH * WIDTH):
@@ -91,6 +91,7 @@ def _cost_volume(
     cost_volume_kernel[(triton.cdiv(voxels, block),)](
         fixed, moving, step, out, voxels, *grid, *moving.shape[1:4],
         C=channels, RADIUS=radius, LOOKUP=disp is not None, SSD=ssd, BORDER=border, C_PAD=width, BLOCK=block,
+        WIDE=wide(fixed, moving, step, out),
     )  # fmt: skip
     return volume(out)
 

@@ -170,7 +170,7 @@ def kmeans_triton(
 def _widths(points: Tensor, clusters: int) -> tuple[dict[str, int], int]:
     n_pad, c_pad = padded(clusters, 16), padded(points.shape[2], 16)
     widths = {"N": clusters, "C": points.shape[2], "N_PAD": n_pad, "C_PAD": c_pad}
-    block = block_of(4 * max(n_pad, c_pad))
+    block = block_of(max(n_pad, c_pad, 64))  # of more, the sums in "ieee" would not fit into registers
     return widths | {"ROWS": max(JOINED // (n_pad * c_pad), 1), "BLOCK": block}, block
 
 

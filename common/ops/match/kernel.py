@@ -9,15 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from common.ops._dispatch import custom_op
-from common.ops._triton import block_of, on_device, padded, rows, volume, voxel_of
+from common.ops._triton import block_of, on_device, padded, rows, tile_of, volume, voxel_of, wide
 
 
 @triton.jit
 def match_fwd_kernel(
     p_fixed, p_moving, p_disp, p_lse, voxels, I, J, K,  # noqa: E741
-    C: tl.constexpr, RADIUS: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, RADIUS: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tile_of(BLOCK, WIDE)
     valid = v < voxels
     _, i, j, k = voxel_of(v, I, J, K)
     c = tl.arange(0, C_PAD)[None, :]
@@ -48,10 +48,10 @@ def match_fwd_kernel(
 @triton.jit
 def match_bwd_kernel(
     p_fixed, p_moving, p_lse, p_grad, p_disp, p_grad_fixed, p_grad_moving, voxels, I, J, K,  # noqa: E741
-    C: tl.constexpr, RADIUS: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, RADIUS: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """grad_fixed(v) gathers moving(v + d); grad_moving(v) gathers fixed(v - d), whose window holds v at offset d."""
-    v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tile_of(BLOCK, WIDE)
     valid = v < voxels
     _, i, j, k = voxel_of(v, I, J, K)
     c = tl.arange(0, C_PAD)[None, :]
@@ -112,8 +112,9 @@ def _match(feat_fixed: Tensor, feat_moving: Tensor, radius: int) -> tuple[Tensor
     lse = torch.empty(batch, *size, device=fixed.device)
     block = block_of(padded(channels))
     match_fwd_kernel[(triton.cdiv(lse.numel(), block),)](
-        fixed, moving, disp, lse, lse.numel(), *size, C=channels, RADIUS=radius, C_PAD=padded(channels), BLOCK=block
-    )
+        fixed, moving, disp, lse, lse.numel(), *size,
+        C=channels, RADIUS=radius, C_PAD=padded(channels), BLOCK=block, WIDE=wide(fixed, disp),
+    )  # fmt: skip
     return volume(disp), lse
 
 
@@ -136,7 +137,7 @@ def _match_backward(
     block = block_of(2 * padded(channels))
     match_bwd_kernel[(triton.cdiv(lse.numel(), block),)](
         fixed, moving, lse, g, out, grad_fixed, grad_moving, lse.numel(), *size,
-        C=channels, RADIUS=radius, C_PAD=padded(channels), BLOCK=block,
+        C=channels, RADIUS=radius, C_PAD=padded(channels), BLOCK=block, WIDE=wide(fixed, out),
     )  # fmt: skip
     return volume(grad_fixed), volume(grad_moving)
 

@@ -12,7 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from common.ops._dispatch import custom_op
-from common.ops._triton import block_of, on_device, padded, precision, rows, taps_of, volume, voxel_of
+from common.ops._triton import block_of, on_device, padded, precision, rows, taps_of, tile_of, volume, voxel_of, wide
+from common.ops.conv.lean import by_halves
+from common.ops.sacb.half import half_weight_gradients
 
 WIDEST = 64  # channels of a tile: wider ones do not fit the memory that a program may share; more are taken in turns
 WIDEST_GRAD = 32  # outputs of the weight gradient, which holds nine taps of 16 channels
@@ -24,21 +26,21 @@ PROGRAMS = 512  # of the weight gradient, about: each leaves sums of its own beh
 def modulated_conv3d_kernel(
     p_x, p_weight, p_bias, p_modulation, p_labels, p_out, voxels, I, J, K, N,  # noqa: E741
     C: tl.constexpr, O: tl.constexpr, TO_DATA: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
-    C_PAD: tl.constexpr, O_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    C_PAD: tl.constexpr, O_PAD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Forward, and with TO_DATA the data gradient (x is then the gradient, no bias); program (voxels, outputs)."""
-    v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tile_of(BLOCK, WIDE)
     valid = v < voxels
     b, i, j, k = voxel_of(v, I, J, K)
     o = tl.program_id(1) * O_PAD + tl.arange(0, O_PAD)
-    cluster = b * N + tl.load(p_labels + v, mask=valid, other=0)
+    cluster = b * N + tl.load(p_labels + v, mask=valid, other=0).to(v.dtype)
     total = tl.zeros([BLOCK, O_PAD], tl.float32)
     for t in range(27):
         step, inside = taps_of(i, j, k, t, -1 if TO_DATA else 1, I, J, K)
         inside = inside & valid
         near = v + step
         if TO_DATA:
-            cluster = b * N + tl.load(p_labels + near, mask=inside, other=0)
+            cluster = b * N + tl.load(p_labels + near, mask=inside, other=0).to(v.dtype)
         scale = tl.load(p_modulation + cluster * 27 + t, mask=inside, other=0.0).to(tl.float32)
         for first in tl.static_range(0, C, C_PAD):
             c = first + tl.arange(0, C_PAD)
@@ -61,14 +63,15 @@ def modulated_conv3d_weight_kernel(
     p_x, p_grad, p_weight, p_modulation, p_labels, p_grad_weight, p_grad_modulation, p_grad_bias,
     voxels, steps, I, J, K, N, BN,  # noqa: E741
     C: tl.constexpr, O: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
-    C_PAD: tl.constexpr, O_PAD: tl.constexpr, BN_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    C_PAD: tl.constexpr, O_PAD: tl.constexpr, BN_PAD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk, plane of nine taps, tile of dW): partial dW (9, C, O), da (9, B N), db (B N, O), `steps` tiles.
 
     The nine taps of one offset along I are rows of one product, so that a tile of the gradient is read once for them.
     """
     TAPS: tl.constexpr = 16  # nine, padded
-    chunk, plane, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    chunk, plane, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = chunk.to(tl.int64) * steps if WIDE else chunk * steps
     parts: tl.constexpr = (O + O_PAD - 1) // O_PAD
     c, o = part // parts * C_PAD + tl.arange(0, C_PAD), part % parts * O_PAD + tl.arange(0, O_PAD)
     n, t = tl.arange(0, BN_PAD), tl.arange(0, TAPS)
@@ -83,12 +86,12 @@ def modulated_conv3d_weight_kernel(
     grad_bias = tl.zeros([BN_PAD, O_PAD], tl.float32)
     with_bias = (plane == 1) & (part < parts)  # once for each tile of outputs
     for tile in tl.range(0, steps, num_stages=1):  # ahead of time they would be fetched by fours of bytes
-        v = (chunk * steps + tile) * BLOCK + tl.arange(0, BLOCK)
+        v = (first + tile) * BLOCK + tl.arange(0, BLOCK)
         valid = v < voxels
         b, i, j, k = voxel_of(v, I, J, K)
         step, inside = taps_of(i[None, :], j[None, :], k[None, :], tap[:, None], 1, I, J, K)
         inside = inside & valid[None, :] & (t < 9)[:, None]
-        cluster = b * N + tl.load(p_labels + v, mask=valid, other=0)
+        cluster = b * N + tl.load(p_labels + v, mask=valid, other=0).to(v.dtype)
         scale = tl.load(p_modulation + cluster[None, :] * 27 + tap[:, None], mask=inside, other=0.0).to(tl.float32)
         near = (v[None, :] + step)[:, None, :] * C + c[None, :, None]
         patch = tl.load(p_x + near, mask=inside[:, None, :] & (c < C)[None, :, None], other=0.0).to(tl.float32)
@@ -128,7 +131,7 @@ def _convolve(
     modulated_conv3d_kernel[(triton.cdiv(labels.numel(), block), triton.cdiv(outputs, o_pad))](
         x, matrix.contiguous(), bias, modulation.contiguous(), labels.contiguous(), out, labels.numel(), *size,
         modulation.shape[1], C=channels, O=outputs, TO_DATA=to_data, PRECISION=precision(),
-        C_PAD=c_pad, O_PAD=o_pad, BLOCK=block, num_warps=4 if max(c_pad, o_pad) < 64 else 8,
+        C_PAD=c_pad, O_PAD=o_pad, BLOCK=block, WIDE=wide(x, out), num_warps=4 if max(c_pad, o_pad) < 64 else 8,
     )  # fmt: skip
     return out
 
@@ -155,7 +158,10 @@ def _modulated_conv3d_backward(
     batch, *size, channels = last.shape
     outputs, clusters = weight.shape[0], modulation.shape[1]
     matrix = weight.permute(2, 3, 4, 1, 0).reshape(27, channels, outputs)
-    grad_x = _convolve(g, matrix.transpose(1, 2), None, modulation, labels, to_data=True).to(x.dtype)
+    grad_x = volume(_convolve(g, matrix.transpose(1, 2), None, modulation, labels, to_data=True)).to(x.dtype)
+    if by_halves(x):
+        found = half_weight_gradients(volume(g), volume(last), weight, modulation, labels)
+        return grad_x, *(slope.to(value.dtype) for slope, value in zip(found, (weight, bias, modulation)))
 
     c_pad, o_pad = 16, min(padded(outputs, 16), WIDEST_GRAD)
     tiles = triton.cdiv(channels, c_pad) * triton.cdiv(outputs, o_pad)
@@ -168,12 +174,13 @@ def _modulated_conv3d_backward(
         last, g, matrix.contiguous(), modulation.contiguous(), labels.contiguous(),
         grad_weight, grad_modulation, grad_bias,
         labels.numel(), steps, *size, clusters, batch * clusters, C=channels, O=outputs, PRECISION=precision(),
-        C_PAD=c_pad, O_PAD=o_pad, BN_PAD=padded(batch * clusters, 16), BLOCK=BLOCK_GRAD, num_warps=8,
+        C_PAD=c_pad, O_PAD=o_pad, BN_PAD=padded(batch * clusters, 16), BLOCK=BLOCK_GRAD, WIDE=wide(last, g),
+        num_warps=8,
     )  # fmt: skip
     grad_weight = grad_weight.sum(0).view(3, 3, 3, channels, outputs).permute(4, 3, 0, 1, 2).contiguous()
     grad_modulation = grad_modulation.sum((0, 2)).t().contiguous().view(batch, clusters, 27)
     return (
-        volume(grad_x),
+        grad_x,
         grad_weight.to(weight.dtype),
         grad_bias.sum(0).view(batch, clusters, outputs).to(bias.dtype),
         grad_modulation.to(modulation.dtype),

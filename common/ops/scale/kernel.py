@@ -6,15 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from common.ops._dispatch import custom_op
-from common.ops._triton import block_of, on_device, padded, rows, volume, voxel_of
+from common.ops._triton import block_of, on_device, padded, rows, tile_of, volume, voxel_of, wide
 
 
 @triton.jit
 def halve_kernel(
-    p_x, p_out, voxels, I, J, K, C: tl.constexpr, BACK: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr  # noqa: E741,E501
-):
+    p_x, p_out, voxels, I, J, K,  # noqa: E741
+    C: tl.constexpr, BACK: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Mean of 8 voxels; BACK: an eighth of the gradient to each of them. I, J, K are of the result."""
-    v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tile_of(BLOCK, WIDE)
     b, i, j, k = voxel_of(v, I, J, K)
     c = tl.arange(0, C_PAD)[None, :]
     mask = (v < voxels)[:, None] & (c < C)
@@ -40,10 +41,11 @@ def below(o, n):
 
 @triton.jit
 def double_kernel(
-    p_x, p_out, voxels, I, J, K, C: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr  # noqa: E741
-):
+    p_x, p_out, voxels, I, J, K,  # noqa: E741
+    C: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """I, J, K are of the input; voxels of the result."""
-    v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tile_of(BLOCK, WIDE)
     b, i, j, k = voxel_of(v, 2 * I, 2 * J, 2 * K)
     c = tl.arange(0, C_PAD)[None, :]
     mask = (v < voxels)[:, None] & (c < C)
@@ -71,15 +73,16 @@ def share_of(o, m, n):
 
 @triton.jit
 def double_grad_kernel(
-    p_grad, p_out, voxels, I, J, K, C: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr  # noqa: E741
-):
+    p_grad, p_out, voxels, I, J, K,  # noqa: E741
+    C: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Voxel m of an axis takes part in results 2 m - 1 to 2 m + 2."""
-    v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tile_of(BLOCK, WIDE)
     b, i, j, k = voxel_of(v, I, J, K)
     c = tl.arange(0, C_PAD)[None, :]
     mask = (v < voxels)[:, None] & (c < C)
     out = tl.zeros([BLOCK, C_PAD], tl.float32)
-    for n in range(64):
+    for n in range(64):  # not unrolled: three quarters of the time
         a, e, d = 2 * i - 1 + n // 16, 2 * j - 1 + (n // 4) % 4, 2 * k - 1 + n % 4
         weight = share_of(a, i, I) * share_of(e, j, J) * share_of(d, k, K)
         inside = (a >= 0) & (a < 2 * I) & (e >= 0) & (e < 2 * J) & (d >= 0) & (d < 2 * K)
@@ -91,9 +94,10 @@ def double_grad_kernel(
 
 @triton.jit
 def box_mean_kernel(
-    p_x, p_out, voxels, I, J, K, C: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr  # noqa: E741
-):
-    v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    p_x, p_out, voxels, I, J, K,  # noqa: E741
+    C: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    v = tile_of(BLOCK, WIDE)
     _, i, j, k = voxel_of(v, I, J, K)
     c = tl.arange(0, C_PAD)[None, :]
     mask = (v < voxels)[:, None] & (c < C)
@@ -106,12 +110,12 @@ def box_mean_kernel(
     tl.store(p_out + v[:, None] * C + c, out * (1 / 27), mask=mask)
 
 
-def _grid(out: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
-    """Of a result (B, I, J, K, C): programs, voxels, constants."""
+def _grid(x: Tensor, out: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
+    """Of an input and its result (B, I, J, K, C): programs, voxels, constants."""
     channels, voxels = out.shape[4], out[..., 0].numel()
     width = padded(channels)
     block = block_of(width)
-    return (triton.cdiv(voxels, block),), voxels, {"C": channels, "C_PAD": width, "BLOCK": block}
+    return (triton.cdiv(voxels, block),), voxels, {"C": channels, "C_PAD": width, "BLOCK": block, "WIDE": wide(x, out)}
 
 
 def _sized(x: Tensor, numerator: int, denominator: int = 1) -> tuple[int, ...]:
@@ -123,7 +127,7 @@ def _sized(x: Tensor, numerator: int, denominator: int = 1) -> tuple[int, ...]:
 @on_device
 def halve_triton(x: Tensor) -> Tensor:
     out = x.new_empty(_sized(x, 1, 2))
-    grid, voxels, widths = _grid(out)
+    grid, voxels, widths = _grid(x, out)
     halve_kernel[grid](rows(x), out, voxels, *out.shape[1:4], BACK=False, **widths)
     return volume(out)
 
@@ -132,7 +136,7 @@ def halve_triton(x: Tensor) -> Tensor:
 @on_device
 def _halve_backward(grad: Tensor) -> Tensor:
     out = grad.new_empty(_sized(grad, 2))
-    grid, voxels, widths = _grid(out)
+    grid, voxels, widths = _grid(grad, out)
     halve_kernel[grid](rows(grad), out, voxels, *out.shape[1:4], BACK=True, **widths)
     return volume(out)
 
@@ -141,7 +145,7 @@ def _halve_backward(grad: Tensor) -> Tensor:
 @on_device
 def double_triton(x: Tensor) -> Tensor:
     out = x.new_empty(_sized(x, 2))
-    grid, voxels, widths = _grid(out)
+    grid, voxels, widths = _grid(x, out)
     double_kernel[grid](rows(x), out, voxels, *x.shape[2:], **widths)
     return volume(out)
 
@@ -150,7 +154,7 @@ def double_triton(x: Tensor) -> Tensor:
 @on_device
 def _double_backward(grad: Tensor) -> Tensor:
     out = grad.new_empty(_sized(grad, 1, 2))
-    grid, voxels, widths = _grid(out)
+    grid, voxels, widths = _grid(grad, out)
     double_grad_kernel[grid](rows(grad), out, voxels, *out.shape[1:4], **widths)
     return volume(out)
 
@@ -159,7 +163,7 @@ def _double_backward(grad: Tensor) -> Tensor:
 @on_device
 def box_mean_triton(x: Tensor) -> Tensor:
     out = x.new_empty(_sized(x, 1), dtype=torch.float32)
-    grid, voxels, widths = _grid(out)
+    grid, voxels, widths = _grid(x, out)
     box_mean_kernel[grid](rows(x), out, voxels, *x.shape[2:], **widths)
     return volume(out)
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from common.ops._dispatch import custom_op
-from common.ops._triton import block_of, on_device, padded, rows, volume, voxel_of
+from common.ops._triton import block_of, on_device, padded, rows, tile_of, volume, voxel_of, wide
 from common.ops.warp.reference import voxel_coords
 
 
@@ -51,8 +51,9 @@ def row_at(b, i, j, k, I, J, K):  # noqa: E741
 def warp_fwd_kernel(
     p_image, p_disp, p_out, voxels, GI, GJ, GK, I, J, K,  # noqa: E741
     C: tl.constexpr, NEAREST: tl.constexpr, BORDER: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tile_of(BLOCK, WIDE)
     valid = v < voxels
     c = tl.arange(0, C_PAD)[None, :]
     b, x, y, z = coords_of(p_disp, v, valid, GI, GJ, GK)
@@ -62,7 +63,7 @@ def warp_fwd_kernel(
         x, y, z = to_nearest(x), to_nearest(y), to_nearest(z)
     x0, y0, z0 = tl.floor(x), tl.floor(y), tl.floor(z)
     fx, fy, fz = x - x0, y - y0, z - z0
-    i, j, k = x0.to(tl.int64), y0.to(tl.int64), z0.to(tl.int64)
+    i, j, k = x0.to(v.dtype), y0.to(v.dtype), z0.to(v.dtype)
     out = tl.zeros([BLOCK, C_PAD], tl.float32)
     CORNERS: tl.constexpr = 1 if NEAREST else 8
     for n in tl.static_range(CORNERS):
@@ -78,8 +79,9 @@ def warp_fwd_kernel(
 def warp_bwd_kernel(
     p_grad, p_image, p_disp, p_grad_image, p_grad_disp, voxels, GI, GJ, GK, I, J, K,  # noqa: E741
     C: tl.constexpr, BORDER: tl.constexpr, TO_IMAGE: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    v = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tile_of(BLOCK, WIDE)
     valid = v < voxels
     c = tl.arange(0, C_PAD)[None, :]
     b, x, y, z = coords_of(p_disp, v, valid, GI, GJ, GK)
@@ -91,7 +93,7 @@ def warp_bwd_kernel(
         x, y, z = at_border(x, I), at_border(y, J), at_border(z, K)
     x0, y0, z0 = tl.floor(x), tl.floor(y), tl.floor(z)
     fx, fy, fz = x - x0, y - y0, z - z0
-    i, j, k = x0.to(tl.int64), y0.to(tl.int64), z0.to(tl.int64)
+    i, j, k = x0.to(v.dtype), y0.to(v.dtype), z0.to(v.dtype)
     grad = tl.load(p_grad + v[:, None] * C + c, mask=valid[:, None] & (c < C), other=0.0).to(tl.float32)
     grad_x = tl.zeros([BLOCK], tl.float32)
     grad_y, grad_z = grad_x, grad_x
@@ -128,6 +130,7 @@ def _warp(image: Tensor, disp: Tensor, nearest: bool, border: bool) -> Tensor:
     warp_fwd_kernel[(triton.cdiv(voxels, block),)](
         source, step, out, voxels, *grid, *source.shape[1:4],
         C=source.shape[4], NEAREST=nearest, BORDER=border, C_PAD=width, BLOCK=block,
+        WIDE=wide(source, step, out),
     )  # fmt: skip
     return volume(out)
 
@@ -154,6 +157,7 @@ def _warp_backward(
         warp_bwd_kernel[(triton.cdiv(voxels, block),)](
             g, source, step, grad_image, grad_disp, voxels, *grid, *source.shape[1:4],
             C=source.shape[4], BORDER=border, TO_IMAGE=to_image and not by_sorting, C_PAD=width, BLOCK=block,
+            WIDE=wide(source, step, g),
         )  # fmt: skip
     if by_sorting:
         _add_by_sorting(grad_image, g, disp, nearest, border)

@@ -1,6 +1,7 @@
 """conv3d: torch's own convolution, and the gradients that a kernel makes of it."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.ops import conv3d
+from common.ops.conv.lean import HalfGradients, by_halves
 
 
 def arguments(size: tuple[int, int, int] = (3, 5, 4), *, batch: int = 2, channels: int = 3, out: int = 4) -> dict:
@@ -24,6 +26,33 @@ def contiguous_weight(arrange: Callable) -> Callable:
 def test_is_torchs(backend: str | None) -> None:
     given = arguments()
     assert torch.equal(conv3d(**given, backend=backend), F.conv3d(*given.values(), padding=1))
+
+
+def test_half_gradients() -> None:
+    """The digits of bfloat16, sums in float32; what is not wanted is not computed."""
+    x, weight, bias = (value.requires_grad_() for value in arguments((6, 7, 5), channels=8, out=8).values())
+    grad = torch.randn(2, 8, 6, 7, 5)
+    exact = torch.autograd.grad(conv3d(x, weight, bias), (x, weight, bias), grad)
+    value = HalfGradients.apply(x, weight, bias)
+    assert torch.equal(value, conv3d(x, weight, bias))
+    for found, expected in zip(torch.autograd.grad(value, (x, weight, bias), grad), exact):
+        assert found.dtype == torch.float32 and not torch.equal(found, expected) or found.ndim == 1
+        assert (found - expected).norm() < 5e-3 * expected.norm()
+    (alone,) = torch.autograd.grad(HalfGradients.apply(x.detach(), weight, None), weight, grad)
+    assert (alone - exact[1]).norm() < 5e-3 * exact[1].norm()
+
+
+def test_when_gradients_are_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, of float32, unless the user wants every digit."""
+
+    class Gpu(Tensor):
+        is_cuda = property(lambda self: True)
+
+    x = torch.zeros(1).as_subclass(Gpu)
+    for allowed in ("tf32", "ieee"):
+        monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision=allowed))
+        assert by_halves(x) == (allowed == "tf32")
+        assert not by_halves(x.half()) and not by_halves(torch.zeros(1))
 
 
 KERNEL_CASES = {

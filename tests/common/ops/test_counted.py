@@ -20,9 +20,12 @@ def run_bench(*words: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("what", ["pass", "step"])
 def test_bytes_and_launches(what: str, tmp_path: Path) -> None:
-    """At 160x192x224, against the goals. The predicted time is the convolutions', as cuDNN does them: not reached."""
+    """At 160x192x224, against the goals. The predicted time is the convolutions', as cuDNN does them: not reached.
+
+    The step with gradients in TF32: casts to bfloat16 move 10 GB more, and save eighty of 180 ms.
+    """
     pytest.importorskip("triton", reason="Triton is not installed")
-    done = run_bench("account.py", what, "--output", str(tmp_path / "found.json"))
+    done = run_bench("account.py", what, "--exact", "True", "--output", str(tmp_path / "found.json"))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["launches"] > 100 and found["gb"] > 10, "something has not been counted"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common.ops import SACB, _patches, modulated_conv3d
 from common.ops.sacb import Clusters, box_mean
+from common.ops.sacb.half import half_weight_gradients
 
 BACKENDS = ("reference", "lean")
 BLOCKS = {"one block": 1 << 19, "planes": 27 * 4 * 80, "rows": 27 * 4 * 16}
@@ -37,6 +38,21 @@ def test_known_values_plain(backend: str) -> None:
     for b in range(2):
         expected[b] += given["bias"][b].t()[:, given["labels"][b]]
     torch.testing.assert_close(modulated_conv3d(**given, backend=backend), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_half_weight_gradients() -> None:
+    """By a plain convolution of the gradient, kept apart by clusters, of which one is empty; digits of bfloat16."""
+    given = arguments((6, 5, 8), channels=4, out=3, clusters=5)
+    given["labels"].clamp_(max=3)
+    names, grad = ("weight", "bias", "modulation"), torch.randn(2, 3, 6, 5, 8)
+    leaves = {name: given[name].requires_grad_() for name in names}
+    exact = torch.autograd.grad(modulated_conv3d(**given, backend="reference"), leaves.values(), grad)
+    with torch.no_grad():
+        found = half_weight_gradients(grad, given["x"], given["weight"], given["modulation"], given["labels"])
+    for name, value, expected in zip(names, found, exact):
+        assert value.shape == expected.shape and value.dtype == torch.float32, name
+        assert (value - expected).norm() < 5e-3 * expected.norm(), name
+    assert not found[1][:, 4].any() and not found[2][:, 4].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
