@@ -121,6 +121,7 @@ class RegistrationInferer(Inferer):
             refinement of which nothing is known, it is measured on a crop of the first pair that is large enough.
         guide: weight with which the points of a call guide the refinement, in mm; a call's own `guide` wins.
         midspace: register in both directions, and take what lies in their middle: swapping the scans gives the inverse.
+        diffeomorphic: the result is the flow of a stationary velocity, which cannot fold; the steps look for that.
         cuda_graphs: on a GPU, replay what is repeated at one size as a CUDA graph: the steps of the refinement, and the
             network from its second pair of a size on, if it says that it is `capturable`. The report says what was.
         options: further keyword arguments of `refine`.
@@ -137,6 +138,7 @@ class RegistrationInferer(Inferer):
         cost: dict[str, float] | None = None,
         guide: float = 0.0,
         midspace: bool = False,
+        diffeomorphic: bool = False,
         cuda_graphs: bool = False,
         **options: Any,
     ) -> None:
@@ -156,7 +158,7 @@ class RegistrationInferer(Inferer):
         self.memory, self.too_large, self.guide, self.midspace = memory, too_large, guide, midspace
         self._work = None if cost is None else forecast.Work(**cost)
         self._cost: forecast.Cost | None = None  # once measured
-        self.cuda_graphs = cuda_graphs
+        self.diffeomorphic, self.cuda_graphs = diffeomorphic, cuda_graphs
         self._graphed: Graphed | None = None  # the network that was run last
 
     def __call__(
@@ -199,6 +201,8 @@ class RegistrationInferer(Inferer):
         with warnings.catch_warnings(record=True):
             how, size = self._forecast(packed, run, started, scan_voxels)
         progress.stage("network" if how == "whole" else f"network, {how}")
+        if how == "tile" and self.diffeomorphic:
+            progress.note("registered in tiles: only within one the displacement is a flow")
         if how == "tile" and points is not None:
             progress.note("registered in tiles, where points do not guide")
         with progress.noting():
@@ -236,7 +240,7 @@ class RegistrationInferer(Inferer):
             known = warp(mask[:, :1], disp) * mask[:, 1:]
             disp = spread(disp, known > 0.5) if (known > 0.5).any() else disp
         if not steps:
-            return disp
+            return refine(disp, image, 0, diffeomorphic=True) if self.diffeomorphic else disp
         features = getattr(network, "features", None) if similarity == "features" else None
         if similarity == "features" and features is None:
             raise InputError(f"--refine_similarity features: {type(network).__name__} has no features of its own")
@@ -247,6 +251,7 @@ class RegistrationInferer(Inferer):
         options = {"similarity": similarity, "features": features, "mask": mask, "guide": guide} | self.options
         options |= {} if start is None else {"learning_rate": GENTLE}
         options |= {"progress": False if quiet else progress.step, "graphs": self.cuda_graphs}
+        options["diffeomorphic"] = self.diffeomorphic
         if not quiet:
             progress.stage("refining" if similarity == self.similarity else f"refining by {similarity.upper()}")
         return refine(disp, image, steps, **options)
@@ -270,7 +275,8 @@ class RegistrationInferer(Inferer):
         if small and self.memory is None:
             return "whole", size
         cost = self._cost
-        if cost is None and self._work and (not self.refine_steps or self.similarity in forecast.STEP):
+        known = self.similarity in forecast.STEP and not self.diffeomorphic
+        if cost is None and self._work and (known or not self.refine_steps):
             ways = 1 + self.midspace
             options = {"passes": ways * self.passes, "steps": ways * self.refine_steps, "similarity": self.similarity}
             cost = forecast.known_cost(self._work, image.device, **options)

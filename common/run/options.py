@@ -70,6 +70,7 @@ INFERENCE = {
     "passes": Option("whole", "how often the network runs", low=1, high=50),
     "refine_steps": Option("whole", "steps of instance optimisation after the network", high=10000),
     "refine_similarity": Option("word", "what those steps compare", ("lncc", "mind", "features", "auto")),
+    "diffeomorphic": Option("switch", "the result is a flow, which cannot fold; steps take three times as long"),
     "memory": Option("number", "GiB that may be used; by default most of what is free", low=0.001, none=True),
     "too_large": Option("word", "what to do with a pair that needs more memory", ("stop", "tile", "coarsen")),
     "cuda_graphs": Option("switch", "on a GPU, replay what is repeated at one size as a CUDA graph"),
@@ -150,7 +151,7 @@ TEMPLATE_DEFAULTS = {"method": "auto", "config": "", "rounds": 4, "labels": "", 
 TEMPLATE_DEFAULTS |= {"resume": True}
 OF_ALL = ("prealign", "refine_steps", "refine_similarity", "features", "passes", "spacing", "crop", "grid_size")
 OF_ALL += ("intensity_range", "weights", "trained_on", "header", "series", "lesion_margin", "device", "threads", "amp")
-OF_ALL += ("memory", "too_large")  # of INFERENCE, taken by a template for every registration
+OF_ALL += ("memory", "too_large", "diffeomorphic")  # of INFERENCE, taken by a template for every registration
 FOR_INFERENCE, FOR_TRAINING = SHARED | INFERENCE, SHARED | TRAINING
 TAKES = {
     "path": "a path",

@@ -29,7 +29,7 @@ from common.space import mapping
 OF_A_PAIR = ("moving", "fixed", "moving_label", "fixed_label", "moving_points", "fixed_points", "moving_mask")
 OF_A_PAIR += ("fixed_mask", "output_dir", "prealign", "passes", "refine_steps", "refine_similarity", "save_inverse")
 OF_A_PAIR += ("surface", "displacement", "moving_lesion", "fixed_lesion", "lesion_margin", "guide")
-OF_A_PAIR += ("holdout_points", "report", "neurological", "quiet", "threads", "start", "midspace")
+OF_A_PAIR += ("holdout_points", "diffeomorphic", "report", "neurological", "quiet", "threads", "start", "midspace")
 IN_MEMORY = ("moving_label", "fixed_label", "moving_mask", "fixed_mask")  # beside the scans
 IN_MEMORY += ("moving_lesion", "fixed_lesion")
 _ONE_AT_A_TIME = threading.Lock()  # sys.path, the progress bar and its notes belong to the process

@@ -41,6 +41,22 @@ def test_zero_steps_and_rejects() -> None:
         refine(truth, image, -1)
 
 
+@pytest.mark.parametrize("similarity", ("lncc", "mind"))
+def test_diffeomorphic(similarity: str) -> None:
+    """As near to the truth as without, from a start that folds, and nowhere folded."""
+    image, truth = pair()
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+    start = 0.5 * truth + noise
+    assert (jacobian_determinant(start) <= 0).float().mean() > 0.1
+    options = {"similarity": similarity, "progress": False, "smoothness": 0.1}
+    free, found = (refine(start, image, 40, diffeomorphic=flow, **options) for flow in (False, True))
+    errors = [float((truth - d).norm(dim=1)[..., 4:-4, 4:-4, 4:-4].mean()) for d in (0.5 * truth, free, found)]
+    assert jacobian_determinant(found).min() > 0
+    assert errors[2] < 0.75 * errors[0] and errors[2] < 1.15 * errors[1]
+    projected = refine(start, image, 0, diffeomorphic=True)
+    assert jacobian_determinant(projected).min() > 0 and not torch.equal(projected, start)
+
+
 def test_never_worse_than_the_start() -> None:
     image, truth = pair()
     kept = refine(truth, image, 2, learning_rate=50.0, progress=False)

@@ -20,8 +20,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
     The values are torch's own, but for one channel on a GPU, where a kernel takes a third of cuDNN's time. The
     gradients of float32 on a GPU are products of bfloat16 with sums in float32, wherever torch may take TF32
-    (torch.backends.cudnn.conv.fp32_precision): they differ from torch's by some 0.002 of their size, and a training step
-    of SACB-Net takes 98 ms on an H200, where it took 224 (results/gpu_h200.json of tests/bench).
+    (torch.backends.cudnn.conv.fp32_precision): they differ from torch's by some 0.002 of their size. A training step of
+    SACB-Net takes 98 ms on an H200, where it took 224 (results/gpu_h200.json of tests/bench).
 
     Args:
         x: (B, C, I, J, K) features; under autocast they and the weight are cast as autocast casts a convolution's.
