@@ -64,7 +64,7 @@ def series(words: list[str]) -> str:
     """
     if asks_help(words):
         return help_of_series()
-    from common.run.series import DEFAULTS, checked_reference, phases_of, run_series
+    from common.run.series import DEFAULTS, phases_of, run_series
 
     options, places = split(words, {*FOR_INFERENCE, *OWN, *OF_SERIES})
     for name in options:
@@ -78,9 +78,9 @@ def series(words: list[str]) -> str:
     if word != "mean" and not re.fullmatch(r"\d{1,9}", word):
         raise InputError(f"--reference must be the number of a phase, from 0, or mean, got {word}")
     folder = Path(os.path.abspath(places[1]))
-    files = phases_of(places[0], folder / "phases")
-    reference = word if word == "mean" else checked_reference(int(word), len(files))
+    reference = word if word == "mean" else int(word)
     first = 0 if reference == "mean" else reference
+    files = phases_of(places[0], folder / "phases", reference=first)
     pair = {"moving": files[first - 1], "fixed": files[first]}
     bundle, config, asked, told = _way(method, config, given, given | pair)
 
