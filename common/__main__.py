@@ -28,6 +28,7 @@ def bids(words: list[str]) -> str:
 
 np, io, mapping = Later("numpy"), Later("common.space.io"), Later("common.space.mapping")
 carry, transform_files = Later("common.space.carry"), Later("common.space.transform_files")
+REACH = 0.01  # share of a reference that a displacement has to cover
 EMPTY_CODE = 3  # exit code of a command whose result is written, and empty or nearly so
 
 
@@ -90,7 +91,8 @@ def compose(output: str, *transforms: str, reference: str = ""):
     if not transforms:
         raise InputError(f"{output}: compose needs the transforms after the name of the output")
     maps = [transform_files.read_transform(str(path)) for path in transforms]
-    return _write_map(mapping.compose(*maps), output, reference)
+    whole = mapping.compose(*maps)
+    return _write_map(whole, output, reference, whole)
 
 
 def invert(transform: str, output: str, *, reference: str = ""):
@@ -114,7 +116,7 @@ def invert(transform: str, output: str, *, reference: str = ""):
         error = inverse_error_inside(the_map, back, scan[0], affine)
         spread = f"mean {error.mean():.3f} mm, 99th percentile {np.percentile(error, 99):.3f} mm"
         text = f"; error of this inverse in the foreground of {reference}: {spread}"
-    return _write_map(back, output, reference) + text
+    return _write_map(back, output, reference, the_map) + text
 
 
 def make_report(
@@ -311,8 +313,13 @@ def options(bundle: str, *, training: bool = False):
     return help_of_bundle(bundle, training=training)
 
 
-def _write_map(transform, output: str, reference: str) -> str:
-    transform_files.write_transform(transform, str(output), io.read_grid(str(reference)) if reference else None)
+def _write_map(transform, output: str, reference: str, of_fixed) -> str:
+    """Write a map; `of_fixed` is the one whose points are those of the reference."""
+    grid = io.read_grid(str(reference)) if reference else None
+    transform_files.write_transform(transform, str(output), grid)
+    if grid and mapping.reach(of_fixed, *grid) < REACH:
+        text = f"{reference}: lies outside of the displacement, which changes nothing there; is it the fixed scan?"
+        warnings.warn(text, RegistrationWarning, stacklevel=1)
     return _written(output, f"{len(mapping.parts(transform))} part(s)")
 
 

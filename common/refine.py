@@ -31,6 +31,7 @@ def smooth(disp: Tensor, *, times: int = 2) -> Tensor:
 SIMILARITIES = ("lncc", "mind", "features")
 HUBER = 2.0  # mm: up to so far apart a pair of points counts by its square, beyond in proportion
 LATTICES = (16, 8, 4)  # voxels from knot to knot of the grids on which points first draw the displacement
+LEAST_FORETELLING = 2  # points of a half that say whether the others foretell them
 POOLED = 2  # voxels along each axis of the blocks that MIND-SSC is averaged over
 # Weights of the diffusion term: of LNCC and features chosen on training pairs of one contrast; of MIND on T2 and FLAIR
 # moved by known fields to T1 (tests/bench/bench_universal.py): with 0.5 it follows what differs between the contrasts.
@@ -85,7 +86,8 @@ def refine(
 
     With a guide, guide.weight * mean_n huber(|to_mm (fixed_n + disp(fixed_n) - moving_n)|) is added, of which a pair
     that does not belong together draws with a limited force; before the first step the points alone draw the
-    displacement, on three coarse grids.
+    displacement, on up to three coarse grids: as long as one half of them, drawing, brings the other half nearer. So
+    points that agree with each other carry the scans over a large motion, and scattered ones leave the start alone.
 
     Args:
         disp: (B, 3, I, J, K) displacement to start from, in voxels.
@@ -206,17 +208,30 @@ def _pull(
 
 
 def _drawn(guide: Guide, disp: Tensor, smoothness: float) -> Tensor:
-    """`disp` as the points alone draw it, from coarse to fine."""
+    """`disp` as the points alone draw it, from coarse to fine, as far as one half of them foretells the other."""
     size = tuple(disp.shape[2:])
     for knots in LATTICES:
         at = tuple(max(-(-n // knots), 4) for n in size)
         left = guide._replace(moving=guide.moving - sample_at(disp[0], guide.fixed.T).T)
-        update = torch.zeros((1, 3, *at), device=disp.device, requires_grad=True)
-        pull, optimizer = _pull(left, size, at), _Adam(update, 0.1)
-        for _ in range(60):
-            optimizer.step(pull(update) + smoothness * diffusion(update))
-        disp = disp + resize_disp(update.detach(), size)
+        halves = [left._replace(fixed=left.fixed[n::2], moving=left.moving[n::2]) for n in (0, 1)]
+        if len(left.fixed) < 2 * LEAST_FORETELLING:
+            break
+        pulls = [_pull(half, size, at) for half in halves]
+        nothing = torch.zeros((1, 3, *at), device=disp.device)
+        told = sum(pull(_draw(half, size, at, smoothness)) for half, pull in zip(halves[::-1], pulls))
+        if not told < sum(pull(nothing) for pull in pulls):
+            break
+        disp = disp + resize_disp(_draw(left, size, at, smoothness), size)
     return disp
+
+
+def _draw(guide: Guide, size: tuple[int, ...], at: tuple[int, ...], smoothness: float) -> Tensor:
+    """The displacement on a grid of the size `at` that brings the points together, in its voxels."""
+    update = torch.zeros((1, 3, *at), device=guide.fixed.device, requires_grad=True)
+    pull, optimizer = _pull(guide, size, at), _Adam(update, 0.1)
+    for _ in range(60):
+        optimizer.step(pull(update) + smoothness * diffusion(update))
+    return update.detach()
 
 
 def _weight(mask: Tensor, disp: Tensor) -> Tensor | None:

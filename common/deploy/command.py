@@ -18,6 +18,10 @@ def deploy(
     fixed_lesion: str = "",
     moving_lesion: str = "",
     lesion_margin: float | None = None,
+    fixed_points: str = "",
+    moving_points: str = "",
+    guide: float | None = None,
+    holdout_points: float | None = None,
     midspace: bool = False,
 ):
     """Register two DICOM series by a MONAI Deploy application, and write a DICOM registration object.
@@ -39,6 +43,10 @@ def deploy(
         fixed_lesion: mask of what is left out of the fixed series, as NIfTI, on any grid in its space.
         moving_lesion: likewise, of the moving series.
         lesion_margin: mm by which lesions are widened.
+        fixed_points: landmarks of the fixed series, in LPS mm, or of 3-D Slicer.
+        moving_points: likewise, of the moving series; the n-th belongs to the n-th.
+        guide: weight with which the landmarks guide the refinement; without one they are measured only.
+        holdout_points: share of the landmarks that do not guide, and are measured.
         midspace: also bring both series into the space in their middle.
     """
     if action != "run":
@@ -49,7 +57,8 @@ def deploy(
         raise InputError(f"{error}") from error
     options = {"prealign": prealign, "refine_steps": refine_steps, "device": device, "spacing": spacing}
     options |= {"fixed_lesion": fixed_lesion, "moving_lesion": moving_lesion, "lesion_margin": lesion_margin}
-    options |= {"midspace": midspace or None}
+    options |= {"fixed_points": fixed_points, "moving_points": moving_points, "guide": guide}
+    options |= {"holdout_points": holdout_points, "midspace": midspace or None}
     given = {name: value for name, value in options.items() if value not in ("", None)}
     series = {"fixed_series": str(fixed_series), "moving_series": str(moving_series)}
     folder = run_pair(str(fixed), str(moving), str(bundle), str(output), **series, **given)

@@ -227,9 +227,10 @@ def inverse_error(pair: Registration, inverse: mapping.Transform) -> dict[str, f
 def inverse_error_inside(
     transform: mapping.Transform, inverse: mapping.Transform, fixed: np.ndarray, fixed_affine: np.ndarray
 ) -> np.ndarray:
-    """|T^-1(T(x)) - x| in mm at every voxel of the foreground of a scan (I, J, K): (N,)."""
+    """|T^-1(T(x)) - x| in mm at every voxel of the foreground of a scan (I, J, K): (N,). Without any, of all of it."""
     error = mapping.inverse_error_mm(transform, inverse, fixed.shape, fixed_affine)
-    return error[fixed > geometry.foreground_floor(fixed)]
+    inside = fixed > geometry.foreground_floor(fixed)
+    return error[inside] if inside.any() else error.ravel()
 
 
 def _error_row(name: str, error: np.ndarray, pair: Registration) -> dict[str, float]:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 import common
-from common.quality import picture, report, verdict
+from common.quality import mirror, paint, picture, report, verdict
 from common.quality.measure import Registration
 from common.quality.views import Views
 
@@ -60,12 +60,11 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
     furthest = max(float(views.pair.disp.abs().max()) / step, 1e-3)
     to_voxel = np.linalg.inv(views.pair.fixed_affine) @ onto
     run, names = content["run"], report.names_of(content)
-    reasons = content["warnings"]
-    for role, name in zip(("moving", "fixed"), names):  # the folders stand below, under inputs
-        reasons = [reason.replace(str(content[role]), name) if name else reason for reason in reasons]
-    headline = verdict.foremost(reasons) if reasons else ""
+    reasons = reasons_of(content["warnings"], content)
+    headline = reasons[0] if reasons else ""
     deformed = headline.startswith(verdict.OF_DEFORMATION)  # what the headline is about is seen at once
-    edges = not deformed
+    folds = bool(content["deformation"]["folding_pct"] > 0)
+    edges, sides = not deformed, [reason for reason in reasons if reason.startswith(verdict.OF_SIDES)]
     data = {
         "size": size,
         "middle": [n // step for n in views.middle],
@@ -77,16 +76,17 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
         "every": EVERY,
         "furthest": furthest,
         "longest": views.longest,
-        "spacing_of_grid": max(max(size) // picture.LINES, 1),
+        "spacing_of_grid": max(max(size) // paint.LINES, 1),
         "radiological": not neurological,
-        "view": "volume change" if deformed else "after",
+        "view": "volume change" if deformed and not headline.startswith(verdict.OF_FOLDING) else "after",
         "edges": edges,
-        "purples": picture.PURPLES,
-        "lengths": picture.LENGTHS,
+        "folds": folds,
+        "purples": paint.PURPLES,
+        "lengths": paint.LENGTHS,
         "landmarks": [_scaled(mark, step) for mark in views.landmarks],
         "volumes": _volumes(views, step, size, furthest),
     }
-    reasons = [_led(reason) for reason in sorted(reasons, key=headline.__ne__)]
+    reasons = [_led(reason) for reason in reasons]
     values = {
         "doubtful": content["verdict"] != "plausible",
         "headline": _led(headline)[0],
@@ -98,6 +98,10 @@ def write_page(views: Views, content: dict, body: Image.Image, path: Path, *, ne
         "moving": names[0],
         "fixed": names[1],
         "method": report.method_of(run),
+        "folds": folds,
+        "mirrored": _mirrored(views, neurological) if sides else [],
+        "mirrored_first": bool(sides) and headline == sides[0],
+        "structure": content["similarity"],
         "picture": encoded(body, "JPEG", quality=90, subsampling=0),
         "caption": picture.caption(views, neurological=neurological),
         "before": views.pair.before,
@@ -126,6 +130,22 @@ def render(name: str, values: Mapping[str, object]) -> str:
     return _template(name).render(values | {"style": _safe(style), "script": _safe(script)})
 
 
+def reasons_of(warnings: list[str], row: Mapping[str, object]) -> list[str]:
+    """Reasons as a page tells them: the foremost first, scans without the folders of row["moving"] and row["fixed"]."""
+    if not warnings:
+        return []
+    first = verdict.foremost(warnings)
+    found = sorted(warnings, key=first.__ne__)
+    for role, name in zip(("moving", "fixed"), report.names_of(row)):
+        found = [reason.replace(str(row[role]), name) if name else reason for reason in found]
+    return found
+
+
+def _mirrored(views: Views, neurological: bool) -> list[str]:
+    drawn = mirror.draw_mirrored(views, neurological=neurological)
+    return [encoded(image, "JPEG", quality=90, subsampling=0) for image in drawn]
+
+
 def _folder() -> Path:
     return Path(__file__).parent / "pages"
 
@@ -135,7 +155,15 @@ def _template(name: str):
     from jinja2 import Environment, FileSystemLoader  # takes a tenth of a second to load
 
     templates = Environment(loader=FileSystemLoader(_folder()), autoescape=True, trim_blocks=True)
+    templates.filters["whole"] = _whole
     return templates.get_template(f"{name}.html")
+
+
+def _whole(text: str) -> str:
+    """Options of the command line, in which no line ends; the rest escaped."""
+    from markupsafe import escape
+
+    return _safe(re.sub(r"--\w+", r'<span class="whole">\g<0></span>', str(escape(text))))
 
 
 def _safe(text: str) -> str:

@@ -63,7 +63,7 @@ def inputs_of(given: Mapping[str, object]) -> dict[str, dict[str, object]]:
     found = {}
     for role, name in given.items():
         files = [os.path.abspath(part) for part in contrasts_of(str(name))] if name else []
-        if files and all(os.path.exists(file) for file in files):
+        if files and all(os.path.isfile(file) or os.path.isdir(file) for file in files):  # a pipe would be waited for
             known = [{"file": file, "sha256": sha256_of(file)} for file in files]
             found[role] = known[0] if len(known) == 1 else known
     return found

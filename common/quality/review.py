@@ -2,13 +2,14 @@
 
 import datetime
 import json
+import re
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 
 import common
-from common.quality.page import render
+from common.quality.page import reasons_of, render
 from common.quality.verdict import joined, parted, verdict_of
 
 COLUMNS = {  # of a row: words, digits, whether high is good (1), bad (-1), or neither
@@ -40,7 +41,7 @@ def write_review(folder: Path, rows: list[dict], path: Path, *, neurological: bo
     for n, row in enumerate(rows):
         odd = {name: _outside(numbers[name][n], fences[name]) for name in numbers}
         error, warnings = row.get("error") or "", row.get("warnings") or ""
-        reasons = parted(warnings)
+        reasons = reasons_of(parted(warnings), row)
         verdict = "failed" if error else verdict_of(reasons)
         suspicion = 1000 * (verdict == "failed") + 10 * len(reasons) + sum(odd.values())
         cells = {
@@ -56,6 +57,8 @@ def write_review(folder: Path, rows: list[dict], path: Path, *, neurological: bo
             | {"suspicion": suspicion, "cells": cells}
             | {"thumbnail": there.get("thumbnail"), "page": there.get("page", there.get("picture"))}
         )
+    for place, line in enumerate(sorted(lines, key=_by_name)):
+        line["order"] = place
     words = ("plausible", "doubtful", "failed")
     lines.sort(key=lambda line: -line["suspicion"])
     values = {
@@ -78,6 +81,12 @@ def rows_of(folder: Path) -> list[dict]:
         row = {name: value for part in found.values() if isinstance(part, dict) for name, value in part.items()}
         rows.append(row | {"id": path.parent.name, "warnings": joined(found.get("warnings", []))})
     return rows
+
+
+def _by_name(line: dict) -> list:
+    """Key by which pair2 comes before pair10."""
+    parts = re.split(r"(\d+)", str(line["id"]).casefold())
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)]
 
 
 def _number(value: object) -> float | None:

@@ -1,5 +1,6 @@
 """Whether the moving scan would fit the fixed one better if its left were its right."""
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -7,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.fields import sample_at
-from common.mind import PAIRS
-from common.quality.metrics import concordance
+from common.mind import PAIRS, mind_features
+from common.quality.metrics import concordance, halved
+
+Fit = Callable[[Tensor], Tensor]  # points (3, N) of the fixed features -> those of the moving ones
 
 POINTS = 2000  # voxels of the half-size grid by which the two are aligned; they are compared at all of them
 STEPS, FACTORS = (6, 4), (2, 1)  # of Gauss and Newton, on features at a quarter and at half of the scans' size
@@ -28,17 +31,48 @@ def both_ways(moving: Tensor, fixed: Tensor, inside: Tensor) -> tuple[float, flo
     Returns:
         Lin's concordance, as `common.quality.metrics.structure`, as it is and turned.
     """
-    points = inside.nonzero().T.float()
-    if not points.numel():
+    if not inside.any():
         return float("nan"), float("nan")
+    points, whole = inside.nonzero().T.float(), fixed[:, inside]
+    ways = zip((moving, _turned(moving)), _fits(moving, fixed, inside))
+    return tuple(concordance(sample_at(_pooled(features, 1), fit(points)), whole) for features, fit in ways)
+
+
+def sample_both_ways(moving: Tensor, fixed: Tensor, inside: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """The moving scan as `both_ways` compares it, as it is and turned left to right, at points of the fixed one.
+
+    Args:
+        moving, fixed: (I, J, K) pre-aligned scans, the first axis from left to right.
+        inside: (I, J, K) voxels that count.
+        points: (3, N) voxels of the fixed scan.
+
+    Returns:
+        (N,) values each.
+    """
+    fits = _fits(*(mind_features(scan[None, None])[0] for scan in (moving, fixed)), halved(inside))
+    found, last = [], -(-moving.shape[0] // 2) - 1
+    for fit, turned in zip(fits, (False, True)):
+        there = fit((points - 0.5) / 2)  # the features' voxels are blocks of two
+        if turned:
+            there[0] = last - there[0]
+        found.append(sample_at(moving[None], 2 * there + 0.5)[0])
+    return tuple(found)
+
+
+def _fits(moving: Tensor, fixed: Tensor, inside: Tensor) -> tuple[Fit, Fit]:
+    """The two alignments of `both_ways`; the second leads to the features of the scan turned left to right."""
+    points = inside.nonzero().T.float()
     some = points[:, :: -(-points.shape[1] // POINTS)]
     places = [(some + 0.5) / factor - 0.5 for factor in FACTORS]
     targets = [sample_at(_pooled(fixed, factor), there) for factor, there in zip(FACTORS, places)]
-    whole = fixed[:, inside]
     back = 2 * float(points[0].mean()) - (moving.shape[1] - 1)  # from a flip around the grid to one around the points
-    turned = moving[_turned_pairs()].flip(1)
-    found = (_fitted(x, places, targets, points, shift) for x, shift in ((moving, 0.0), (turned, -back)))
-    return tuple(concordance(features, whole) for features in found)
+    ways = ((moving, 0.0), (_turned(moving), -back))
+    return tuple(_fitted(features, places, targets, points, shift) for features, shift in ways)
+
+
+def _turned(features: Tensor) -> Tensor:
+    """(12, i, j, k) of the scan turned left to right."""
+    return features[_turned_pairs()].flip(1)
 
 
 @cache
@@ -55,11 +89,11 @@ def _pooled(features: Tensor, factor: int) -> Tensor:
     return features[None].contiguous(memory_format=torch.channels_last_3d)[0]
 
 
-def _fitted(moving: Tensor, places: list[Tensor], targets: list[Tensor], points: Tensor, shift: float) -> Tensor:
-    """Features (C, N) at points (3, N) after the affine alignment, begun `shift` to the left.
+def _fitted(moving: Tensor, places: list[Tensor], targets: list[Tensor], points: Tensor, shift: float) -> Fit:
+    """The affine alignment, begun `shift` to the left.
 
     Args:
-        places, targets: some of the points, and the fixed features there, at each of FACTORS.
+        places, targets: some of the points (3, N) that count, and the fixed features there, at each of FACTORS.
     """
     middle = points.mean(1, keepdim=True)
     radius = (points - middle).norm(dim=0).max().clamp(min=1)
@@ -72,7 +106,7 @@ def _fitted(moving: Tensor, places: list[Tensor], targets: list[Tensor], points:
     for steps, factor, there, target in zip(STEPS, FACTORS, places, targets):
         at = basis((there + 0.5) * factor - 0.5)
         weights = factor * _descend(_pooled(moving, factor), target, there, at, weights / factor, steps)
-    return sample_at(_pooled(moving, 1), points + weights @ basis(points))
+    return lambda of: of + weights @ basis(of)
 
 
 def _descend(moving: Tensor, target: Tensor, points: Tensor, basis: Tensor, weights: Tensor, steps: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from common.quality.picture import BLUE, GREY, MEASURES, ORANGE
+from common.quality.paint import BLUE, GREY, ORANGE
+from common.quality.picture import MEASURES
 
 
 def draw_summary(rows: list[dict], path: Path) -> None:

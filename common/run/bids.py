@@ -56,17 +56,20 @@ def bids(words: list[str]) -> str:
     template = next(word.partition("=")[2] for word in rest if word.startswith("--fixed="))
     if not os.path.exists(template):
         raise InputError(f"{template}: no such file")
+    about = _description(source, space)
     folder = io.output_folder(target)
     io.output_folder(folder / "pairs")
     table = folder / "pairs" / "scans.csv"
     io.replaced(table, lambda path: _write_table(path, scans))
-    _write_json(folder / "dataset_description.json", _description(source, space))
+    _write_json(folder / "dataset_description.json", about)
     io.replaced(folder / ".bidsignore", lambda path: path.write_text("pairs/\n**/figures/\n"))
     try:
         register(["--pairs", str(table), "--output_dir", str(folder / "pairs"), *rest])
     finally:
         done = sum(_name(scan, source, folder, space) for scan in scans)
-    return f"wrote {folder.absolute()}: {done} of {len(scans)} scans in the space {space}; look at pairs/index.html"
+    pages = ("pairs/index.html", f"pairs/{scans[0].stem}/report.html")
+    look = "".join([f"; look at {page}" for page in pages if (folder / page).is_file()][:1])
+    return f"wrote {folder.absolute()}: {done} of {len(scans)} scans in the space {space}{look}"
 
 
 def t1w_scans(source: Path, people: list[str]) -> list[Scan]:
@@ -139,8 +142,12 @@ def _write_table(path: Path, scans: list[Scan]) -> None:
 
 def _description(source: Path, space: str) -> dict:
     """What every derivative says of itself."""
-    about = source / "dataset_description.json"
-    name = json.loads(about.read_text(encoding="utf-8")).get("Name", "") if about.is_file() else ""
+    about, name = source / "dataset_description.json", ""
+    if about.is_file():
+        try:
+            name = json.loads(about.read_text(encoding="utf-8")).get("Name", "")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{about}: is not a JSON object ({error})") from error
     return {
         "Name": f"{name or source.absolute().name}, registered to {space}",
         "BIDSVersion": BIDS_VERSION,

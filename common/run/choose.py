@@ -18,6 +18,7 @@ CROP = 64.0  # mm: the longest side of a scan cut out around a hippocampus
 ALIKE = 0.3  # correlation of bright tissue: 0.39 to 0.81 of pairs of one contrast, at most 0.21 of two
 GROWTH = 4.0  # of volume, by the alignment, beyond that of the foregrounds
 SMALL = 100.0  # mm: a field of view for which 2 mm voxels are too coarse
+WIDE = 270.0  # mm: one of a trunk, in CT, for which they are too fine: what is found is wrong, and dear
 MIND = {"features": "mind"}
 
 
@@ -56,8 +57,10 @@ def _by_content(pair: Facts) -> Choice:
     steps = {"refine_steps": 50}
     small = {"spacing": 1.0} if max(pair.side_mm) < SMALL else {}
     if all(pair.ct):
-        options = MIND | small | steps | {"intensity_range": [-1000, 1000]}
-        return Choice("samconvex", options, "two CT scans: no weights here know CT; MIND on a fixed range of values")
+        reason = "two CT scans: no weights here know CT; MIND on a fixed range of values"
+        if pair.side_mm[1] > WIDE:
+            small, reason = {"spacing": 3.0}, f"{reason}, and voxels of 3 mm for a field of {pair.side_mm[1]:.0f} mm"
+        return Choice("samconvex", MIND | small | steps | {"intensity_range": [-1000, 1000]}, reason)
     if any(pair.ct) or pair.alike < ALIKE:
         kinds = "a CT and another scan" if any(pair.ct) else f"two contrasts: bright tissue correlates {pair.alike:.2f}"
         options = MIND | small | steps | {"refine_similarity": "mind"}

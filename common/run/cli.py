@@ -72,8 +72,11 @@ def refuse_unknown(option: str, name: str, known: Iterable[str], elsewhere: str 
     if name not in known:
         if elsewhere:
             raise InputError(f"--{option}: there is no such option here, it belongs to {elsewhere}")
-        near = difflib.get_close_matches(name, known, n=1)
-        raise InputError(f"--{option}: there is no such option" + (f", did you mean --{near[0]}?" if near else ""))
+        kind = name.removesuffix("_mask") or name
+        sides = [f"{role}_{kind}" for role in ("fixed", "moving")]  # of which it says no side
+        near = sides if known.issuperset(sides) else difflib.get_close_matches(name, known, n=1)
+        meant = " or ".join(f"--{word}" for word in near)
+        raise InputError(f"--{option}: there is no such option" + (f", did you mean {meant}?" if near else ""))
 
 
 def bundle_folder(name: str | os.PathLike) -> Path:

@@ -224,7 +224,10 @@ class PairTable:
         lines.append(
             f"  displacement: mean {_mean(rows, 'disp_mean_mm'):.1f} mm; {_mean(rows, 'seconds'):.1f} s a pair"
         )
-        return "\n".join(lines)
+        pages = [f"{name}/report.{kind}" for name in folders[:1] for kind in ("html", "png")]
+        pages = ["index.html"] * (len(rows) > 1) + pages
+        page = next((page for page in pages if (self.folder / page).is_file()), "")
+        return "\n".join([*lines, f"  look at {page}"] if page else lines)
 
     def _verdicts(self, rows: list[dict]) -> list[str]:
         """The verdict of a pair with its reasons, or how many got which, and the most suspicious of them."""

@@ -26,6 +26,7 @@ PLACES = ("moving", "fixed", "output_dir")
 OWN = ("method", "config")  # options of the door itself
 NOT_OF_SERIES = ("moving", "moving_label", "moving_points", "moving_mask", "moving_lesion", "fixed", "pairs")
 NOT_OF_SERIES += ("dataset_dir", "start", "midspace", "save", "guide", "holdout_points", "series")
+NEEDS = "register needs MOVING FIXED OUT: the moving scan, the fixed one, a folder for results; monai-register --help"
 RUN = "python -m common run --config_file CONFIG --bundle_root BUNDLE [--OPTION VALUE ...]"
 
 
@@ -43,7 +44,7 @@ def register(words: list[str]) -> str:
     method, config = (options.pop(name, "") or "" for name in OWN)
     given = _values(options)
     if not given.get("output_dir"):
-        raise InputError("register needs MOVING FIXED OUT; monai-register --help")
+        raise InputError(NEEDS)
     bundle, config, asked, told = _way(method, config, given, given)
 
     from common.run.registrar import Registrar
@@ -63,7 +64,7 @@ def series(words: list[str]) -> str:
     """
     if asks_help(words):
         return help_of_series()
-    from common.run.series import DEFAULTS, checked_reference, phases_of, run_series
+    from common.run.series import DEFAULTS, phases_of, run_series
 
     options, places = split(words, {*FOR_INFERENCE, *OWN, *OF_SERIES})
     for name in options:
@@ -77,9 +78,9 @@ def series(words: list[str]) -> str:
     if word != "mean" and not re.fullmatch(r"\d{1,9}", word):
         raise InputError(f"--reference must be the number of a phase, from 0, or mean, got {word}")
     folder = Path(os.path.abspath(places[1]))
-    files = phases_of(places[0], folder / "phases")
-    reference = word if word == "mean" else checked_reference(int(word), len(files))
+    reference = word if word == "mean" else int(word)
     first = 0 if reference == "mean" else reference
+    files = phases_of(places[0], folder / "phases", reference=first)
     pair = {"moving": files[first - 1], "fixed": files[first]}
     bundle, config, asked, told = _way(method, config, given, given | pair)
 
@@ -221,7 +222,7 @@ def _chosen(given: dict[str, Any]) -> Any:
     columns = ("moving", "fixed", "moving_label", "fixed_label", "moving_points", "fixed_points", "moving_mask")
     columns += ("fixed_mask", "pairs", "dataset_dir", "output_dir")
     if not {"moving", "fixed", "pairs", "dataset_dir"} & set(given):
-        raise InputError("register needs MOVING FIXED OUT; monai-register --help")
+        raise InputError(NEEDS)
     row = list_pairs(**{name: given[name] for name in columns if name in given})[0]
     labels = tuple(row[name] for name in ("moving_label", "fixed_label") if name in row)
     how = {"header": given.get("header") or "", "series": given.get("series") or ""}

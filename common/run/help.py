@@ -57,8 +57,11 @@ def help_of_bundle(bundle: str, *, training: bool = False) -> str:
 def help_of_register() -> str:
     """What the front door takes; the defaults are those of samconvex."""
     lines = ["monai-register MOVING FIXED OUT [--method METHOD] [--OPTION VALUE ...]", ""]
-    lines += ["Registers two scans; `python -m common register` is the same. --pairs TABLE OUT registers many,"]
-    lines += ["`monai-register bids --help` says how those of a BIDS data set are.", ""]
+    lines += ["Registers two scans; `python -m common register` is the same. `monai-register bids --help` says how"]
+    lines += ["those of a BIDS data set are registered.", ""]
+    lines += ["  monai-register moving.nii.gz fixed.nii.gz out", "  monai-register --pairs pairs.csv out", ""]
+    lines += ["out/moving_to_fixed/ gets the warped scan, the transform, and report.html with a verdict. Most used:"]
+    lines += ["--moving_label and --fixed_label, --method, --refine_steps, --prealign. All options:", ""]
     own = {
         "method": "auto looks at the scans and chooses; or the name or folder of a bundle: sacb_net, samconvex, "
         "dual_flownet, residual_aligner; default auto",

@@ -141,7 +141,7 @@ class Registrar:
             beside = {name: value for name, value in options.items() if name in IN_MEMORY and value is not None}
             scans = {"moving": moving, "fixed": fixed} | beside
             files = {name: as_file(name, scan, Path(place)) for name, scan in scans.items()}
-            if output_dir is not None and not isinstance(output_dir, (str, os.PathLike)):
+            if not (output_dir is None or isinstance(output_dir, (str, os.PathLike)) and os.fspath(output_dir).strip()):
                 raise InputError(f"--output_dir must be a path, got {output_dir!r}")
             where = os.path.abspath(output_dir or Path(place) / "out")
             asked = options | files | {"output_dir": where} | ({} if output_dir else {"save": False})

@@ -23,11 +23,11 @@ DEFAULTS = {"prealign": "none", "report": "none", "refine_steps": 20}
 SHARED = ("fixed_label", "fixed_points", "fixed_mask", "fixed_lesion")  # of the reference, for every phase
 
 
-def phases_of(series: str, folder: Path) -> list[str]:
+def phases_of(series: str, folder: Path, *, reference: int = 0) -> list[str]:
     """The files of a series' phases, in order: of a folder, its scans; of a 4-D file, what is written to `folder`.
 
     Raises:
-        InputError: no such thing, no time in it, one phase, phases whose grids differ.
+        InputError: no such thing, no time in it, one phase, no phase `reference`; then nothing is written.
     """
     if not os.path.exists(series):
         raise InputError(f"{series}: no such file")
@@ -37,10 +37,12 @@ def phases_of(series: str, folder: Path) -> list[str]:
     elif (film := carry.read_film(series)) is None:
         raise InputError(f"{series}: has no time; a series is a 4-D NIfTI file, or a folder of phases, a file each")
     else:
+        checked_reference(reference, len(film[0]))
         files = _written(series, *film[:2], folder)
     if len(files) < 2:
         count = "one phase" if files else "no phases"
         raise InputError(f"{series}: holds {count}, a series has two or more")
+    checked_reference(reference, len(files))
     return [str(file) for file in files]
 
 
@@ -115,7 +117,8 @@ def table_of(files: list[str], folder: Path, reference: int | str, *, cyclic: bo
         first = int(np.argmin(apart))
         steps = [(first, None)] + [(p, first if n is None else n) for p, n in order(len(files), first, cyclic=cyclic)]
     else:
-        fixed = Path(files[checked_reference(reference, len(files))])
+        checked_reference(reference, len(files))
+        fixed = Path(files[reference])
         steps = order(len(files), reference, cyclic=cyclic)
     starts = {n: str(folder / phase_name(n) / "transform.h5") for n in range(len(files))}
     common = {"fixed": str(fixed)} | {name: os.path.abspath(path) for name, path in beside.items()}
@@ -127,10 +130,9 @@ def table_of(files: list[str], folder: Path, reference: int | str, *, cyclic: bo
     return folder / "phases.csv"
 
 
-def checked_reference(number: int, count: int) -> int:
+def checked_reference(number: int, count: int) -> None:
     if not 0 <= number < count:
         raise InputError(f"--reference {number}: the {count} phases are 0 to {count - 1}")
-    return number
 
 
 def phase_name(number: int) -> str:

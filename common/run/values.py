@@ -88,7 +88,8 @@ def _as_data(word: str) -> Any:
 
 
 def _path(name: str, option: Option, value: Any) -> Any:
-    parts = value if isinstance(value, (list, tuple)) else [value]
+    several = name in ("moving", "fixed") and isinstance(value, (list, tuple))  # of several contrasts
+    parts = value if several else [value]
     if not parts or not all(isinstance(part, (str, os.PathLike)) and os.fspath(part) for part in parts):
         raise _refuse(name, option, value)
     if any("\0" in os.fspath(part) for part in parts):

@@ -316,6 +316,6 @@ def _decoded(path: Path, file: Path) -> tuple[np.ndarray, Any]:
     except Exception as error:  # ITK raises several kinds
         syntax = pydicom.dcmread(file, stop_before_pixels=True, force=True).file_meta.get("TransferSyntaxUID")
         how = f"stored as {syntax.name}" if syntax else "of an unknown transfer syntax"
-        cure = "decompress it first, by dcmdjpeg or gdcmconv --raw"
+        cure = "decompress it first, by gdcmconv --raw, or by pydicom's Dataset.decompress() what that does not know"
         raise InputError(f"{path}: the pixels of {file.name}, {how}, cannot be decoded; {cure}") from error
     return itk.array_from_image(reader.GetOutput()), source

@@ -100,7 +100,8 @@ def output_folder(path: str | os.PathLike) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(f"{path}: results cannot be written there ({error.strerror})") from error
+        why = "it is a file, no folder" if path.is_file() else error.strerror
+        raise InputError(f"{path}: results cannot be written there ({why})") from error
     return path
 
 

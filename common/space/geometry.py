@@ -8,6 +8,7 @@ from common.space.headers import EXACT, skew, squared
 from common.space.io import background, is_stripped
 from common.space.mapping import affine_transform, resample
 
+HALF = 0.5 + 1e-4  # of a brain's edge: clear of what lies halfway between two voxels, which rounding would decide
 FEW, USUAL, MANY = 24, 80, 500  # voxels along the longest side of an organ; 80: a head's brain at 2 mm
 
 
@@ -192,5 +193,5 @@ def to_working_grid(
         channel = channel.astype(np.float32, copy=False)  # of labels too: networks take no other
         both = np.stack([channel, *both]) if both else channel
         values = resample(both, affine_ras, size, onto_ras, transform, nearest=nearest, outside=beyond)
-        channels.append(values[0] * (values[1] > 0.5) if values.ndim == 4 else values)
+        channels.append(values[0] * (values[1] > HALF) if values.ndim == 4 else values)
     return np.stack(channels)

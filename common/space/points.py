@@ -142,6 +142,23 @@ def _read_json(text: str) -> tuple[list, list[str], bool, list[bool]]:
     return values, names, False, placed
 
 
+def _compare_names(moving: str | os.PathLike, one: list[str], fixed: str | os.PathLike, other: list[str]) -> None:
+    """Names pair nothing, but the same ones in another order say that the points do not pair as they stand.
+
+    Raises:
+        InputError: each name is there once in both, in another order.
+    """
+    apart = [number for number, (a, b) in enumerate(zip(one, other)) if a != b]
+    if not apart or not set(one) & set(other):  # F-1, F-2 and M-1, M-2 are no contradiction
+        return
+    first = apart[0]
+    text = f"point {first + 1} is {one[first]!r} there and {other[first]!r} in {fixed}"
+    if len(set(one)) == len(one) and sorted(one) == sorted(other):
+        raise InputError(f"{moving}: {text}; the names have another order, and the n-th points belong together")
+    text = f"{moving}: {text}; the n-th points were taken to belong together"
+    warnings.warn(text, RegistrationWarning, stacklevel=3)
+
+
 def write_points(points: Points, path: str | os.PathLike) -> None:
     """Write landmarks in LPS mm: .csv with columns name, x, y, z; .mrk.json or .fcsv for 3-D Slicer.
 
@@ -187,14 +204,15 @@ def read_matching(
     moving: str | os.PathLike, moving_affine: np.ndarray, fixed: str | os.PathLike, fixed_affine: np.ndarray
 ) -> tuple[Points, Points]:
     """Landmarks of both scans, the n-th of one belonging to the n-th of the other; pairs of which one was never placed
-    in 3-D Slicer are left out, with a `RegistrationWarning` that counts them.
+    in 3-D Slicer are left out, with a `RegistrationWarning` that counts them; another one tells of names that differ.
 
     Raises:
-        InputError: what `read_points` refuses, and different numbers.
+        InputError: what `read_points` refuses, different numbers, and the same names in another order.
     """
     (one, one_placed), (other, other_placed) = _read(moving, moving_affine), _read(fixed, fixed_affine)
     if len(one.lps) != len(other.lps):
         raise InputError(f"{moving}: has {len(one.lps)} points, {fixed} has {len(other.lps)}")
+    _compare_names(moving, one.names, fixed, other.names)
     both = one_placed & other_placed
     if not both.all() and both.any():
         paths = [str(path) for path, placed in ((moving, one_placed), (fixed, other_placed)) if not placed.all()]

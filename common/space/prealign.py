@@ -1,4 +1,4 @@
-"""Affine pre-alignment of a pair of scans: mutual information, coarse to fine, in numpy alone.
+"""Affine pre-alignment of a pair of scans: mutual information, coarse to fine, in numpy.
 
 Everything is in RAS millimetres; a matrix (4, 4) maps a point of the fixed scan to its place in the moving scan.
 """
@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Callable
 
 import numpy as np
+
+from common.space.copies import SLACK, Scan, mask_of, on_lattice, translation
 
 LEVELS = (12, 18, 24)  # voxels along the side of the foreground: 9, 6 and 4.5 mm for a brain
 BINS = 32
@@ -31,7 +33,8 @@ def prealign(
 
     M = argmax_M I(fixed(x), moving(M x)),   I = sum_ab p(a, b) log(p(a, b) / (p(a) p(b)))
 
-    The same input gives the same bits. No overlap of the two scans in world space is needed.
+    The same input gives the same bits; stored in another order of axes, the same but for the rounding of its affine. No
+    overlap of the two scans in world space is needed.
 
     Args:
         fixed, moving: (I, J, K) scans, of any size, spacing, orientation and contrast.
@@ -56,18 +59,22 @@ def prealign(
         return np.eye(4) if start is None else np.asarray(start, np.float64)
     _check("fixed", fixed, fixed_affine_ras)
     _check("moving", moving, moving_affine_ras)
-    fixed_scan, moving_scan = _Scan(fixed, fixed_affine_ras), _Scan(moving, moving_affine_ras)
-    tried = _starts(fixed_scan, moving_scan, scaled=mode == "affine") if start is None else [np.asarray(start)]
+    fixed_scan, moving_scan = Scan(fixed, fixed_affine_ras), Scan(moving, moving_affine_ras)
+    onto, back = translation(-moving_scan.shift), translation(fixed_scan.shift)
+    if start is None:
+        tried = _starts(fixed_scan, moving_scan, scaled=mode == "affine")
+    else:
+        tried = [onto @ np.asarray(start, np.float64) @ back]
     for level, side in enumerate(LEVELS):
         mm = min(fixed_scan.side, moving_scan.side) / side
         copies = fixed_scan.copy(mm, MARGIN["fixed"]), moving_scan.copy(mm, MARGIN["moving"])
-        masks = ((fixed_mask, fixed_affine_ras), (moving_mask, moving_affine_ras))
-        metric = _Information(*copies, *(_mask_of(copy, *mask) for copy, mask in zip(copies, masks)))
+        masks = ((fixed_mask, np.linalg.inv(back) @ fixed_affine_ras), (moving_mask, onto @ moving_affine_ras))
+        metric = _Information(*copies, *(mask_of(copy, *mask) for copy, mask in zip(copies, masks)))
         motion = "rigid" if mode == "rigid" else "similarity" if level == 0 else "affine"
         ranked = metric.rank(tried)
         ends = [_descend(metric, motion, matrix, fixed_scan, mm) for matrix in ranked[: 3 if level == 0 else 1]]
         tried = ranked[:1] + ends  # what a level was given stays in the race: it may win at the next, finer one
-    return metric.rank(tried)[0]
+    return np.linalg.inv(onto) @ metric.rank(tried)[0] @ np.linalg.inv(back)
 
 
 def fit_points(fixed: np.ndarray, moving: np.ndarray, *, scaled: bool = False) -> np.ndarray | None:
@@ -109,74 +116,6 @@ def _check(name: str, array: np.ndarray, affine_ras: np.ndarray) -> None:
         raise ValueError(f"prealign() {name!r} must not be constant, got {low} everywhere")
     if np.shape(affine_ras) != (4, 4) or abs(np.linalg.det(np.asarray(affine_ras)[:3, :3])) < 1e-12:
         raise ValueError(f"prealign() '{name}_affine_ras' must be an invertible (4, 4), got {affine_ras}")
-
-
-class _Scan:
-    """A scan with the centre, reach and side of its foreground (Otsu), and small copies of it."""
-
-    def __init__(self, array: np.ndarray, affine_ras: np.ndarray) -> None:
-        self.array, self.affine = np.asarray(array, np.float32), np.asarray(affine_ras, np.float64)
-        box = abs(np.prod(array.shape) * np.linalg.det(self.affine[:3, :3])) ** (1 / 3)
-        small, affine = self._pooled(box / 60)
-        self.threshold = _otsu(small)
-        inside = small > self.threshold
-        self.low, self.high = float(small.min()), float(np.percentile(small[inside], 99))
-        # `high`: a few bright voxels must not use up the bins. `background`: the darkest voxel may be noise.
-        self.background = float(np.median(small[~inside]))
-        points = np.argwhere(inside) @ affine[:3, :3].T + affine[:3, 3]
-        weight = np.minimum(small[inside], self.high).astype(np.float64) - self.background
-        self.centre = weight @ points / weight.sum()
-        self.side = max(abs(inside.sum() * np.linalg.det(affine[:3, :3])) ** (1 / 3), 0.35 * box)
-        self.reach = max(float(np.sqrt(np.square(points - self.centre).sum(1).mean())), 0.2 * self.side)
-        self.middle = (self.affine @ np.append((np.array(array.shape) - 1) / 2, 1))[:3]
-
-    def _pooled(self, mm: float) -> tuple[np.ndarray, np.ndarray]:
-        """Means over blocks of about `mm` a side, and their affine."""
-        array, sizes = self.array, np.array(self.array.shape)
-        factors = np.round(mm / np.linalg.norm(self.affine[:3, :3], axis=0)).astype(int)
-        factors = np.clip(factors, 1, np.maximum(sizes // 4, 1))
-        first = sizes % factors // 2
-        array = array[tuple(slice(a, a + n // f * f) for a, n, f in zip(first, sizes, factors))]
-        for axis, factor in enumerate(factors):
-            blocks = array.shape[:axis] + (-1, factor) + array.shape[axis + 1 :]
-            array = array.reshape(blocks).mean(axis + 1) if factor > 1 else array
-        step = np.diag([*factors, 1.0])
-        step[:3, 3] = first + (factors - 1) / 2
-        return array, self.affine @ step
-
-    def copy(self, mm: float, margin: float) -> tuple[np.ndarray, np.ndarray]:
-        """Copy of about `mm` spacing. Where a face holds background, more background lies beyond it and is added."""
-        array, affine = self._pooled(mm)
-        widths = np.rint(margin * self.side / np.linalg.norm(affine[:3, :3], axis=0)).astype(int)
-        outside = [[np.mean(array.take(end, axis) > self.threshold) < 0.1 for end in (0, -1)] for axis in range(3)]
-        pads = np.array(outside) * widths[:, None]
-        step = np.eye(4)
-        step[:3, 3] = -pads[:, 0]
-        return np.pad(np.clip(array, self.low, self.high), pads, constant_values=self.background), affine @ step
-
-
-def _otsu(array: np.ndarray) -> float:
-    """Threshold with the largest variance between the classes; the outer percent at either end is set aside."""
-    low, high = np.percentile(array, (1, 99))
-    if low == high:
-        low, high = array.min(), array.max()
-    counts, edges = np.histogram(np.clip(array, low, high), 256, (low, high))
-    values = (edges[1:] + edges[:-1]) / 2
-    below, total = counts.cumsum()[:-1], counts.sum()
-    sums = (counts * values).cumsum()
-    between = (sums[-1] * below / total - sums[:-1]) ** 2 / np.maximum(below * (total - below), 1)
-    return float(edges[1 + between.argmax()])
-
-
-def _mask_of(copy: tuple[np.ndarray, np.ndarray], mask: np.ndarray | None, affine: np.ndarray) -> np.ndarray | None:
-    """A mask on the grid of a copy, by nearest neighbour; what lies beyond the mask is as its border."""
-    if mask is None:
-        return None
-    array, onto = copy
-    inner = np.linalg.inv(affine) @ onto
-    voxels = np.indices(array.shape).reshape(3, -1).T @ inner[:3, :3].T + inner[:3, 3]
-    i, j, k = np.clip(np.rint(voxels).astype(np.int64), 0, np.array(mask.shape) - 1).T
-    return (mask[i, j, k] > 0).reshape(array.shape)
 
 
 class _Information:
@@ -227,10 +166,9 @@ class _Information:
         voxels = np.ascontiguousarray((self.points @ (self.to_voxel @ matrix)[:3].T).T, np.float32)
         inside = np.ones(len(self.points), bool)
         for v, n in zip(voxels, self.moving.shape):
-            inside &= (v >= 0) & (v <= n - 1)
+            inside &= (v >= -SLACK) & (v <= n - 1 + SLACK)
         if self.mask is not None:
-            i, j, k = np.rint(voxels[:, inside]).astype(np.int64)
-            inside[inside] = self.mask[i, j, k]
+            inside[inside] = self.mask[tuple(np.rint(voxels[:, inside] + SLACK).astype(np.int64))]
         return voxels, inside
 
     def __call__(self, matrix: np.ndarray, *, slope: bool = True) -> tuple[float, np.ndarray]:
@@ -278,7 +216,7 @@ def _unit(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 def _sample(array: np.ndarray, voxels: np.ndarray, slope: bool) -> tuple[np.ndarray, np.ndarray | None]:
     """Trilinear values (N) at voxels (3, N) inside the grid, and their slopes (3, N) along the axes if wanted."""
-    first = [np.minimum(v.astype(np.int64), n - 2) for v, n in zip(voxels, array.shape)]
+    first = [np.minimum((v + SLACK).astype(np.int64), n - 2) for v, n in zip(voxels, array.shape)]
     i, j, k = (v - low for v, low in zip(voxels, first))
     strides = (array.shape[1] * array.shape[2], array.shape[2], 1)
     base, flat = sum(low * stride for low, stride in zip(first, strides)), array.ravel()
@@ -293,17 +231,17 @@ def _sample(array: np.ndarray, voxels: np.ndarray, slope: bool) -> tuple[np.ndar
     return mix[0], np.stack([faces[1] - faces[0], mix[1], mix[2]])
 
 
-def _starts(fixed: _Scan, moving: _Scan, scaled: bool) -> list[np.ndarray]:
+def _starts(fixed: Scan, moving: Scan, scaled: bool) -> list[np.ndarray]:
     """Where to begin: the headers as they are, centres of mass and of the boxes, turned and scaled."""
     scale = float(np.clip(moving.side / fixed.side, 0.5, 2.0))
-    starts = [np.eye(4)]
+    starts = [translation(on_lattice(fixed.shift - moving.shift, fixed.step / 256))]
     for size, degrees in itertools.product((1.0, scale) if scaled else (1.0,), itertools.product(DEGREES, repeat=3)):
         for centre, target in ((fixed.centre, moving.centre), (fixed.middle, moving.middle)):
             starts.append(_about(centre, size * _rotation(np.radians(degrees)), target - centre))
     return starts
 
 
-def _descend(metric: Callable, motion: str, start: np.ndarray, fixed: _Scan, mm: float) -> np.ndarray:
+def _descend(metric: Callable, motion: str, start: np.ndarray, fixed: Scan, mm: float) -> np.ndarray:
     """BFGS from `start`; parameters are in mm of mean shift, a step is at most 2 `mm` long, the value never rises."""
     size = {"rigid": 6, "similarity": 7, "affine": 12}[motion]
 
@@ -341,7 +279,7 @@ def _descend(metric: Callable, motion: str, start: np.ndarray, fixed: _Scan, mm:
     return at(params)
 
 
-def _moved(motion: str, params: np.ndarray, fixed: _Scan) -> np.ndarray:
+def _moved(motion: str, params: np.ndarray, fixed: Scan) -> np.ndarray:
     """Matrix of parameters in mm, about the centre of the fixed foreground; the identity at 0."""
     if motion == "affine":
         return _about(fixed.centre, np.eye(3) + params[:9].reshape(3, 3) / fixed.reach, params[9:])

@@ -1,6 +1,6 @@
 """What `--method auto` chooses for six kinds of pairs, and what the other choices would have given.
 
-`python tests/bench/bench_auto.py DATA` with the development data; scans of a head with its skull in HEAD_FOLDER
+`python tests/bench/bench_auto.py DATA`, DATA being the folder with dev; scans of a head with its skull in HEAD_FOLDER
 (ch2.nii.gz and aal.nii.gz of Debian's mricron-data, CC BY) are taken as --head HEAD_FOLDER. Dice of labels; for T1 to
 FLAIR, where the fixed person has none, of those that T1 to T1 of the same two people gives; for the head, of itself
 bent by a known smooth field and made darker. The first row of a kind is what is chosen. The chest takes minutes a row.
@@ -10,6 +10,8 @@ bent by a known smooth field and made darker. The first row of a kind is what is
 import json
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import fire
@@ -36,15 +38,15 @@ def choices(kind: str) -> list[tuple[str, str, dict]]:
         return [(b, HIPPOCAMPUS, STEPS) for b in ("sacb_net", "dual_flownet", "residual_aligner")] + both[1:2]
     if kind == "brain T1":
         return [*BRAINS, ("dual_flownet", "", {"passes": 2}), both[1]]
-    return [*both, ("samconvex", "", STEPS | more)]
+    found = [*both, ("samconvex", "", STEPS | more)]
+    if kind == "chest CT":  # all of them on 3 mm voxels, and the best two on those of 2 mm
+        return [(b, c, o | {"spacing": 3.0}) for b, c, o in found] + [both[1], found[-1]]
+    return found
 
 
-def pairs(data: Path, head: Path | None, place: Path) -> dict[str, dict]:
-    """Kind -> scans and label maps."""
-    from common.run.registrar import Registrar
-    from common.space import io
-
-    dev = data / "data" / "dev"
+def pairs(data: Path, head: Path | None, place: Path) -> dict[str, dict | Callable[[], dict]]:
+    """Kind -> scans and label maps, or what makes them."""
+    dev = data / "dev"
     t1, ms = dev / "brain_t1", dev / "brain_ms"
 
     def of(folder: Path, moving: str, fixed: str) -> dict:
@@ -59,11 +61,19 @@ def pairs(data: Path, head: Path | None, place: Path) -> dict[str, dict]:
     spine |= {"fixed_label": dev / "spine_t1_t2/t1w_seg-manual.nii.gz"}
     found = {"brain T1": brain, "hippocampus": hippocampus, "spine": spine}
     found["chest CT"] = of(dev / "chest_ct", "chest_01.nii.gz", "chest_02.nii.gz")
+    found["T1 and FLAIR"] = partial(flair, brain, ms, place)
+    return found | ({"head with skull": partial(bent, head, place)} if head else {})
+
+
+def flair(brain: dict, ms: Path, place: Path) -> dict:
+    """A T1 and another person's FLAIR, which gets the labels that the T1 of that person got."""
+    from common.run.registrar import Registrar
+    from common.space import io
+
     seen = {"moving": brain["moving"], "fixed": ms / "patient07_T1.nii.gz", "moving_label": brain["moving_label"]}
     truth = Registrar("samconvex", device="cpu", **STEPS).register(**seen)
     io.write_label(truth.warped_label, truth.affine, place / "flair_label.nii.gz")
-    found["T1 and FLAIR"] = seen | {"fixed": ms / "patient07_FLAIR.nii.gz", "fixed_label": place / "flair_label.nii.gz"}
-    return found | ({"head with skull": bent(head, place)} if head else {})
+    return seen | {"fixed": ms / "patient07_FLAIR.nii.gz", "fixed_label": place / "flair_label.nii.gz"}
 
 
 def bent(head: Path, place: Path) -> dict:
@@ -97,6 +107,7 @@ def measure(data: str, head: str = "", kinds: str = "") -> None:
         for kind, files in pairs(Path(data), Path(head) if head else None, Path(place)).items():
             if kinds and kind not in kinds.split(";"):
                 continue
+            files = files() if callable(files) else files
             labels = files["moving_label"], files["fixed_label"]
             facts = facts_of(str(files["moving"]), str(files["fixed"]), labels)
             chosen = choose(facts)

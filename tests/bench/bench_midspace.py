@@ -3,7 +3,7 @@
     python tests/bench/bench_midspace.py measure DATA [--what visits] [--count 3] [--output FILE.json]
     python tests/bench/bench_midspace.py table
 
-"visits" are the pairs of one person in DATA/dev/brain_t1, 1 mm scans on a grid of 2 mm, after a rigid alignment;
+"visits" are the people with two scans in DATA/dev/brain_t1, 1 mm scans on a grid of 2 mm, after a rigid alignment;
 "hippocampus" the first validation pairs of two people in DATA/dev/hippocampus_mr, on a grid of 1 mm, after an affine
 one. samconvex with MIND and 20 steps. "apart": |T_ba(T_ab(x)) - x| in mm of the files of both directions, where the
 fixed scan shows something. "Dice": mean over the labels of both scans, of either direction. "folding": in % of the
@@ -21,7 +21,7 @@ from machine import ROOT, hardware
 
 sys.path.insert(0, str(ROOT))
 RESULT = Path(__file__).parent / "results" / "midspace.json"
-SETS = {"visits": ("brain_t1", "same person, second scan"), "hippocampus": ("hippocampus_mr", "inter-subject")}
+SETS = {"visits": "brain_t1", "hippocampus": "hippocampus_mr"}
 OWN = {"visits": {"prealign": "rigid"}, "hippocampus": {"prealign": "affine", "spacing": 1.0}}
 OPTIONS = {"features": "mind", "refine_steps": 20, "report": "none", "surface": False}
 
@@ -35,10 +35,16 @@ def measure(data, what="hippocampus", count=3, output=str(RESULT)):
     from common.space.transform_files import read_transform
 
     torch.set_num_threads(1)
-    folder, options = Path(data) / "dev" / SETS[what][0], OPTIONS | OWN[what]
+    folder, options = Path(data) / "dev" / SETS[what], OPTIONS | OWN[what]
     content = json.loads((folder / "dataset.json").read_text())
     cases = {case["id"]: case for part in ("training", "validation") for case in content.get(part, [])}
-    pairs = [p for p in content["registration_pairs"] if p.get("kind", "inter-subject") == SETS[what][1]][:count]
+    if what == "visits":
+        people = {}
+        for name, case in cases.items():
+            people.setdefault(case["subject"], []).append(name)
+        pairs = [dict(zip(("fixed", "moving"), both)) for both in people.values() if len(both) == 2][:count]
+    else:
+        pairs = [p for p in content["registration_pairs"] if p.get("kind", "inter-subject") == "inter-subject"][:count]
     registrar, rows = Registrar("samconvex", device="cpu", **options), {}
     for visits in ((pair["moving"], pair["fixed"]) for pair in pairs):
         scans, labels = ([str(folder / cases[v][kind]) for v in visits] for kind in ("image", "label"))

@@ -3,6 +3,7 @@
     python tests/bench/bench_pages.py readers DATA OUT          # a good registration and three bad ones, of real scans
     python tests/bench/bench_pages.py shots OUT                 # their first screens, in an order that is not told
     python tests/bench/bench_pages.py cohort OUT --count 1000   # -> results/pages.json, with the page of 138 labels
+    python tests/bench/bench_pages.py cost OUT                  # -> there too: CPU seconds of what a page needs
 
 DATA is the folder with dev and dev_small. `readers` registers with the bundles, as a user would: "good" (two people's
 T1, samconvex with 50 steps), "folded" (the same with a rough random field added: what a refinement without a price on
@@ -26,6 +27,7 @@ from machine import ROOT, hardware
 sys.path.insert(0, str(ROOT))
 
 RESULTS = Path(__file__).parent / "results" / "pages.json"
+VISITS = 5  # of the page of a cohort; the middle is kept
 SIZES = {"": (1280, 800), "_phone": (390, 844)}
 
 
@@ -167,15 +169,65 @@ def cohort(out, count=1000, results=str(RESULTS)):
     page, _ = review_folder(place)
     found = {"pairs": count, "made_cpu_s": time.process_time() - begin, "bytes": page.stat().st_size}
     driver = browser(SIZES[""])
-    found["load_ms"] = opened(driver, page)
+    times = [_visit(driver, page) for _ in range(VISITS)]
+    found |= {name: float(np.median([time[name] for time in times])) for name in times[0]}
+    driver.quit()
+    pages = {folder.parent.name: _page(folder) for folder in [*made, Path(out) / "labelled" / "report"]}
+    _keep(results, {"hardware": hardware(), "cohort": found, "pairs": pages})
+
+
+def cost(out, results=str(RESULTS)):
+    """CPU seconds of measuring and drawing the pair "good" of `readers`, the middle of five; its stages."""
+    import torch
+
+    from common.mind import mind_features
+    from common.quality import measure, mirror, page, picture, quick, sides
+    from common.quality.metrics import halved
+    from common.quality.views import Views
+
+    torch.set_num_threads(1)
+    folder = next((Path(out) / "good").glob("scan*/report.json")).parent
+    content = json.loads((folder / "report.json").read_text())
+    pair = measure.read_registration(content["moving"], content["fixed"], str(folder / "transform.h5"))
+    features = [mind_features(half[:1][None])[0] for half in pair.work.float().chunk(2)]
+    inside, place = halved(pair.inside), Path(out) / "cost"
+    place.mkdir(exist_ok=True)
+    warped, looked = measure.warp_pair(pair), Views(pair)
+    body = picture.draw_planes(looked)
+    acts = {
+        "measuring": lambda: measure.measure(pair, warped),
+        "of it, both sides": lambda: sides.both_ways(*features, inside),
+        "of it, quick registration": lambda: quick.against_quick(*features, inside, pair.disp),
+        "planes": lambda: picture.draw_planes(Views(pair)),
+        "report.html": lambda: page.write_page(looked, content, body, place / "report.html"),
+        "thumbnail.webp": lambda: page.write_thumbnail(looked, place / "thumbnail.webp"),
+        "report.png": lambda: picture.draw_report(looked, content, place / "report.png", body=body),
+        "both sides beside each other, where in doubt": lambda: mirror.draw_mirrored(looked),
+    }
+    found = {name: round(float(np.median([_seconds(act) for _ in range(5)])), 3) for name, act in acts.items()}
+    _keep(results, {"cost_cpu_s": found | {"stages of the whole": content["run"]["stages_cpu_s"]}})
+
+
+def _seconds(act):
+    begin = time.process_time()
+    act()
+    return time.process_time() - begin
+
+
+def _keep(results, found):
+    path = Path(results)
+    content = (json.loads(path.read_text()) if path.exists() else {}) | found
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def _visit(driver, page):
+    """Milliseconds of loading the page, and of each step."""
+    found = {"load_ms": opened(driver, page)}
     for name, act in STEPS.items():
         found[f"{name}_ms"] = driver.execute_script(TIMED, act)
         driver.execute_script("const s = document.getElementById('search'); s.value = ''")
-    driver.quit()
-    pages = {folder.parent.name: _page(folder) for folder in [*made, Path(out) / "labelled" / "report"]}
-    content = {"hardware": hardware(), "cohort": found, "pairs": pages}
-    Path(results).write_text(json.dumps(content, indent=1) + "\n")
-    print(json.dumps(content, indent=1))
+    return found
 
 
 def _shaken(value, rng):
@@ -188,4 +240,4 @@ def _page(folder):
 
 
 if __name__ == "__main__":
-    fire.Fire({"readers": readers, "shots": shots, "cohort": cohort})
+    fire.Fire({"readers": readers, "shots": shots, "cohort": cohort, "cost": cost})

@@ -43,6 +43,7 @@ EXCLUDED = {
     "pip install": "changes the environment; that its extras exist is tested below",
     "python -m pytest": "is what runs this test",
     "bash .ci/run": "makes an environment of its own and runs all tests in it",
+    "python tests/bench/bench_auto.py": "needs scans of six kinds; its results are committed",
     "python tests/bench/bench_label.py": "needs MONAI Label; its results are committed",
     "python tests/bench/bench_masks.py": "needs two sets of real scans, in folders of their own",
     "python tests/bench/bench_series.py": "registers thirty pairs; its results are committed",

@@ -30,6 +30,24 @@ def test_a_sample_ends_good(good: bad_inputs.Good, tmp_path: Path) -> None:
     assert sum(end.kind == "refused" for end in found.values()) > 0.8 * COUNT
 
 
+FOUND = {  # by a run of all that can be drawn, some 3,000
+    "Registrar fixed: pipe": "refused",
+    "report MOVING: pipe": "refused",
+    "compose --reference: huge sizes": "refused",
+    "Registrar output_dir=''": "refused",
+    "Registrar weights=['a']": "refused",
+    "invert --reference: zeros": "as it is",
+    "invert --reference: far away": "warned",
+    "compose --reference: far away": "warned",
+}
+
+
+def test_what_was_waited_for_silent_or_a_traceback(good: bad_inputs.Good, tmp_path: Path) -> None:
+    cases = [case for family in (bad_inputs.scans, bad_inputs.options) for case in family(good) if case.name in FOUND]
+    ends = {case.name: bad_inputs.outcome(case, tmp_path / str(n), PATIENCE) for n, case in enumerate(cases)}
+    assert {name: end.kind for name, end in ends.items()} == FOUND, ends
+
+
 def test_the_judge_sees_what_is_wrong(tmp_path: Path) -> None:
     """A traceback, silence, several sentences and a file left behind are told apart from a good end."""
 

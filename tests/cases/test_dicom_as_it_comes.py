@@ -2,23 +2,34 @@
 
 import warnings
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
+import itk
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from common import InputError, RegistrationWarning
 from common.run.transforms import LoadScansd
 from common.space import headers, io
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom of the extra [test] is not installed")
+from pydicom.data import get_testdata_file  # noqa: E402
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset  # noqa: E402
+from pydicom.encaps import encapsulate, generate_frames  # noqa: E402
 from pydicom.uid import (  # noqa: E402
     CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
     EnhancedMRImageStorage,
     ExplicitVRLittleEndian,
+    HTJ2KLossless,
     ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
     RLELossless,
     generate_uid,
 )
@@ -238,15 +249,90 @@ def test_rounded_positions_are_no_tilt(stored: np.ndarray, tmp_path: Path) -> No
     assert headers.skew(affine) < 1e-3
 
 
-@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, RLELossless])
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian])
 def test_other_syntaxes(stored: np.ndarray, tmp_path: Path, syntax: str) -> None:
-    def edit(ds: FileDataset, k: int) -> None:
-        if syntax == RLELossless:
-            ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-            ds.compress(RLELossless)
-
-    series(tmp_path / "s", stored, edit=edit, syntax=syntax)
+    series(tmp_path / "s", stored, syntax=syntax)
     check(tmp_path / "s", stored)
+
+
+def compressed(values: np.ndarray, syntax: str, place: Path) -> bytes:
+    """(rows, columns) of 16 bits, as a file of this syntax has them; by GDCM, as the archives that compress."""
+    if syntax == RLELossless:
+        ds = blank()
+        ds.Rows, ds.Columns, ds.PixelData = *values.shape, values.tobytes()
+        ds.compress(RLELossless)
+    else:
+        writer = itk.GDCMImageIO.New()
+        writer.SetCompressor({JPEGLosslessSV1: "JPEG", JPEG2000Lossless: "JPEG2000"}[syntax])
+        itk.imwrite(itk.image_from_array(values[None]), str(place), imageio=writer, compression=True)
+        ds = pydicom.dcmread(place)
+    assert ds.file_meta.TransferSyntaxUID == syntax
+    (frame,) = generate_frames(ds.PixelData, number_of_frames=1)
+    return frame
+
+
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEG2000Lossless, RLELossless])
+@pytest.mark.parametrize("lowest", [0, -900])
+def test_compressed_slices(stored: np.ndarray, tmp_path: Path, syntax: str, lowest: int) -> None:
+    stored = stored + np.int16(lowest)
+
+    def edit(ds: FileDataset, k: int) -> None:
+        ds.PixelData = encapsulate([compressed(np.ascontiguousarray(stored[:, :, k].T), syntax, tmp_path / "one.dcm")])
+        ds["PixelData"].VR, ds.file_meta.TransferSyntaxUID = "OB", syntax
+
+    series(tmp_path / "s", stored, edit=edit)
+    check(tmp_path / "s", stored)
+
+
+def test_slices_in_jpeg_ls(tmp_path: Path) -> None:
+    """Nothing here writes JPEG-LS: a slice that pydicom ships, in every place, with an intercept of its own."""
+    plain, packed = (get_testdata_file(f"MR_small{name}.dcm", read=True) for name in ("", "_jpeg_ls_lossless"))
+    one = plain.pixel_array.T.astype(np.int16)
+
+    def edit(ds: FileDataset, k: int) -> None:
+        ds.PixelData, ds.RescaleIntercept = packed.PixelData, -1024 + 100 * k
+        ds["PixelData"].VR, ds.file_meta.TransferSyntaxUID = "OB", JPEGLSLossless
+
+    series(tmp_path / "s", np.repeat(one[:, :, None], 5, 2), edit=edit)
+    check(tmp_path / "s", one[:, :, None] + 100 * np.arange(5, dtype=np.int16))
+
+
+def test_slices_in_lossy_jpeg(tmp_path: Path) -> None:
+    """8 bits, and not quite what was stored."""
+    smooth = np.add.outer(np.add.outer(np.arange(16), np.arange(24)), np.arange(6)).astype(np.uint8) * 5
+
+    def edit(ds: FileDataset, k: int) -> None:
+        Image.fromarray(smooth[:, :, k].T).save(file := BytesIO(), "jpeg", quality=95)
+        ds.BitsAllocated = ds.BitsStored = 8
+        ds.HighBit, ds.PixelRepresentation = 7, 0
+        ds.PixelData = encapsulate([file.getvalue()])
+        ds["PixelData"].VR, ds.file_meta.TransferSyntaxUID = "OB", JPEGBaseline8Bit
+
+    series(tmp_path / "s", smooth, edit=edit)
+    array, affine = io.read_scan(tmp_path / "s")
+    np.testing.assert_allclose(array[0], smooth.astype(float) - 1024, atol=3)
+    np.testing.assert_allclose(affine, AFFINE, atol=1e-4)
+
+
+@pytest.mark.parametrize("syntax", [HTJ2KLossless, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless])
+def test_compressed_pixels_that_are_spoilt_or_unknown(stored: np.ndarray, tmp_path: Path, syntax: str) -> None:
+    def edit(ds: FileDataset, k: int) -> None:
+        ds.PixelData = encapsulate([b"\xff\xd8\xff" + bytes(range(61))])
+        ds["PixelData"].VR, ds.file_meta.TransferSyntaxUID = "OB", syntax
+
+    series(tmp_path / "s", stored, edit=edit)
+    refused(tmp_path / "s", "decompress it first")
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLosslessSV1, RLELossless])
+def test_compressed_pixels_that_are_cut_off(stored: np.ndarray, tmp_path: Path, syntax: str) -> None:
+    def edit(ds: FileDataset, k: int) -> None:
+        whole = compressed(np.ascontiguousarray(stored[:, :, k].T), syntax, tmp_path / "one.dcm")
+        ds.PixelData = encapsulate([whole if k != 4 else whole[: len(whole) // 2]])
+        ds["PixelData"].VR, ds.file_meta.TransferSyntaxUID = "OB", syntax
+
+    series(tmp_path / "s", stored, edit=edit)
+    refused(tmp_path / "s", "IM0004.dcm")
 
 
 def test_files_without_the_preamble(stored: np.ndarray, tmp_path: Path) -> None:
@@ -272,7 +358,13 @@ def test_pixels_that_cannot_be_decoded(stored: np.ndarray, tmp_path: Path) -> No
 
 
 def enhanced(
-    path: Path, stored: np.ndarray, order: list[int], *, slopes: np.ndarray | None = None, places: bool = True
+    path: Path,
+    stored: np.ndarray,
+    order: list[int],
+    *,
+    slopes: np.ndarray | None = None,
+    places: bool = True,
+    syntax: str = "",
 ) -> None:
     """One file of many frames, in any order, each with its place."""
     ds = blank(EnhancedMRImageStorage)
@@ -293,7 +385,12 @@ def enhanced(
         frame.PixelValueTransformationSequence = [values]
         frames.append(frame)
     ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [shared], frames
-    ds.PixelData = b"".join(np.ascontiguousarray(stored[:, :, k].T).tobytes() for k in order)
+    frames = [np.ascontiguousarray(stored[:, :, k].T) for k in order]
+    ds.PixelData = b"".join(frame.tobytes() for frame in frames)
+    if syntax:
+        ds.PixelData = encapsulate([compressed(frame, syntax, path.with_name("one.dcm")) for frame in frames])
+        ds["PixelData"].VR, ds.file_meta.TransferSyntaxUID = "OB", syntax
+        path.with_name("one.dcm").unlink(missing_ok=True)
     ds.save_as(path, enforce_file_format=True)
 
 
@@ -302,6 +399,15 @@ def enhanced(
 def test_frames_in_any_order(stored: np.ndarray, tmp_path: Path, order: list[int], as_folder: bool) -> None:
     enhanced(tmp_path / "e.dcm", stored, list(order))
     check(tmp_path if as_folder else tmp_path / "e.dcm", stored)
+
+
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEG2000Lossless, RLELossless])
+def test_compressed_frames_in_any_order(stored: np.ndarray, tmp_path: Path, syntax: str) -> None:
+    enhanced(tmp_path / "e.dcm", stored, [3, 7, 0, 9, 1, 5, 2, 8, 6, 4], syntax=syntax)
+    check(tmp_path / "e.dcm", stored)
+    slopes = 1 + 0.37 * np.arange(10)
+    enhanced(tmp_path / "e.dcm", stored, [3, 7, 0, 9, 1, 5, 2, 8, 6, 4], slopes=slopes, syntax=syntax)
+    np.testing.assert_allclose(io.read_scan(tmp_path / "e.dcm")[0][0], stored * slopes, rtol=1e-5)
 
 
 def test_slopes_frame_by_frame(stored: np.ndarray, tmp_path: Path) -> None:

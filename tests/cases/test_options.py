@@ -12,7 +12,7 @@ from bundle_words import ROOT, parsed, value
 
 from common import InputError, refine
 from common.run import align, forecast, options, transforms
-from common.run.cli import sentence_of
+from common.run.cli import refuse_unknown, sentence_of
 from common.run.options import FOR_INFERENCE, FOR_TRAINING, TEMPLATE
 from common.run.transforms import AlignAndGridd, scan_tensor
 from common.run.values import check, read
@@ -138,6 +138,14 @@ def test_words_that_are_refused(monkeypatch: pytest.MonkeyPatch, words: tuple[st
     with pytest.raises(Exception) as caught:
         parsed(monkeypatch, *words)
     assert sentence_of(caught.value) == WORDS[words]
+
+
+def test_an_option_without_its_side() -> None:
+    """Who asks for --lesion_mask is told of both sides, not of --lesion_margin."""
+    for word, meant in (("lesion_mask", "fixed_lesion"), ("mask", "fixed_mask"), ("points", "fixed_points")):
+        both = f"did you mean --{meant} or --{meant.replace('fixed', 'moving')}"
+        with pytest.raises(InputError, match=f"--{word}: there is no such option, {both}"):
+            refuse_unknown(word, word, FOR_INFERENCE)
 
 
 def test_a_wrong_bundle_root(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from common import RegistrationWarning
 from common.fields import identity, jacobian_determinant, sample_at
 from common.losses import diffusion, lncc
 from common.ops import warp
-from common.refine import Guide, refine, smooth
+from common.refine import Guide, _drawn, refine, smooth
 
 
 def blobs(size: int = 32) -> torch.Tensor:
@@ -210,3 +210,21 @@ def test_points_guide(similarity: str, share: float) -> None:
     alone = apart(None)
     guided, spoilt = (apart(Guide(points[:40], goal, 1.5 * torch.eye(3), 0.1)) for goal in (there[:40], wrong))
     assert guided < 0.5 and guided < share * alone and spoilt < 0.8 * alone
+
+
+def test_scattered_points_leave_the_start_alone() -> None:
+    """Points that say nothing about each other, as middles of folds of two people's cortex, must not spoil the rest."""
+    image, disp, points, there = breathing(40)
+    scattered = there[:40] + 4 * torch.randn(40, 3)
+    start = disp * 0.7
+
+    def apart(found: torch.Tensor) -> float:
+        return float((points + sample_at(found[0], points.T).T - there)[40:].norm(dim=1).mean())
+
+    guide = Guide(points[:40], scattered, 1.5 * torch.eye(3), 0.1)
+    assert torch.equal(_drawn(guide, start, 0.5), start)
+    drawn = _drawn(guide._replace(moving=there[:40]), start, 0.5)
+    assert apart(drawn) < 0.5 * apart(start), "but those that agree draw"
+    assert apart(refine(start, image, 15, guide=guide, progress=False)) < 1.5 * apart(start), "4 times, if they drew"
+    few = guide._replace(fixed=points[:3], moving=there[:3])
+    assert torch.equal(_drawn(few, start, 0.5), start), "of three, one half cannot say"

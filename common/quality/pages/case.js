@@ -37,9 +37,10 @@
   const at = (i, j, k) => (k * J + j) * I + i;
 
   const state = {
-    view: data.view, flicker: false, first: false, swipe: null, edges: data.edges, labels: false, landmarks: !!data.landmarks.length,
+    view: data.view, flicker: false, first: false, swipe: null, edges: data.edges, folds: data.folds, labels: false, landmarks: !!data.landmarks.length,
     width: 1, level: 0.5, radiological: data.radiological, at: data.middle.slice(), plane: 0,
   };
+  const LAYERS = ["edges", "folds", "labels", "landmarks"], OTHER = { edges: "labels", labels: "edges" };
   const VIEWS = ["fixed", "before", "after", "difference", "grid", "volume change", "displacement"];
 
   /* ---- what is shown ---- */
@@ -68,7 +69,7 @@
     return stops[n].map((c, m) => c + r * (stops[n + 1][m] - c));
   }
   const hex = (colour) => [1, 3, 5].map((n) => parseInt(colour.slice(n, n + 2), 16));
-  const PURPLES = data.purples.map(hex), LENGTHS = data.lengths.map(hex), YELLOW = hex("#F0E442");
+  const PURPLES = data.purples.map(hex), LENGTHS = data.lengths.map(hex), YELLOW_CSS = "#F0E442", YELLOW = hex(YELLOW_CSS);
   const CSS = (stops) => "linear-gradient(to right," + stops.map((c) => `rgb(${c})`).join(",") + ")";
 
   function pixels(plane, view) {
@@ -145,6 +146,7 @@
       paint(state.view === "fixed" ? "after" : state.view, line);
       segments(context, [[line, 0, line, canvas.height]], ORANGE, 3);
     }
+    if (state.folds && shown !== "volume change") folds(context, plane, x, y, scale, state.swipe === null ? 0 : state.swipe * canvas.width);
     if (shown === "grid") segments(context, gridLines(plane, x, y, scale), BLUE, Math.max(1, scale / 3));
     if (state.edges) for (const level of [0.1, 0.55])
       segments(context, contour(slice(plane)(scans.fixed[0]), nu, nv, level * 255, x, y), ORANGE, Math.max(1, scale / 3));
@@ -155,6 +157,15 @@
     ruler(context, canvas, scale);
     crosshair(context, x(state.at[u]), y(state.at[v]), canvas);
     caption(plane);
+  }
+
+  function folds(context, plane, x, y, scale, from) {  // over what is not the fixed scan's side of a swipe
+    const j = slice(plane)(scans.jacobian[0]), nu = SIZE[PLANES[plane][2]];
+    context.fillStyle = YELLOW_CSS;
+    j.forEach((value, n) => {
+      const left = x(n % nu) - scale / 2;
+      if (value === 0 && left >= from) context.fillRect(left, y(Math.floor(n / nu)) - scale / 2, scale, scale);
+    });
   }
 
   function segments(context, lines, colour, width) {
@@ -234,7 +245,7 @@
   }
 
   function ruler(context, canvas, scale) {
-    const mm = [100, 50, 20, 10, 5, 2, 1].find((length) => length / data.mm * scale < canvas.width / 3) || 1;
+    const mm = [100, 50, 20, 10, 5, 2, 1].find((length) => length / data.mm < Math.min(I, J) / 3) || 1;  // the same in all planes
     const length = mm / data.mm * scale, y = canvas.height - scale * 2.5, size = Math.round(canvas.width / 26);
     segments(context, [[scale * 2, y, scale * 2 + length, y]], "#000", 6), segments(context, [[scale * 2, y, scale * 2 + length, y]], "#fff", 3);
     context.font = `${size}px system-ui, sans-serif`, context.textAlign = "left";
@@ -270,6 +281,8 @@
     } else if (state.view === "grid") {
       text(`grid lines every ${(data.spacing_of_grid * data.mm).toFixed(0)} mm; where they cross over each other, it folds`);
     } else text({ fixed: "the fixed scan", before: "the moving scan, aligned by a matrix only", after: "the moving scan, warped" }[state.view]);
+    if (state.folds && state.view !== "volume change") text("yellow: folded, turned inside out");
+    if (state.labels) text("blue lines: labels of the fixed scan; orange: of the moving one, warped");
     if (state.edges) text("orange lines: edges of the fixed scan, which those of the picture should follow");
     if (state.landmarks) text("ring: landmark of the fixed scan; orange: where that of the moving scan came to lie");
   }
@@ -278,7 +291,7 @@
     for (const button of byId("views").children) button.setAttribute("aria-pressed", button.dataset.view === state.view);
     byId("flicker").setAttribute("aria-pressed", state.flicker), byId("swipe").setAttribute("aria-pressed", state.swipe !== null);
     byId("sides").setAttribute("aria-pressed", !state.radiological);
-    for (const name of ["edges", "labels", "landmarks"]) if (byId(name)) byId(name).checked = state[name];
+    for (const name of LAYERS) if (byId(name)) byId(name).checked = state[name];
     byId("convention").textContent = state.radiological ? "Radiological view: the patient's left is on the right." : "Neurological view: the patient's left is on the left.";
     document.querySelectorAll(".second").forEach((word) => (word.textContent = state.view === "fixed" ? "after" : state.view));
     document.querySelectorAll(".plane").forEach((box, n) => box.classList.toggle("active", n === state.plane));
@@ -288,6 +301,7 @@
   /* ---- controls ---- */
 
   document.body.classList.add("scripted");
+  byId("planes").style.setProperty("--across", PLANES.map(([, , u]) => `minmax(0, ${SIZE[u]}fr)`).join(" "));  // one scale
   const canvases = [], captions = [], sliders = [];
   VIEWS.forEach((view, n) => {
     const button = Object.assign(document.createElement("button"), { textContent: `${n + 1} ${view}` });
@@ -332,16 +346,21 @@
     redraw();
   }
   const swipe = () => { state.swipe = state.swipe === null ? 0.5 : null, redraw(); };
-  const toggle = (name) => { if (byId(name)) state[name] = !state[name], redraw(); };
+  const toggle = (name) => {
+    if (!byId(name)) return;
+    state[name] = !state[name];
+    if (state[name] && name in OTHER) state[OTHER[name]] = false;  // both are orange
+    redraw();
+  };
   byId("flicker").onclick = flicker, byId("swipe").onclick = swipe;
   byId("sides").onclick = () => { state.radiological = !state.radiological, redraw(); };
-  for (const name of ["edges", "labels", "landmarks"]) if (byId(name)) byId(name).onchange = () => toggle(name);
+  for (const name of LAYERS) if (byId(name)) byId(name).onchange = () => toggle(name);
   byId("width").oninput = (event) => { state.width = event.target.value / 100, redraw(); };
   byId("level").oninput = (event) => { state.level = event.target.value / 100, redraw(); };
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.type === "range") return;
     const press = event.key.toLowerCase(), acts = {
-      f: flicker, s: swipe, e: () => toggle("edges"), l: () => toggle("labels"), p: () => toggle("landmarks"), r: () => byId("sides").click(),
+      f: flicker, s: swipe, e: () => toggle("edges"), o: () => toggle("folds"), l: () => toggle("labels"), p: () => toggle("landmarks"), r: () => byId("sides").click(),
       arrowup: () => step(state.plane, 1), arrowdown: () => step(state.plane, -1), pageup: () => step(state.plane, 5), pagedown: () => step(state.plane, -5),
     };
     if (VIEWS[press - 1]) show(VIEWS[press - 1]); else if (acts[press]) acts[press](); else return;

@@ -4,36 +4,35 @@
   const rows = [...body.rows], heads = [...document.querySelectorAll("th[data-key]")];
   const texts = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
 
-  /* ---- sort and filter; more rows are laid out as they are scrolled to ---- */
-  const PAGE = 60, names = new Intl.Collator(undefined, { numeric: true });
-  let order = rows, limit = PAGE;
-  function value(row, key) {
-    const text = row.dataset[key], number = parseFloat(text);
-    return key === "id" ? text : Number.isNaN(number) ? null : number;
-  }
+  /* ---- sort and filter; only rows that are shown are in the page, more of them as it is scrolled ---- */
+  const PAGE = 30;
+  let order = rows, found = rows, limit = PAGE;
   function sort(head) {
-    const down = head.getAttribute("aria-sort") !== "descending", key = head.dataset.key.replace(/-(.)/g, (_, c) => c.toUpperCase());
+    const down = head.getAttribute("aria-sort") !== "descending", key = head.dataset.key === "id" ? "order" : head.dataset.key;
     for (const other of heads) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const sign = down ? -1 : 1;
-    const keyed = rows.map((row) => [value(row, key), row]);
-    keyed.sort(([a], [b]) => (a === null) - (b === null) || sign * (typeof a === "string" ? names.compare(a, b) : a - b));
+    const sign = down ? -1 : 1, keyed = rows.map((row) => [parseFloat(row.dataset[key]), row]);
+    keyed.sort(([a], [b]) => Number.isNaN(a) - Number.isNaN(b) || sign * (a - b));
     order = keyed.map(([, row]) => row);  // rows without a value stay at the end
-    limit = PAGE, filter(), body.append(...order);
+    limit = PAGE, filter();
   }
   for (const head of heads) head.querySelector("button").onclick = () => sort(head);
 
   function filter() {
     const words = byId("search").value.toLowerCase(), only = byId("only").value;
-    const found = order.filter((row) => texts.get(row).includes(words) && (!only || row.classList.contains(only)));
-    const shown = new Set(found.slice(0, limit));
-    for (const row of rows) row.hidden = !shown.has(row);
+    found = order.filter((row) => texts.get(row).includes(words) && (!only || row.classList.contains(only)));
+    body.replaceChildren(...found.slice(0, limit));
     byId("count").textContent = `${found.length} of ${rows.length} found`;
   }
-  byId("search").oninput = filter, byId("only").onchange = filter, filter();
+  function more(count) {
+    body.append(...found.slice(limit, count)), limit = Math.max(limit, count);
+  }
+  byId("search").oninput = byId("only").onchange = () => { limit = PAGE, filter(); };
+  filter(), document.documentElement.classList.remove("scripted");
   new IntersectionObserver(([end]) => {
-    if (end.isIntersecting && limit < rows.length) limit += PAGE, filter();
+    if (end.isIntersecting && limit < found.length) more(limit + PAGE);
   }, { rootMargin: "800px" }).observe(document.querySelector("footer"));
+  addEventListener("beforeprint", () => more(found.length));
 
   /* ---- the reviewer's notes ---- */
   const place = `registrations ${location.pathname}`;
@@ -64,8 +63,9 @@
   };
   for (const dot of document.querySelectorAll("circle"))
     dot.onclick = () => {
-      limit = rows.length, filter();
-      rows.find((row) => row.dataset.id === dot.dataset.id)?.scrollIntoView({ block: "center" });
+      const here = (row) => row.dataset.id === dot.dataset.id;
+      if (!found.some(here)) byId("search").value = byId("only").value = "", filter();
+      more(found.findIndex(here) + 1), found.find(here).scrollIntoView({ block: "center" });
     };
   document.body.dataset.ready = "yes";
 })();

@@ -29,8 +29,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_pair(folder: Path, *, labels: int = 0, neurological: bool = False) -> None:
-    """The phantom and itself, moved by a smooth field, with labels and landmarks; or with so many slabs as labels."""
+def write_pair(
+    folder: Path, *, labels: int = 0, neurological: bool = False, strength: float = 1, notes: tuple[str, ...] = ()
+) -> None:
+    """The phantom and itself, moved by a smooth field, with labels and landmarks; or with so many slabs as labels.
+
+    At a strength of 20 the field folds. `notes` are further reasons to doubt.
+    """
     folder.mkdir()
     size, space = (36, 44, 34), nib.affines.from_matvec(np.diag([4.0, 4, 4]), [-70, -86, -66])
     scan, label = phantom.sample(size, space)
@@ -38,7 +43,7 @@ def write_pair(folder: Path, *, labels: int = 0, neurological: bool = False) -> 
         inside = scan > 0
         label[inside] = np.arange(inside.sum()) * labels // inside.sum() + 1
     wave = torch.sin(torch.arange(size[0]) / 6)[None, :, None, None]
-    disp = torch.cat([0.5 * wave, wave, 0 * wave]).expand(3, *size).contiguous()
+    disp = strength * torch.cat([0.5 * wave, wave, 0 * wave]).expand(3, *size).contiguous()
     marks = Points(np.array([[0.0, 0, 0], [20, 10, 0]]), ["a", EVIL])
     pair = measure.Registration(
         *(scan[None], space, scan[None], space),
@@ -54,8 +59,7 @@ def write_pair(folder: Path, *, labels: int = 0, neurological: bool = False) -> 
     )
     row, details = measure.measure(pair, measure.warp_pair(pair), surface=False)
     row = {"id": EVIL, "fixed": "fixed.nii.gz", "moving": f"{EVIL}.nii.gz"} | row
-    notes = verdict.judge(row)
-    content = report.report(row, details, notes, {"seconds": 1.0, "settings": []})
+    content = report.report(row, details, [*verdict.judge(row), *notes], {"seconds": 1.0, "settings": []})
     looked, sides = Views(pair), {"neurological": neurological}
     body = picture.draw_planes(looked, **sides)
     page.write_page(looked, content, body, folder / "report.html", **sides)
@@ -123,6 +127,44 @@ def test_page_of_a_pair(folder: Path, browser) -> None:
     assert browser.get_log("browser") == []
 
 
+def test_folds_over_the_anatomy(tmp_path: Path, browser) -> None:
+    """Where the map folds, the warped scan is yellow; the box and the key take it away. So it is in the picture."""
+    write_pair(tmp_path / "pair", strength=20)
+    script = opened(browser, tmp_path / "pair" / "report.html")
+    assert "much folding" in script("return document.querySelector('.verdict').textContent")
+    yellow = """
+        return [...document.querySelectorAll('canvas')].map((c) => {
+          const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+          let n = 0;
+          for (let p = 0; p < d.length; p += 4) n += d[p] === 240 && d[p + 1] === 228 && d[p + 2] === 66;
+          return n;
+        })"""
+    assert script("return document.querySelector('[data-view=after]').ariaPressed") == "true"
+    before = script(yellow)
+    assert all(count > 100 for count in before)
+    press(script, "o")
+    assert script(yellow) == [0, 0, 0]
+    script("document.getElementById('folds').click()")
+    assert script(yellow) == before
+    planes = np.asarray(Image.open(tmp_path / "pair" / "thumbnail.webp").convert("RGB"), int)
+    third = planes[:, 2 * picture.THUMB :]
+    assert (np.abs(third - [240, 228, 66]).sum(-1) < 60).sum() > 50
+    told = [entry for entry in browser.get_log("browser") if "getImageData" not in entry["message"]]
+    assert told == [], "but advice on what this test does"
+
+
+def test_both_sides_beside_each_other(folder: Path, tmp_path: Path, browser) -> None:
+    """Where left and right are in doubt, the page shows the moving scan as it is and mirrored; else not."""
+    write_pair(tmp_path / "pair", notes=("left and right may be exchanged in one scan: look at both headers",))
+    script = opened(browser, tmp_path / "pair" / "report.html")
+    shown = "return [...document.querySelectorAll('.mirrored img')].map((i) => i.naturalWidth)"
+    assert len(script(shown)) == 2 and min(script(shown)) > 2 * picture.CELL
+    assert "mirrored" in script("return document.querySelector('.mirrored').innerText")
+    assert script("return document.querySelector('main').firstElementChild.className") == "mirrored"
+    script = opened(browser, folder / "report.html")
+    assert script(shown) == []
+
+
 def test_page_alone(folder: Path) -> None:
     """One file of under 3 MB, which asks nobody for anything, with the verdict and a picture before any script."""
     text = (folder / "report.html").read_text(encoding="utf-8")
@@ -147,7 +189,7 @@ def test_both_sides(folder: Path, browser) -> None:
     words = "return document.getElementById('convention').textContent"
     assert script(words).startswith("Neurological view: the patient's left is on the left")
     turned = script(PICTURE)
-    assert "Neurological view" in (folder.parent / "turned" / "report.html").read_text()
+    assert "displacement. Neurological view" in (folder.parent / "turned" / "report.html").read_text()
     script = opened(browser, folder / "report.html")
     assert script(words).startswith("Radiological view: the patient's left is on the right")
     assert script(PICTURE) != turned
@@ -179,10 +221,15 @@ def test_page_of_a_cohort(folder: Path, tmp_path: Path, browser) -> None:
     review.write_review(tmp_path, rows, tmp_path / "index.html")
     script = opened(browser, tmp_path / "index.html")
     ids = "return [...document.querySelectorAll('tbody tr')].filter((r) => !r.hidden).map((r) => r.dataset.id)"
-    assert script(ids)[0] == "pair0002" and 60 <= len(script(ids)) < 1000, "the rest is laid out when it is scrolled to"
+    assert script(ids)[0] == "pair0002" and 30 <= len(script(ids)) < 1000, "the rest is laid out when it is scrolled to"
     assert script("return document.getElementById('count').textContent") == "1000 of 1000 found"
     script("document.querySelector('th[data-key=folding_pct] button').click()")
     assert script(ids)[0] == "pair0999"
+    by_name = "document.querySelector('th[data-key=id] button').click()"
+    script(by_name), script(by_name)
+    assert script(ids)[:3] == [EVIL, "pair0000", "pair0002"]
+    script("[...document.querySelectorAll('circle')].find((c) => c.dataset.id === 'pair0777').onclick()")
+    assert "pair0777" in script(ids), "a dot leads to its row"
     look = "return getComputedStyle(document.querySelector('td img')).objectPosition"
     sides = [script(look), script("document.getElementById('sides').click()"), script(look)]
     assert sides == ["50% 0%", None, "50% 100%"]

@@ -9,7 +9,7 @@ from common import phantom
 from common.mind import mind_features
 from common.ops import warp
 from common.quality.metrics import halved
-from common.quality.sides import _turned_pairs, both_ways
+from common.quality.sides import _turned_pairs, both_ways, sample_both_ways
 
 SIZE, SPACE = (36, 44, 34), nib.affines.from_matvec(np.diag([4.0, 4, 4]), [-70, -86, -66])
 
@@ -43,3 +43,17 @@ def test_exchanged_sides_are_found(scan: torch.Tensor, contrast: int) -> None:
 
 def test_nothing_inside(scan: torch.Tensor) -> None:
     assert all(np.isnan(both_ways(features(scan), features(scan), torch.zeros(18, 22, 17, dtype=torch.bool))))
+
+
+@pytest.mark.parametrize("size", [SIZE, (35, 43, 33)])
+def test_scans_both_ways(scan: torch.Tensor, size: tuple[int, int, int]) -> None:
+    """What is shown of a scan, shifted by 1.5 voxels and exchanged, is the fixed scan where it is mirrored."""
+    scan = scan[: size[0], : size[1], : size[2]]
+    shift = torch.tensor([1.5, 0, 0]).view(1, 3, 1, 1, 1).expand(1, 3, *scan.shape)
+    moved = warp(scan[None, None], shift)[0, 0].flip(0)
+    points = (scan > 0).nonzero().T.float()
+    as_it_is, mirrored = sample_both_ways(moved, scan, scan > 0, points)
+    truth = scan[scan > 0]
+    assert (mirrored - truth).abs().mean() < 0.3 * (as_it_is - truth).abs().mean()
+    as_it_is, mirrored = sample_both_ways(moved.flip(0), scan, scan > 0, points)
+    assert (as_it_is - truth).abs().mean() < 0.3 * (mirrored - truth).abs().mean()

@@ -48,7 +48,8 @@ def test_derivative(scans: Path, tmp_path: Path, monkeypatch, capsys: pytest.Cap
     words = [scans / "raw", tmp_path / "out", "participant", "--fixed", template, *words, "--save_inverse", "True"]
     call(monkeypatch, *words)
     out = tmp_path / "out"
-    assert "3 of 3 scans in the space Phantom" in capsys.readouterr().out.splitlines()[-1]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("3 of 3 scans in the space Phantom; look at pairs/index.html")
     for stem in STEMS:
         warped = Path(f"{out / stem}_space-Phantom_T1w.nii.gz")
         ways = ("from-T1w_to-Phantom", "from-Phantom_to-T1w")
@@ -113,3 +114,12 @@ def test_mistakes(words: list[str], sentence: str, scans: Path, monkeypatch: pyt
         call(monkeypatch, *words)
     assert str(caught.value).startswith(f"error: {sentence}")
     assert not (scans / "o").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_description_that_is_none(text: str, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(scans / "raw", tmp_path / "raw")
+    (tmp_path / "raw" / "dataset_description.json").write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        call(monkeypatch, tmp_path / "raw", tmp_path / "o", "participant", "--fixed", scans / "tpl-Phantom_T1w.nii.gz")
+    assert "dataset_description.json: is not a JSON object" in str(caught.value) and not (tmp_path / "o").exists()

@@ -13,6 +13,7 @@ from common.space import io
 BRAINS = Facts((False, False), (True, True), (1.3, 1.5), (214.0, 199.0), (0.63, 0.64), 0.5)
 CROPS = Facts((False, False), (False, False), (0.06, 0.06), (50.0, 53.0), (0.57, 0.54), 0.7)
 MIND = {"features": "mind", "refine_steps": 50}
+CHEST = MIND | {"intensity_range": [-1000, 1000], "spacing": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ MIND = {"features": "mind", "refine_steps": 50}
         (BRAINS._replace(litres=(0.1, 0.1)), "samconvex", "", MIND, "nothing that weights here"),
         (BRAINS._replace(median=(0.3, 0.3)), "samconvex", "", MIND, "nothing that weights here"),
         (BRAINS._replace(ct=(True, True)), "samconvex", "", MIND | {"intensity_range": [-1000, 1000]}, "two CT"),
+        (BRAINS._replace(ct=(True, True), side_mm=(290.0, 462.0)), "samconvex", "", CHEST, "field of 462 mm"),
         (BRAINS._replace(ct=(True, False)), "samconvex", "", MIND | {"refine_similarity": "mind"}, "a CT and another"),
         (CROPS, "residual_aligner", "hippocampus.json", {"refine_steps": 50}, "around a hippocampus"),
         (CROPS._replace(codes=(0, 1, 2)), "residual_aligner", "hippocampus.json", {"refine_steps": 50}, "hippocampus"),
@@ -69,4 +71,4 @@ def test_real_scans(development_data: Path) -> None:
     crops = sorted(map(str, (dev / "hippocampus_mr" / "images").glob("*.nii.gz")))[:2]
     assert choose(facts_of(*crops)).config == "hippocampus.json"
     chest = sorted(map(str, (dev / "chest_ct" / "images").glob("*.nii.gz")))
-    assert choose(facts_of(*chest)).options["intensity_range"] == [-1000, 1000]
+    assert choose(facts_of(*chest)).options == CHEST

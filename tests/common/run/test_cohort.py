@@ -99,6 +99,12 @@ def test_a_row_a_pair_and_a_summary(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert text.startswith(f"3 pairs registered, results in {tmp_path}\n")
     assert "correlation inside the fixed foreground: 0.500 after pre-alignment, 0.750 after registration" in text
     assert "folding: 0.250 %" in text and "3.0 s a pair" in text and "HD95" not in text
+    assert "look at" not in text, "nothing was drawn"
+    (tmp_path / "1000").mkdir()
+    (tmp_path / "1000" / "report.html").touch()
+    assert engine.state.table.summary().splitlines()[-1] == "  look at 1000/report.html"
+    (tmp_path / "index.html").touch()
+    assert engine.state.table.summary().splitlines()[-1] == "  look at index.html"
 
 
 def test_a_failing_pair_does_not_stop_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

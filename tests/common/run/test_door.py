@@ -83,7 +83,7 @@ def test_auto_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["a"], "register needs MOVING FIXED OUT; monai-register --help"),
+        (["a"], "register needs MOVING FIXED OUT: the moving scan, the fixed one, a folder for results"),
         (["a", "b", "c", "d"], "d: is one word too many; monai-register --help"),
         (["a", "b", "c", "--refine_step", "3"], "--refine_step: there is no such option, did you mean --refine_steps?"),
         (["a", "b", "c", "--method", "sacb"], "sacb: no such bundle, nor a folder with configs/inference.json"),

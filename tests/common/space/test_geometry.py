@@ -49,6 +49,21 @@ def test_ramp_stays_a_ramp(spacing: float) -> None:
         np.testing.assert_allclose(found[inner], expected[inner], atol=2e-2)
 
 
+def test_a_rim_halfway_between_voxels_is_not_decided_by_rounding() -> None:
+    """A skull-stripped scan whose edge lies just there, its origin rounded up or down as another file has it."""
+    scan = np.zeros((1, 12, 12, 12), np.float32)
+    scan[:, 3:9, 3:9, 3:9] = np.random.default_rng(0).uniform(50, 100, (6, 6, 6))
+    size, onto = (24,) * 3, np.diag([0.5, 0.5, 0.5, 1])
+    found = []
+    for off in (0.0, 1e-6, -1e-6):
+        affine = np.eye(4)
+        affine[:3, 3] = off
+        found.append(geometry.to_working_grid(scan, affine, size, onto))
+    assert (found[0][0, 5:18, 10, 10] > 0).sum() == 11  # from voxel 3 to voxel 8: what is half outside is outside
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-2)
+
+
 def test_coarser_grid_is_smoothed_and_labels_are_not() -> None:
     noise = np.random.default_rng(0).normal(size=(1, 24, 24, 24)).astype(np.float32)
     size, onto = geometry.working_grid((24,) * 3, np.eye(4), 2.0)

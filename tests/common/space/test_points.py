@@ -1,6 +1,7 @@
 """Landmark files: every form gives the same points, round trips, refusals in one sentence."""
 
 import json
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -89,3 +90,21 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "ok.csv").write_text("x,y,z\n1,2,3\n")
     with pytest.raises(InputError, match="three.csv: has 3 points, .*ok.csv has 1"):
         read_matching(tmp_path / "three.csv", AFFINE, tmp_path / "ok.csv", AFFINE)
+
+
+def test_names_in_another_order_are_refused(tmp_path: Path) -> None:
+    """A list that was sorted: its points would pair wrongly, and look right."""
+    (tmp_path / "a.csv").write_text("name,x,y,z\nhilum,1,2,3\napex,4,5,6\nbase,7,8,9\n")
+    (tmp_path / "sorted.csv").write_text("name,x,y,z\napex,4,5,6\nbase,7,8,9\nhilum,1,2,3\n")
+    with pytest.raises(InputError, match="sorted.csv: point 1 is 'apex' there and 'hilum' in .*a.csv; the names have"):
+        read_matching(tmp_path / "sorted.csv", AFFINE, tmp_path / "a.csv", AFFINE)
+    (tmp_path / "one.csv").write_text("name,x,y,z\nhilum,1,2,3\napex,4,5,6\nbasis,7,8,9\n")
+    with pytest.warns(RegistrationWarning, match="one.csv: point 3 is 'basis' there and 'base' in .*a.csv; the n-th"):
+        read_matching(tmp_path / "one.csv", AFFINE, tmp_path / "a.csv", AFFINE)
+    for names in ("M-1 M-2 M-3", "hilum apex base"):  # nothing in common, and the same
+        rows = [f"{name},1,2,{number}" for number, name in enumerate(names.split())]
+        (tmp_path / "fine.csv").write_text("\n".join(["name,x,y,z", *rows]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            one, other = read_matching(tmp_path / "fine.csv", AFFINE, tmp_path / "a.csv", AFFINE)
+        assert len(one.lps) == len(other.lps) == 3

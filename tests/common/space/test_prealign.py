@@ -52,6 +52,23 @@ def test_prealign_needs_no_overlap(brains: dict) -> None:
     assert residual(matrix, brains, offset) < best_residual(brains) + 0.5
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_order_of_the_axes_changes_nothing(masked: bool) -> None:
+    """Copies in other orders, their affines rounded to 32 bits as in files, of two scans whose voxels coincide."""
+    linear = nib.eulerangles.euler2mat(0.3, -0.2, 0.25) * 5
+    affine = nib.affines.from_matvec(linear, -linear @ [14.5, 17.5, 13.5])
+    scans = [phantom.sample((30, 36, 28), affine, there, seed=seed)[0] for there, seed in ((None, 0), (SOME, 1))]
+    found, reach = [], np.array([*np.ndindex(2, 2, 2)]) * 140.0 - 70
+    orders = [[[0, 1], [1, 1], [2, 1]]] * 2, [[[2, -1], [0, 1], [1, -1]], [[1, 1], [0, -1], [2, 1]]]
+    for order in (*orders, orders[1][::-1]):
+        turned = [nib.Nifti1Image(scan, affine).as_reoriented(np.array(axes)) for scan, axes in zip(scans, order)]
+        pair = [part for image in turned for part in (np.asarray(image.dataobj), image.affine.astype(np.float32))]
+        masks = {f"{role}_mask": pair[at] > 0 for role, at in (("fixed", 0), ("moving", 2)) if masked}
+        found.append(nib.affines.apply_affine(prealign(*pair, **masks), reach))
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-3)  # mm; 0.1 with the rounding left in
+
+
 def test_prealign_modes(brains: dict) -> None:
     rigid = prealign(*brains["fixed"], *brains["moving"], "rigid")
     np.testing.assert_allclose(rigid[:3, :3] @ rigid[:3, :3].T, np.eye(3), atol=1e-9)
@@ -78,7 +95,7 @@ def test_prealign_rejects(brains: dict) -> None:
 def test_the_sieve_of_starts_keeps_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few samples leave out most of the starts, and the same one comes first as by all samples of all of them."""
     size, affine = (48, 56, 46), nib.affines.from_matvec(np.diag([3.0, 3, 3]), [-70, -84, -69])
-    scans = [module._Scan(phantom.sample(size, affine, deformation)[0], affine) for deformation in (None, SOME)]
+    scans = [module.Scan(phantom.sample(size, affine, deformation)[0], affine) for deformation in (None, SOME)]
     metric = module._Information(*(scan.copy(7.0, 0.1) for scan in scans))
     starts = module._starts(*scans, scaled=True)
     assert len(metric.points) > 2 * module.SIEVE[0] and len(starts) > 2 * module.SIEVE[1]
@@ -102,7 +119,7 @@ def test_masks_say_where_the_metric_looks(brains: dict) -> None:
     assert 0.4 < inside.mean() < 0.6 and (half.points[inside] @ np.linalg.inv(affine)[0] > scan.shape[0] // 2 - 1).all()
     finer = np.ones(tuple(2 * n for n in scan.shape), np.uint8)
     half_size = affine @ np.diag([0.5, 0.5, 0.5, 1])
-    assert module._mask_of((scan, affine), finer, half_size).all()
+    assert module.mask_of((scan, affine), finer, half_size).all()
     every = {"fixed_mask": mask**0, "moving_mask": np.ones(brains["moving"][0].shape, np.uint8)}
     both = brains["fixed"], brains["moving"]
     np.testing.assert_array_equal(prealign(*both[0], *both[1], **every), prealign(*both[0], *both[1]))
