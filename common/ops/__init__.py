@@ -5,7 +5,7 @@ May import: torch, and triton in `kernel.py`; nothing else of `common`.
 
 from common.ops._dispatch import plain
 from common.ops.box import box_sum
-from common.ops.conv import conv3d
+from common.ops.conv import conv3d, pointwise
 from common.ops.cost_volume import CorrelationPyramid, cost_volume
 from common.ops.kmeans import kmeans
 from common.ops.match import match
@@ -24,5 +24,6 @@ __all__ = [
     "modulated_conv3d",
     "norm_act",
     "plain",
+    "pointwise",
     "warp",
 ]

@@ -147,11 +147,13 @@ def as_on_cuda(count: Count, kernel: type[Kernel] = Kernel, *, halves: bool = Tr
     from sacb_net import network
 
     norm_act = sys.modules["common.ops.norm_act"]
-    norm_act.conv_before_norm = lambda x, weight, bias: norm_act.conv3d(
+    norm_act.conv_before_norm = lambda x, weight, bias, backend=None: norm_act.conv3d(
         x, weight + 0 * bias.view(-1, 1, 1, 1, 1) if torch.is_grad_enabled() else weight
     )
     for owner in (network, sys.modules["common.ops.sacb"]):
         owner.conv_before_norm = norm_act.conv_before_norm
+    lean = sys.modules["common.ops.conv.lean"]
+    lean.conv3d_cpu = lambda *given: (lean.HalfGradients.apply if halves else lean.conv3d_reference)(*given)
     for name in ("conv.lean", "sacb.kernel"):
         sys.modules[f"common.ops.{name}"].by_halves = lambda x: halves and x.dtype == torch.float32
     subjects = {

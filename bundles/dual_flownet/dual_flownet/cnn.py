@@ -5,12 +5,14 @@ import torch.nn.functional as F
 from monai.networks.blocks import Convolution
 from torch import Tensor, nn
 
+from common.ops.conv import Conv3d, Pointwise
+
 GROUP = 4  # channels normalised together
 
 
 def block(in_channels: int, out_channels: int, *, stride: int = 1, up: bool = False) -> Convolution:
     """3x3x3 convolution (`up`: deconvolution of stride 2), group normalisation, ReLU."""
-    return Convolution(
+    layer = Convolution(
         3,
         in_channels,
         out_channels,
@@ -21,6 +23,12 @@ def block(in_channels: int, out_channels: int, *, stride: int = 1, up: bool = Fa
         act=("relu", {"inplace": True}),
         is_transposed=up,
     )
+    if stride == 1 and not up:  # the same parameters in a layer that is quicker on a CPU
+        with torch.device("meta"):
+            quick = Conv3d(in_channels, out_channels)
+        quick.load_state_dict(layer.conv.state_dict(), assign=True)
+        layer.conv = quick
+    return layer
 
 
 def check_widths(owner: str, name: str, widths: tuple[int, ...], levels: int) -> None:
@@ -48,7 +56,7 @@ class SegCNN(nn.Module):
         self.reduce = nn.ModuleList([block(width, width, stride=2) for width in widths[:-1]])
         below = [widths[3], 2 * widths[2], 2 * widths[1]]
         self.up = nn.ModuleList([block(a, b, up=True) for a, b in zip(below, widths[2::-1])])
-        self.outputs = nn.ModuleList([nn.Conv3d(2 * width, outputs, 1) for width in widths[2::-1]])
+        self.outputs = nn.ModuleList([Pointwise(2 * width, outputs) for width in widths[2::-1]])
 
     def forward(self, scan: Tensor) -> list[Tensor]:
         """(B, C, I, J, K) -> three (B, outputs, ...); voxel x of the second and third lies at 2x and 4x."""
@@ -84,7 +92,7 @@ class RegCNN(nn.Module):
         for stage, width in zip(stages[2:], (widths[1], widths[0])):  # two convolutions in the last two stages
             stage.append(block(width, width))
         self.decoder = nn.ModuleList([nn.Sequential(*stage) for stage in stages])
-        self.flow = nn.Conv3d(widths[0], 3, 1)
+        self.flow = Pointwise(widths[0], 3)
         nn.init.normal_(self.flow.weight, std=1e-5)
         nn.init.zeros_(self.flow.bias)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.ops import warp
+from common.ops.conv import Conv3d, Pointwise
 
 HIDDEN, HEAD_HIDDEN = 18, 27  # channels inside the regressor and before the heads, as in the released code
 MASKS = ("softmax", "raw")
@@ -24,20 +25,26 @@ class ScalarNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        # One axis at a time: onnxruntime sums a whole volume in one float32, which costs four digits.
         centred = x - mean_of_all(x)
         var = mean_of_all(centred.square())  # on CPU four times faster than torch.var
         return torch.addcmul(self.bias, centred, self.weight / (var.clamp(min=1e-12).sqrt() + 1e-3))
 
 
 def mean_of_all(x: Tensor) -> Tensor:
-    """Mean of each sample over channels and space: (B, C, I, J, K) -> (B, 1, 1, 1, 1)."""
-    return x.mean(4, keepdim=True).mean(3, keepdim=True).mean(2, keepdim=True).mean(1, keepdim=True)
+    """Mean of each sample over channels and space: (B, C, I, J, K) -> (B, 1, 1, 1, 1).
+
+    First over what lies together in channels-last memory, ten times faster than across it. Not over all at once:
+    onnxruntime sums a whole volume in one float32, which costs four digits.
+    """
+    return x.permute(0, 2, 3, 4, 1).flatten(3).mean(3).mean(2).mean(1).view(-1, 1, 1, 1, 1)
 
 
 def conv(in_channels: int, out_channels: int, kernel: int = 3, dilation: int = 1) -> nn.Conv3d:
-    """Convolution with "same" zero padding, He-normal weights and no bias at the start."""
-    layer = nn.Conv3d(in_channels, out_channels, kernel, padding=dilation * (kernel // 2), dilation=dilation)
+    """Convolution of 1 or 3 taps an axis with "same" zero padding, He-normal weights and no bias at the start."""
+    if dilation == 1:
+        layer = (Pointwise if kernel == 1 else Conv3d)(in_channels, out_channels)
+    else:
+        layer = nn.Conv3d(in_channels, out_channels, kernel, padding=dilation * (kernel // 2), dilation=dilation)
     nn.init.kaiming_normal_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.ops.conv import Conv3d
 from residual_aligner.aligner import HIDDEN, MASKS, Aligned, ResidualAligner, ScalarNorm, SharedLayers, conv
 
 DIVISOR = 16  # four halvings
@@ -118,7 +119,7 @@ class RAN(nn.Module):
             ]
         )
         self.shared = SharedLayers(heads, multi_head or confidence)
-        self.flow = nn.Conv3d(g.decoder[-1] + 3, 3, 3, padding=1)
+        self.flow = Conv3d(g.decoder[-1] + 3, 3)
         self.start_at_identity()
         self.to(memory_format=torch.channels_last_3d)
 

@@ -25,10 +25,10 @@ class ConvNormAct(nn.Conv3d):
 
     def __init__(self, in_channels: int, out_channels: int, backend: str | None) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
-        self.backend = backend
+        self.backend, self.convolved = backend, "reference" if backend == "reference" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_act(conv_before_norm(x, self.weight, self.bias), backend=self.backend)
+        return norm_act(conv_before_norm(x, self.weight, self.bias, self.convolved), backend=self.backend)
 
 
 class Encoder(nn.Module):
@@ -137,9 +137,9 @@ class SACBNet(nn.Module):
         """The displacement from the last features, in float32 under autocast too: three digits of it are too few."""
         layer = self.flow[-1]
         if not torch.is_autocast_enabled(x.device.type):
-            return conv3d(x, layer.weight, layer.bias)
+            return conv3d(x, layer.weight, layer.bias, backend=self.flow[0].convolved)
         with torch.autocast(x.device.type, enabled=False):
-            return conv3d(x.float(), layer.weight, layer.bias)
+            return conv3d(x.float(), layer.weight, layer.bias, backend=self.flow[0].convolved)
 
     @staticmethod
     def both(module: nn.Module, moving: Tensor, fixed: Tensor) -> tuple:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.ops.conv import Conv3d, Pointwise
+
 LOCAL, GLOBAL = (2, 2, 2), (8, 8, 2)  # strides of the two embeddings, voxels of the scan
 
 
@@ -30,7 +32,7 @@ class Residual(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.norm1 = ChannelNorm(outputs)
-        self.conv2 = nn.Conv3d(outputs, outputs, 3, padding=1, bias=False)
+        self.conv2 = Conv3d(outputs, outputs, bias=False)
         self.norm2 = ChannelNorm(outputs)
         same = inputs == outputs and max(stride) == 1
         self.skip = nn.Identity() if same else nn.Conv3d(inputs, outputs, 1, stride=stride)
@@ -65,9 +67,9 @@ class Embedder(nn.Module):
         self.stage1 = Residual(first, first)
         self.stage2 = nn.Sequential(Residual(first, second, (2, 2, 1)), Residual(second, second))
         self.stage3 = nn.Sequential(Residual(second, third, (2, 2, 1)), Residual(third, third))
-        self.lateral = nn.ModuleList(nn.Conv3d(width, embedding, 1) for width in widths)
-        self.local_head = nn.Conv3d(embedding, embedding, 3, padding=1)
-        self.global_head = nn.Sequential(nn.Conv3d(third, embedding, 1), nn.Conv3d(embedding, embedding, 3, padding=1))
+        self.lateral = nn.ModuleList(Pointwise(width, embedding) for width in widths)
+        self.local_head = Conv3d(embedding, embedding)
+        self.global_head = nn.Sequential(Pointwise(third, embedding), Conv3d(embedding, embedding))
 
     def forward(self, image: Tensor) -> Embedding:
         """(B, C, I, J, K) scan, scaled to [0, 1], of any size."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from common.ops.conv.cpu import conv3d_cpu
 from common.ops.conv.reference import conv3d_reference
 
 ONES = [1, 1, 1]
@@ -11,6 +12,8 @@ ONES = [1, 1, 1]
 
 def conv3d_lean(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `common.ops.conv.conv3d`."""
+    if x.device.type == "cpu":
+        return conv3d_cpu(x, weight, bias)
     if not by_halves(x) or torch.is_autocast_enabled(x.device.type):
         return conv3d_reference(x, weight, bias)
     return HalfGradients.apply(x, weight, bias)

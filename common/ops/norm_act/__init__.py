@@ -1,7 +1,6 @@
 """Instance normalisation followed by LeakyReLU, as after nearly every convolution of a registration pyramid."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.ops import _checks
@@ -12,14 +11,14 @@ from common.ops.norm_act.lean import norm_act_lean
 from common.ops.norm_act.reference import norm_act_reference
 
 
-def conv_before_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def conv_before_norm(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None = None) -> Tensor:
     """3x3x3 convolution whose result goes into `norm_act`, which takes any bias away again.
 
     So on a GPU, where adding it is a pass over the result and its gradient another, it is left out; its gradient is the
     zero that it is without rounding. On a CPU the bias costs nothing, and the rounding stays as it was.
     """
     if bias is None or not x.is_cuda:
-        return F.conv3d(x, weight, bias, padding=1)
+        return conv3d(x, weight, bias, backend=backend)
     if torch.is_grad_enabled():
         weight = weight + 0 * bias.view(-1, 1, 1, 1, 1)
     return conv3d(x, weight)

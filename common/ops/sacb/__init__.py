@@ -105,6 +105,7 @@ class SACB(nn.Module):
         _checks.require(mean_type in MEAN_TYPES, "SACB", "mean_type", f"be one of {MEAN_TYPES}", repr(mean_type))
         self.clusters, self.mean_type, self.backend = clusters, mean_type, backend
         self.iterations, self.sample, self.init = iterations, sample, init
+        self.convolved = "reference" if backend == "reference" else None
         points = {"s": channels, "c": 27, "mix": channels + 27}[mean_type]
         self.proj_in = nn.Conv3d(channels, channels, 3, padding=1)
         self.weight = nn.Parameter(nn.Conv3d(channels, channels, 3).weight.detach().clone())
@@ -113,7 +114,7 @@ class SACB(nn.Module):
 
     def forward(self, x: Tensor, clusters: Clusters | None = None) -> Tensor:
         """(B, C, I, J, K) -> the same shape. `clusters` replaces the k-means (for tests and studies)."""
-        projected = conv_before_norm(x, self.proj_in.weight, self.proj_in.bias)
+        projected = conv_before_norm(x, self.proj_in.weight, self.proj_in.bias, self.convolved)
         features = norm_act(projected, backend=self.backend)
         labels, centroids = self.cluster(features) if clusters is None else clusters
         bias, modulation = self.bias_mlp(centroids), self.kernel_mlp(centroids)

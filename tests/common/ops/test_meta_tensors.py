@@ -7,7 +7,19 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from common.ops import SACB, CorrelationPyramid, cost_volume, kmeans, match, modulated_conv3d, norm_act, plain, warp
+from common.ops import (
+    SACB,
+    CorrelationPyramid,
+    conv3d,
+    cost_volume,
+    kmeans,
+    match,
+    modulated_conv3d,
+    norm_act,
+    plain,
+    pointwise,
+    warp,
+)
 from common.refine import refine
 
 SCAN, DISP = (1, 4, 10, 12, 14), (1, 3, 10, 12, 14)
@@ -18,6 +30,8 @@ CALLS = {
     "pyramid": (lambda fixed, moving, disp: CorrelationPyramid([fixed], [moving], [1])(0, disp), (SCAN, SCAN, DISP)),
     "kmeans": (lambda points: kmeans(points, 3)[0], ((1, 200, 4),)),
     "norm_act": (norm_act, (SCAN,)),
+    "conv3d": (conv3d, (SCAN, (5, 4, 3, 3, 3), (5,))),
+    "pointwise": (pointwise, (SCAN, (5, 4, 1, 1, 1), (5,))),
     "modulated_conv3d": (
         lambda x, weight, bias, taps, labels: modulated_conv3d(x, weight, bias, taps, labels.round().long()),
         (SCAN, (5, 4, 3, 3, 3), (1, 2, 5), (1, 2, 27), (1, 10, 12, 14)),

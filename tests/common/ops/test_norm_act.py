@@ -35,6 +35,17 @@ def test_large_mean(backend: str) -> None:
     torch.testing.assert_close(norm_act(x, backend=backend), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("slab", "wide"), ((60, 16), (7, 1), (1 << 17, 256)))
+def test_slabs_are_joined(slab: int, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of different means, and the last not full; rows of one voxel and of several."""
+    lean = importlib.import_module("common.ops.norm_act.lean")
+    monkeypatch.setattr(lean, "SLAB", slab)
+    monkeypatch.setattr(lean, "WIDE", wide)
+    x = torch.randn(2, 3, 5, 4, 6) + torch.arange(5.0).view(5, 1, 1) * torch.tensor([0.0, 10, -100]).view(3, 1, 1, 1)
+    expected = norm_act(x.double(), backend="reference").float()
+    torch.testing.assert_close(norm_act(x, backend="lean"), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_constant_channel(backend: str) -> None:
     x = torch.full((1, 1, 2, 2, 2), 5.0, requires_grad=True)
