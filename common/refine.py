@@ -82,7 +82,7 @@ def refine(
     With features, they are taken once and warped, and the update lives on their grid.
 
     If it is to be diffeomorphic, disp = integrate(v), v = v_0 + smooth(update): the flow of a stationary velocity,
-    which cannot fold; v_0 is the velocity of disp_0 (`common.flows`). A step then takes three times as long.
+    which cannot fold; v_0 is the velocity of disp_0 (`common.flows`). A step then takes three to four times as long.
 
     With a guide, guide.weight * mean_n huber(|to_mm (fixed_n + disp(fixed_n) - moving_n)|) is added, of which a pair
     that does not belong together draws with a limited force; before the first step the points alone draw the
