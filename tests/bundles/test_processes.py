@@ -45,7 +45,7 @@ def test_two_ranks_train_as_one_process(name: str, more: tuple, two_scans: Path,
     start = ROOT / "bundles" / name / "models" / "model.pt"
     options = *more, "--dataset_dir", two_scans, "--spacing", 9, "--minimum", 0, "--weights", start
     options += "--max_epochs", 2, "--epoch_length", 1, "--val_interval", 2
-    options += "--learning_rate", 0.001, "--optimizer#_target_", "torch.optim.SGD"
+    options += "--learning_rate", 0.0001, "--optimizer#_target_", "torch.optim.SGD"
     one = "--batch_size", 2, "--output_dir", tmp_path / "one"
     succeeded(command(*bundle_configs(name, "train.json"), *options, *one))
     two = "--batch_size", 1, "--output_dir", tmp_path / "two_ranks"
