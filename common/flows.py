@@ -5,7 +5,7 @@ from torch import Tensor
 
 from common.fields import integrate, jacobian_determinant, smooth_near
 
-SQUARINGS = 4  # while a velocity is searched for; on validation pairs 5 gave the same overlap
+SQUARINGS = 4  # while a velocity is searched for
 FINE = 8  # of the result
 ROUNDS = 10  # of `velocity_of`, and of the smoothing in `flow_of`
 

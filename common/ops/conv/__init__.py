@@ -87,7 +87,7 @@ class Conv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":  # a GPU's gradients there are torch's own
+        if x.device.type != "cpu":  # the faster gradients were not tried with the networks that have this layer
             return self._conv_forward(x, self.weight, self.bias)
         return conv3d(x, self.weight, self.bias)
 

